@@ -1,0 +1,1 @@
+"""A tiny squeeze-excitation CNN on MNIST: composed by Hydra, recorded by MLflow."""

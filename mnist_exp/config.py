@@ -1,0 +1,131 @@
+"""The composed configuration: resolved to plain values, checked before anything is built, and built."""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from fnmatch import fnmatch
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mnist_exp.errors import UserError
+
+KEYS = {
+    "seed", "batch_size", "precision", "device", "output_dir", "phases",
+    "data", "model", "optimizer", "scheduler", "augmentation", "tracking",
+}  # fmt: skip
+REQUIRED = KEYS - {"optimizer", "scheduler", "augmentation"}  # those reach the code through phases
+
+# A target is one name in one of these modules, so that nothing else can be reached through them (torch.os.system).
+TARGET = re.compile(
+    r"mnist_exp\.(augmentation|data|models|schedules|tracking|training)\.[A-Za-z]\w*"
+    r"|torch\.(nn|optim|optim\.lr_scheduler)\.[A-Z]\w*"
+)
+
+
+def _integer(least: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _number(valid: Callable[[float], bool]) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and valid(value)
+
+    return check
+
+
+def _one_of(*allowed: str) -> Callable[[Any], bool]:
+    return lambda value: value in allowed
+
+
+# pattern of the key: (check, what is allowed)
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": (_integer(0), "an integer of at least 0"),
+    "precision": (_one_of("auto", "fp32", "bf16", "fp16"), "auto, fp32, bf16 or fp16"),
+    "device": (_one_of("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda or mps"),
+    "output_dir": (lambda value: isinstance(value, str) and bool(value), "a folder"),
+    "*batch_size": (_integer(1), "an integer of at least 1"),
+    "*.epochs": (_integer(1), "an integer of at least 1"),
+    "*.lr": (_number(lambda value: value > 0), "a number above 0"),
+    "*.max_lr": (_number(lambda value: value > 0), "a number above 0"),
+    "*.weight_decay": (_number(lambda value: value >= 0), "a number of at least 0"),
+    "*.momentum": (_number(lambda value: 0 <= value < 1), "a number from 0 to below 1"),
+    "*.max_grad_norm": (lambda value: value is None or _number(lambda x: x > 0)(value), "a number above 0, or null"),
+    "data.finetune_fraction": (_number(lambda value: 0 < value < 1), "a number between 0 and 1"),
+    "data.validation_size": (lambda value: _integer(0)(value) and value < 60_000, "an integer from 0 to below 60000"),
+    "data.fallback": (_one_of("digits", None), "digits or null"),  # type: ignore[arg-type]
+    "model.dropout": (_number(lambda value: 0 <= value < 1), "a number from 0 to below 1"),
+    "model.hidden_features": (_integer(1), "an integer of at least 1"),
+    "model.channels": (
+        lambda value: isinstance(value, list) and len(value) == 3 and all(map(_integer(1), value)),
+        "three integers of at least 1",
+    ),
+    "model.se.reduction": (_integer(1), "an integer of at least 1"),
+}
+
+
+def resolve(composed: DictConfig) -> dict[str, Any]:
+    """Return the configuration as plain dicts and values, interpolations resolved and everything checked.
+
+    Raises UserError on unknown or missing keys, values out of range, and targets outside the allowed modules.
+    """
+    try:
+        config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, dict)
+    plain = {str(key): value for key, value in config.items()}
+    check(plain)
+    return plain
+
+
+def check(config: dict[str, Any]) -> None:
+    """Raise UserError on the first thing in a resolved configuration that cannot be run."""
+    for key in config.keys() - KEYS:
+        raise UserError(f"{key} is not a key of the configuration{did_you_mean(key, KEYS)}. Allowed: {', '.join(sorted(KEYS))}.")
+    for key in sorted(REQUIRED):
+        if not config.get(key) and config.get(key) != 0:
+            raise UserError(f"{key} is missing: give it a value, or do not delete it (~{key}) on the command line.")
+    for key, value in leaves(config):
+        if key.endswith("_target_"):
+            if not (isinstance(value, str) and TARGET.fullmatch(value)):
+                raise UserError(
+                    f"{key}={value} is not allowed: a target is a class or function of mnist_exp's own modules, of torch.nn, "
+                    "torch.optim or torch.optim.lr_scheduler. To use another, wrap it in a function in mnist_exp."
+                )
+            continue
+        for pattern, (valid, allowed) in RULES.items():
+            if fnmatch(key, pattern) and not valid(value):
+                raise UserError(f"{key}={value} is not valid: allowed is {allowed}. Set it with {key}=... on the command line.")
+    for name, phase in config["phases"].items():
+        if not re.fullmatch(r"\w+", str(name)) or not isinstance(phase, dict) or "_target_" not in phase:
+            raise UserError(f"phases.{name} is not a phase: add one with +phase@phases.{name}=finetune.")
+
+
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) for every plain value, and every list of plain values, of a resolved configuration."""
+    if isinstance(node, dict) or (isinstance(node, list) and any(isinstance(item, dict | list) for item in node)):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, node
+
+
+def build(node: Any, key: str) -> Any:
+    """Call what the node under `key` of a checked configuration stands for; raises UserError if it refuses."""
+    try:
+        return instantiate(node, _convert_="all")
+    except Exception as error:  # whatever a constructor raises comes wrapped in Hydra's InstantiationException
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise UserError(f"{key} cannot be built: {cause or error}. See its file in conf/ for what it takes.") from error
+
+
+def did_you_mean(key: str, known: set[str]) -> str:
+    """Return ' (did you mean ...?)' with the known keys closest to `key`, or nothing."""
+    close = get_close_matches(key, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,52 @@
+"""Score a model on a split; values are returned, never logged."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mnist_exp.data import CLASSES, Split
+
+BATCH_SIZE = 1000
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model makes of a split: logits (n, 10) float32 and labels (n,) int64, on the CPU."""
+
+    logits: Tensor
+    labels: Tensor
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy, in nats."""
+        return F.cross_entropy(self.logits, self.labels).item()
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of the images given their label, 0 to 1."""
+        return int((self.logits.argmax(1) == self.labels).sum()) / len(self.labels)
+
+    @property
+    def confusion_matrix(self) -> Tensor:
+        """Count images by (label, prediction): (10, 10) int64."""
+        cells = self.labels * CLASSES + self.logits.argmax(1)
+        return torch.bincount(cells, minlength=CLASSES**2).view(CLASSES, CLASSES)
+
+    def worst_mistakes(self, count: int) -> Tensor:
+        """Return the indices of at most `count` wrongly classified images, largest loss first."""
+        losses = F.cross_entropy(self.logits, self.labels, reduction="none")
+        losses[self.logits.argmax(1) == self.labels] = -1
+        worst = losses.argsort(descending=True, stable=True)[:count]
+        return worst[losses[worst] >= 0]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split) -> Evaluation:
+    """Score `model` on every image of `split` once, in float32 and in evaluation mode; the model's mode is restored."""
+    was_training = model.training
+    model.eval()
+    logits = torch.cat([model(images).float() for images in split.images.split(BATCH_SIZE)])
+    model.train(was_training)
+    return Evaluation(logits.cpu(), split.labels.cpu())

@@ -1,0 +1,94 @@
+"""The network: three convolutional blocks, squeeze-excitation in the second, a hidden layer, ten logits."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mnist_exp.errors import UserError
+
+PARAMETER_LIMIT = 25_000
+NEGATIVE_SLOPE = 0.1
+
+
+class SqueezeExcite(nn.Module):
+    """Scale each channel by a gate in (0, 1) computed from the means of all channels: (n, c, h, w) -> (n, c, h, w).
+
+    Source: Hu et al., Squeeze-and-Excitation Networks, 2018, equations 2 to 4.
+    """
+
+    def __init__(self, channels: int, reduction: int) -> None:
+        super().__init__()
+        if not 1 <= reduction <= channels:
+            raise UserError(f"model.se.reduction={reduction} is out of range: allowed is 1 to {channels}, the channels.")
+        self.squeeze = nn.Linear(channels, channels // reduction)
+        self.excite = nn.Linear(channels // reduction, channels)
+
+    def gates(self, features: Tensor) -> Tensor:
+        """Return the gates of `features`: (n, c, h, w) -> (n, c)."""
+        return torch.sigmoid(self.excite(F.relu(self.squeeze(features.mean((2, 3))))))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features * self.gates(features)[:, :, None, None]
+
+
+class ConvBlock(nn.Module):
+    """Convolution 3x3, batch norm, 2x2 max pool, leaky ReLU, optional attention: (n, in, h, w) -> (n, out, h/2, w/2)."""
+
+    def __init__(self, in_channels: int, out_channels: int, attention: nn.Module | None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.norm = nn.BatchNorm2d(out_channels)
+        self.attention = attention
+
+    def forward(self, features: Tensor) -> Tensor:
+        # The activation is monotone, so pooling first gives the same values for a quarter of the work.
+        features = F.leaky_relu(F.max_pool2d(self.norm(self.conv(features)), 2), NEGATIVE_SLOPE)
+        return features if self.attention is None else self.attention(features)
+
+
+class CNN(nn.Module):
+    """Map (n, 1, 28, 28) images of grey values 0 to 255, any dtype, to (n, 10) logits.
+
+    channels: of the three blocks; se: called with the second block's channels, returns its attention, or None.
+    Raises UserError on sizes below 1 and a dropout outside [0, 1).
+    """
+
+    def __init__(
+        self, channels: Sequence[int], hidden_features: int, dropout: float, se: Callable[[int], nn.Module] | None = None
+    ) -> None:
+        super().__init__()
+        if len(channels) != 3 or min(*channels, hidden_features) < 1:
+            raise UserError(
+                f"model.channels={list(channels)}, model.hidden_features={hidden_features}: "
+                "allowed are three channels and a hidden layer, each of at least 1."
+            )
+        if not 0 <= dropout < 1:
+            raise UserError(f"model.dropout={dropout} is out of range: allowed is 0 to below 1.")
+        first, second, third = channels
+        self.blocks = nn.Sequential(
+            ConvBlock(1, first, None),
+            ConvBlock(first, second, se(second) if se else None),
+            ConvBlock(second, third, None),
+        )
+        self.hidden = nn.Linear(third * 3 * 3, hidden_features)
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(hidden_features, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.blocks(images.float() / 255)  # (n, 1, 28, 28) -> (n, third, 3, 3)
+        hidden = F.leaky_relu(self.hidden(features.flatten(1)), NEGATIVE_SLOPE)
+        logits: Tensor = self.output(self.dropout(hidden))  # (n, 10)
+        return logits
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of trainable parameters; raises UserError above PARAMETER_LIMIT."""
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if count > PARAMETER_LIMIT:
+        raise UserError(
+            f"The model has {count:,} parameters: at most {PARAMETER_LIMIT:,} are allowed. "
+            "Lower model.channels or model.hidden_features."
+        )
+    return count

@@ -1,0 +1,87 @@
+"""The pictures of a run, as matplotlib figures: numbers in, a figure out; nothing is saved or logged here."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from mnist_exp.evaluation import Evaluation
+
+History = Sequence[tuple[int, Mapping[str, float]]]  # (examples seen, metrics), in order
+
+
+def confusion_matrix(evaluation: Evaluation, title: str) -> Figure:
+    """Draw labels against predictions, counts in the cells, coloured by the share of mistakes."""
+    counts = evaluation.confusion_matrix
+    mistakes = counts.float() / counts.sum(1, keepdim=True).clamp(min=1)
+    mistakes.fill_diagonal_(0)
+    figure = Figure(figsize=(6, 5.6), layout="constrained")
+    axes = figure.add_subplot(xlabel="prediction", ylabel="label", title=title, xticks=range(10), yticks=range(10))
+    axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=max(0.02, float(mistakes.max()) * 1.5))
+    for label, row in enumerate(counts.tolist()):
+        for prediction, count in enumerate(row):
+            if count:
+                weight = "bold" if label == prediction else "normal"
+                axes.text(prediction, label, str(count), ha="center", va="center", fontsize=8, weight=weight)
+    return figure
+
+
+def learning_curves(history: History) -> Figure:
+    """Draw loss and accuracy of training and validation against the examples seen."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for position, metric in enumerate(("loss", "accuracy"), start=1):
+        axes = figure.add_subplot(1, 2, position, xlabel="examples seen", title=metric)
+        for part, style in (("train", {"color": "C0"}), ("val", {"color": "C1", "marker": "o"})):
+            points = [(seen, metrics[f"{part}/{metric}"]) for seen, metrics in history if f"{part}/{metric}" in metrics]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=f"{part}/{metric}", **style)  # type: ignore[arg-type]
+        if metric == "loss":
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    return figure
+
+
+def learning_rate(history: History) -> Figure:
+    """Draw the learning rate against the examples seen."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.add_subplot(xlabel="examples seen", title="train/lr", yscale="log")
+    axes.plot([seen for seen, _ in history], [metrics["train/lr"] for _, metrics in history], marker=".")
+    axes.grid(alpha=0.3, which="both")
+    return figure
+
+
+def augmented_digits(
+    images: Tensor,
+    augment: Callable[[Tensor, torch.Generator], Tensor],
+    generator: torch.Generator,
+    versions: int = 9,
+) -> Figure:
+    """Draw each of `images` (n, 1, 28, 28) in a row: as it is, then augmented anew `versions` times."""
+    augmented = [augment(images, generator) for _ in range(versions)]
+    rows = torch.stack([images.float(), *augmented], dim=1).cpu()  # (n, 1 + versions, ...)
+    figure = Figure(figsize=(rows.shape[1] * 0.7, len(rows) * 0.7 + 0.4), layout="constrained")
+    figure.suptitle("original | augmented", fontsize=10)
+    grid = figure.subplots(len(rows), rows.shape[1], squeeze=False)
+    for axes, image in zip(grid.flat, rows.flatten(0, 1), strict=True):
+        axes.imshow(image[0], cmap="gray", vmin=0, vmax=255)
+        axes.axis("off")
+    return figure
+
+
+def worst_mistakes(evaluation: Evaluation, images: Tensor, count: int = 25) -> Figure:
+    """Draw the `count` mistakes of largest loss, each with its label, prediction and confidence; images: (n, 1, 28, 28)."""
+    worst = evaluation.worst_mistakes(count).tolist()
+    probabilities = evaluation.logits.softmax(1)
+    figure = Figure(figsize=(7, 8), layout="constrained")
+    total = int((evaluation.logits.argmax(1) != evaluation.labels).sum())
+    figure.suptitle(f"The {len(worst)} worst of {total} mistakes: label > prediction, confidence", fontsize=10)
+    grid = figure.subplots(5, -(-count // 5), squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, index in zip(grid.flat, worst, strict=False):
+        confidence, prediction = probabilities[index].max(0)
+        axes.imshow(images[index, 0].cpu(), cmap="gray", vmin=0, vmax=255)
+        axes.set_title(f"{int(evaluation.labels[index])} > {int(prediction)}, {float(confidence):.0%}", fontsize=9)
+    return figure

@@ -1,0 +1,85 @@
+"""Where a run comes from: the code, the command, the packages, the machine."""
+
+import getpass
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def command_line() -> str:
+    """Return the command that started this process, as one would type it."""
+    return shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
+
+
+def user() -> str:
+    """Return the name of the user, or of nobody where the system knows none."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"
+
+
+def git_tags() -> dict[str, str]:
+    """Return commit, branch and whether the tree differs from the commit; empty outside of a git checkout."""
+    commit = _git("rev-parse", "HEAD")
+    if not commit:
+        return {}
+    return {
+        "mlflow.source.git.commit": commit,
+        "git.branch": _git("rev-parse", "--abbrev-ref", "HEAD"),
+        "git.dirty": str(bool(_git("status", "--porcelain"))).lower(),
+    }
+
+
+def uncommitted() -> str:
+    """Return what differs from the commit: the diff of tracked files, then the names of untracked ones."""
+    diff = _git("diff", "HEAD")
+    untracked = _git("ls-files", "--others", "--exclude-standard")
+    return "\n".join(part for part in (diff, untracked and f"# untracked files:\n{untracked}") if part)
+
+
+def packages() -> str:
+    """Return every installed distribution as name==version, a line each."""
+    installed = {f"{dist.metadata['Name']}=={dist.version}" for dist in importlib.metadata.distributions()}
+    return "\n".join(sorted(installed, key=str.lower)) + "\n"
+
+
+def machine_tags(device: torch.device) -> dict[str, str]:
+    """Return versions, processor, cores, threads, memory and accelerator."""
+    tags = {
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in ("torch", "mlflow", "hydra-core")},
+        "host": platform.node(),
+        "os": platform.platform(),
+        "cpu": _processor(),
+        "cpu.cores": str(os.cpu_count()),
+        "cpu.threads": str(torch.get_num_threads()),
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
+    }
+    if device.type == "cuda":
+        tags["gpu"] = torch.cuda.get_device_name(device)
+    return tags
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()

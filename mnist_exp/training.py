@@ -1,0 +1,208 @@
+"""The loop: phases of training over splits of data, one report after another."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from mnist_exp.data import Dataset, derive_seed, generator
+from mnist_exp.errors import UserError
+from mnist_exp.evaluation import evaluate
+
+REPORTS_PER_EPOCH = 20
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training as data: which split, for how long, and with what.
+
+    optimizer: called with the parameters; scheduler: called with the optimizer and total_steps, stepped every batch;
+    augmentation: called with (n, 1, 28, 28) images and a generator; max_grad_norm: of the whole gradient, None for no limit.
+    """
+
+    split: str
+    epochs: int
+    batch_size: int
+    optimizer: Callable[..., Optimizer]
+    scheduler: Callable[..., LRScheduler]
+    augmentation: Callable[[Tensor, torch.Generator], Tensor]
+    max_grad_norm: float | None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A phase made ready: its name, its optimizer over the model, and its scheduler over the phase's steps."""
+
+    name: str
+    phase: Phase
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    steps_per_epoch: int
+    validation: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happened since the last report: a twentieth of an epoch, or the end of one, when `state` is there.
+
+    examples_seen: over all phases; seconds: of training since the last report; the metric `epoch` counts over all phases.
+    """
+
+    phase: str
+    examples_seen: int
+    seconds: float
+    metrics: dict[str, float]
+    state: dict[str, Any] | None = None
+
+
+class NonFiniteLoss(UserError):
+    """The loss became NaN or infinite."""
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device that `device` (auto, cpu, cuda, mps) stands for; raises UserError if the machine has none."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name, there in available.items() if there)
+    if not available[device]:
+        there = ", ".join(name for name, there in available.items() if there)
+        raise UserError(f"device={device}: this machine has none. Allowed here: auto, {there}. Leave device=auto.")
+    return torch.device(device)
+
+
+def choose_precision(precision: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of matrix products and convolutions that `precision` (auto, fp32, bf16, fp16) stands for."""
+    if precision != "auto":
+        return PRECISIONS[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    has_bf16 = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def plan(model: nn.Module, phases: Mapping[str, Phase], data: Dataset) -> list[Stage]:
+    """Build each phase's optimizer and scheduler, so that what cannot work is said before any training.
+
+    Raises UserError on a split that `data` lacks, and on what an optimizer or a scheduler refuses.
+    """
+    stages: list[Stage] = []
+    trained_on: set[str] = set()
+    for name, phase in phases.items():
+        if phase.split not in data.splits or phase.split == "test":
+            allowed = ", ".join(split for split in data.splits if split != "test")
+            raise UserError(f"phases.{name}.split={phase.split} cannot be trained on: allowed with this data: {allowed}.")
+        steps_per_epoch = data.splits[phase.split].steps(phase.batch_size)
+        try:
+            optimizer = phase.optimizer(model.parameters())
+            scheduler = phase.scheduler(optimizer, total_steps=phase.epochs * steps_per_epoch)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"phases.{name}: its optimizer or scheduler refuses its arguments: {error}.") from error
+        trained_on.add(phase.split)
+        validation = None if data.validation in trained_on else data.validation
+        stages.append(Stage(name, phase, optimizer, scheduler, steps_per_epoch, validation))
+    return stages
+
+
+def fit(model: nn.Module, stages: list[Stage], data: Dataset, *, seed: int, precision: torch.dtype) -> Iterator[Report]:
+    """Train `model` through `stages` and yield a report 20 times an epoch, the last with validation and state.
+
+    All randomness derives from (seed, phase, epoch, step), so that a run can be taken up anywhere. The model and the
+    data must lie on one device. Raises NonFiniteLoss, naming phase and step, within a twentieth of an epoch.
+    """
+    model.to(memory_format=torch.channels_last)
+    device = next(model.parameters()).device
+    examples_seen, epochs_done = 0, 0
+    for stage in stages:
+        phase, split = stage.phase, data.splits[stage.phase.split]
+        scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+        reports = {round(stage.steps_per_epoch * (i + 1) / REPORTS_PER_EPOCH) for i in range(REPORTS_PER_EPOCH)}
+        for epoch in range(phase.epochs):
+            model.train()
+            window: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, accuracy, gradient norm of the steps not yet reported
+            window_examples, window_start = 0, time.perf_counter()
+            batches = split.batches(phase.batch_size, generator(seed, stage.name, epoch, "order"))
+            for step, (images, labels) in enumerate(batches, start=1):
+                learning_rate = stage.optimizer.param_groups[0]["lr"]
+                window.append(_step(model, stage, scaler, images, labels, precision, (seed, stage.name, epoch, step)))
+                window_examples += len(labels)
+                if step not in reports:
+                    continue
+                loss, accuracy, grad_norm = (torch.stack(values).tolist() for values in zip(*window, strict=True))
+                _check_finite(loss, stage, epoch, step)
+                examples_seen += window_examples
+                seconds = time.perf_counter() - window_start
+                metrics = {
+                    "epoch": epochs_done + step / stage.steps_per_epoch,
+                    "train/loss": sum(loss) / len(loss),
+                    "train/accuracy": sum(accuracy) / len(accuracy),
+                    "train/grad_norm": sum(grad_norm) / len(grad_norm),
+                    "train/lr": learning_rate,
+                    "train/examples_per_second": window_examples / seconds,
+                }
+                state = None
+                if step == stage.steps_per_epoch:
+                    if stage.validation:
+                        evaluation = evaluate(model, data.splits[stage.validation])
+                        metrics |= {"val/loss": evaluation.loss, "val/accuracy": evaluation.accuracy}
+                    state = _state(model, stage, scaler, epoch + 1, examples_seen)
+                yield Report(stage.name, examples_seen, seconds, metrics, state)
+                window, window_examples, window_start = [], 0, time.perf_counter()
+            epochs_done += 1
+
+
+def _step(
+    model: nn.Module,
+    stage: Stage,
+    scaler: torch.amp.GradScaler,
+    images: Tensor,
+    labels: Tensor,
+    precision: torch.dtype,
+    place: tuple[object, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take one step and return its loss, accuracy and gradient norm, on the device, so that nothing waits for it."""
+    images = stage.phase.augmentation(images, generator(*place, "augmentation"))
+    with torch.random.fork_rng(devices=[labels.device] if labels.device.type == "cuda" else []):
+        torch.manual_seed(derive_seed(*place, "dropout"))  # dropout knows no other source than the global one
+        with torch.autocast(labels.device.type, precision, enabled=precision != torch.float32):
+            logits = model(images)
+    loss = F.cross_entropy(logits.float(), labels)
+    stage.optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    scaler.unscale_(stage.optimizer)
+    limit = float("inf") if stage.phase.max_grad_norm is None else stage.phase.max_grad_norm
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+    scaler.step(stage.optimizer)
+    scaler.update()
+    stage.scheduler.step()
+    return loss.detach(), (logits.argmax(1) == labels).float().mean(), grad_norm.detach()
+
+
+def _check_finite(losses: list[float], stage: Stage, epoch: int, step: int) -> None:
+    for position, loss in enumerate(losses, start=step - len(losses) + 1):
+        if not abs(loss) < float("inf"):
+            raise NonFiniteLoss(
+                f"The loss became {loss} in phase {stage.name}, epoch {epoch + 1}, step {position} of "
+                f"{stage.steps_per_epoch}, at learning rate {stage.optimizer.param_groups[0]['lr']:g}: allowed is a finite "
+                "loss. Lower the learning rate (optimizer.lr) or the gradient's limit (phases.*.max_grad_norm)."
+            )
+
+
+def _state(
+    model: nn.Module, stage: Stage, scaler: torch.amp.GradScaler, epoch: int, examples_seen: int
+) -> dict[str, Any]:
+    return {
+        "phase": stage.name,
+        "epoch": epoch,
+        "examples_seen": examples_seen,
+        "model": model.state_dict(),
+        "optimizer": stage.optimizer.state_dict(),
+        "scheduler": {key: value for key, value in stage.scheduler.state_dict().items() if not callable(value)},
+        "scaler": scaler.state_dict(),
+    }
