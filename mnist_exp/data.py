@@ -2,8 +2,8 @@
 
 import gzip
 import hashlib
-import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,7 +63,7 @@ class Split:
         """Yield an epoch of (images, labels) in the order that the generator `order` draws."""
         passes = -(-self.epoch_size // len(self))
         indices = torch.cat([torch.randperm(len(self), generator=order) for _ in range(passes)])
-        for batch in indices[: self.epoch_size].to(self.labels.device).split(batch_size):
+        for batch in indices[: self.epoch_size].to(self.labels.device).split(batch_size):  # type: ignore[no-untyped-call]  # torch's
             yield self.images[batch], self.labels[batch]
 
     def to(self, device: torch.device) -> "Split":
@@ -102,7 +102,7 @@ def load_mnist(root: str, fallback: str | None, finetune_fraction: float, valida
         if not all(_find(folder, name) for name in MNIST_FILES):
             _download(folder)
     except Exception as error:  # torchvision raises URLError, RuntimeError or OSError, by mirror and mood
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         problem = f"MNIST is not in data.root={root} (MNIST_ROOT) and could not be downloaded into it: {reason}"
         if fallback is None:
             remedy = "Set MNIST_ROOT to a folder that holds MNIST/raw/*-ubyte.gz, or data.fallback=digits, or data=digits."
@@ -141,9 +141,7 @@ def load_digits(finetune_fraction: float, seed: int) -> Dataset:
     return Dataset("digits", "sklearn.datasets.load_digits", splits, validation="finetune")
 
 
-def _train_and_finetune(
-    images: Tensor, labels: Tensor, finetune_fraction: float, seed: int, epoch_size: int
-) -> dict[str, Split]:
+def _train_and_finetune(images: Tensor, labels: Tensor, finetune_fraction: float, seed: int, epoch_size: int) -> dict[str, Split]:
     order = torch.randperm(len(labels), generator=generator(seed, "split"))
     finetune_size = round(len(labels) * finetune_fraction)
     finetune_epoch = round(epoch_size * finetune_fraction)
@@ -160,8 +158,8 @@ def _train_and_finetune(
 
 
 def _split(images: Tensor, labels: Tensor, epoch_size: int) -> Split:
-    digest = hashlib.sha256(images.contiguous().numpy())
-    digest.update(labels.contiguous().numpy())
+    digest = hashlib.sha256(images.contiguous().numpy().data)
+    digest.update(labels.contiguous().numpy().data)
     return Split(images, labels, epoch_size, digest.hexdigest()[:16])
 
 
@@ -183,7 +181,7 @@ def _read(folder: Path, name: str) -> "np.ndarray[tuple[int], np.dtype[np.uint8]
     assert path is not None
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, ValueError, gzip.zlib.error) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         problem = f"{path} cannot be read: {error}"
     else:
         if hashlib.sha256(content).hexdigest() == MNIST_FILES[name]:
@@ -201,4 +199,4 @@ def _download(folder: Path) -> None:
         MNIST(staging, download=True)
         folder.mkdir(parents=True, exist_ok=True)
         for name in MNIST_FILES:
-            os.replace(Path(staging) / "MNIST" / "raw" / f"{name}.gz", folder / f"{name}.gz")
+            (Path(staging) / "MNIST" / "raw" / f"{name}.gz").replace(folder / f"{name}.gz")

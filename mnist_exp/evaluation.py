@@ -47,6 +47,7 @@ def evaluate(model: nn.Module, split: Split) -> Evaluation:
     """Score `model` on every image of `split` once, in float32 and in evaluation mode; the model's mode is restored."""
     was_training = model.training
     model.eval()
-    logits = torch.cat([model(images).float() for images in split.images.split(BATCH_SIZE)])
+    batches = split.images.split(BATCH_SIZE)  # type: ignore[no-untyped-call]  # torch's
+    logits = torch.cat([model(images).float() for images in batches])
     model.train(was_training)
     return Evaluation(logits.cpu(), split.labels.cpu())

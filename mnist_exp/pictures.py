@@ -46,9 +46,9 @@ def learning_curves(history: History) -> Figure:
 def learning_rate(history: History) -> Figure:
     """Draw the learning rate against the examples seen."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.add_subplot(xlabel="examples seen", title="train/lr", yscale="log")
+    axes = figure.add_subplot(xlabel="examples seen", title="train/lr")
     axes.plot([seen for seen, _ in history], [metrics["train/lr"] for _, metrics in history], marker=".")
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
     return figure
 
 

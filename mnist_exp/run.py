@@ -1,4 +1,4 @@
-"""Entry point: compose, check, train one run, score it, and leave it in MLflow. `python -m mnist_exp.run --help`"""
+"""Entry point: compose, check, train one run, score it, and leave it in MLflow."""
 
 # torch and mlflow are imported inside functions: --help, --cfg job and tab completion must answer at once.
 import shlex

@@ -19,9 +19,7 @@ def cosine(optimizer: Optimizer, total_steps: int, min_factor: float) -> LambdaL
     if not 0 <= min_factor <= 1:
         raise UserError(f"scheduler.min_factor={min_factor} is out of range: allowed is 0 to 1.")
     last = max(1, total_steps - 1)
-    return LambdaLR(
-        optimizer, lambda step: min_factor + (1 - min_factor) * (1 + math.cos(math.pi * min(1, step / last))) / 2
-    )
+    return LambdaLR(optimizer, lambda step: min_factor + (1 - min_factor) * (1 + math.cos(math.pi * min(1, step / last))) / 2)
 
 
 def step(optimizer: Optimizer, total_steps: int, milestones: Sequence[float], gamma: float) -> LambdaLR:

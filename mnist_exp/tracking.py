@@ -50,9 +50,7 @@ class NoTracker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """End the run: FINISHED without an error, KILLED by a KeyboardInterrupt, else FAILED."""
 
     def params(self, params: Mapping[str, object]) -> None:
@@ -114,9 +112,7 @@ class MLflowTracker(NoTracker):
         self.tags(tags)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         status = "FINISHED" if error is None else "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         try:
             self.flush()
@@ -239,9 +235,7 @@ def open_store(uri: str, experiment: str) -> tuple["MlflowClient", str]:
         ) from error
 
 
-def _open_experiment(
-    mlflow: Any, uri: str, experiment: str, artifact_location: str | None
-) -> tuple["MlflowClient", str]:
+def _open_experiment(mlflow: Any, uri: str, experiment: str, artifact_location: str | None) -> tuple["MlflowClient", str]:
     mlflow.set_tracking_uri(uri)
     client = mlflow.MlflowClient(uri)
     found = client.get_experiment_by_name(experiment)
@@ -285,4 +279,4 @@ def run_path(client: "MlflowClient", run_id: str) -> str:
         run = client.get_run(run_id)
     except MlflowException as error:
         raise UserError(f"There is no run {run_id} in {client.tracking_uri}: MLFLOW_TRACKING_URI names the store.") from error
-    return f"/#/experiments/{run.info.experiment_id}/runs/{run_id}"
+    return f"/#/experiments/{run.info.experiment_id}/runs/{run_id}?workflowType=machine_learning"

@@ -62,7 +62,7 @@ class Report:
     state: dict[str, Any] | None = None
 
 
-class NonFiniteLoss(UserError):
+class NonFiniteLossError(UserError):
     """The loss became NaN or infinite."""
 
 
@@ -114,7 +114,7 @@ def fit(model: nn.Module, stages: list[Stage], data: Dataset, *, seed: int, prec
     """Train `model` through `stages` and yield a report 20 times an epoch, the last with validation and state.
 
     All randomness derives from (seed, phase, epoch, step), so that a run can be taken up anywhere. The model and the
-    data must lie on one device. Raises NonFiniteLoss, naming phase and step, within a twentieth of an epoch.
+    data must lie on one device. Raises NonFiniteLossError, naming phase and step, within a twentieth of an epoch.
     """
     model.to(memory_format=torch.channels_last)
     device = next(model.parameters()).device
@@ -187,16 +187,14 @@ def _step(
 def _check_finite(losses: list[float], stage: Stage, epoch: int, step: int) -> None:
     for position, loss in enumerate(losses, start=step - len(losses) + 1):
         if not abs(loss) < float("inf"):
-            raise NonFiniteLoss(
+            raise NonFiniteLossError(
                 f"The loss became {loss} in phase {stage.name}, epoch {epoch + 1}, step {position} of "
                 f"{stage.steps_per_epoch}, at learning rate {stage.optimizer.param_groups[0]['lr']:g}: allowed is a finite "
                 "loss. Lower the learning rate (optimizer.lr) or the gradient's limit (phases.*.max_grad_norm)."
             )
 
 
-def _state(
-    model: nn.Module, stage: Stage, scaler: torch.amp.GradScaler, epoch: int, examples_seen: int
-) -> dict[str, Any]:
+def _state(model: nn.Module, stage: Stage, scaler: torch.amp.GradScaler, epoch: int, examples_seen: int) -> dict[str, Any]:
     return {
         "phase": stage.name,
         "epoch": epoch,
