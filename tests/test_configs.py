@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from mnist_exp.config import build, check
+from mnist_exp.data import Dataset
+from mnist_exp.errors import UserError
+from mnist_exp.models import count_parameters
+from mnist_exp.run import ROOT
+from mnist_exp.training import fit, plan
+
+CONF = ROOT / "conf"
+FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.name != "config.yaml")
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_file_composes_and_runs(composed, path: Path, short_digits: Dataset, tmp_path: Path) -> None:
+    group, option = str(path.parent), path.stem
+    override = f"+phase@phases.more={option}" if group == "phase" else f"{group}={option}"
+    config = composed(override)
+    model = build(config["model"], "model")
+    count_parameters(model)
+    build(config["data"], "data")
+    build(config["tracking"] | ({"uri": f"sqlite:///{tmp_path}/mlflow.db"} if option == "mlflow" else {}), "tracking")
+    phases = {name: build(node, name) for name, node in config["phases"].items()}
+    reports = list(fit(model, plan(model, phases, short_digits), short_digits, seed=0, precision=torch.float32))
+    assert reports[-1].metrics["train/loss"] < 10
+    assert {report.phase for report in reports} == set(config["phases"])
+
+
+def test_every_option_of_a_group_learns_something_else(composed) -> None:
+    for group in ("model", "optimizer", "scheduler", "augmentation", "data", "tracking"):
+        options = [path.stem for path in FILES if str(path.parent) == group]
+        assert len({str(composed(f"{group}={option}")[group]) for option in options}) == len(options) > 1
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+def test_an_experiment_never_falls_back_and_opens_with_its_command(composed, path: Path) -> None:
+    assert composed(f"experiment={path.stem}")["data"]["fallback"] is None
+    header = path.read_text().split("\ndefaults:")[0]
+    assert "python -m mnist_exp.run" in header
+    assert f"experiment={path.stem}" in header
+
+
+WRONG = {
+    "batch_size=0": "batch_size=0 is not valid: allowed is an integer of at least 1",
+    "batch_size=12.5": "batch_size=12.5 is not valid",
+    "seed=-1": "seed=-1 is not valid",
+    "seed=true": "seed=True is not valid",
+    "optimizer.lr=-0.1": r"phases\.train\.optimizer\.lr=-0\.1 is not valid: allowed is a number above 0|^optimizer\.lr=-0\.1",
+    "phases.finetune.optimizer.lr=-1": r"phases\.finetune\.optimizer\.lr=-1 is not valid",
+    "optimizer.lr=high": "lr=high is not valid",
+    "precision=fp8": "precision=fp8 is not valid: allowed is auto, fp32, bf16 or fp16",
+    "device=tpu": "device=tpu is not valid",
+    "phases.train.epochs=0": r"phases\.train\.epochs=0 is not valid",
+    "model.channels=[8,16]": r"model\.channels=\[8, 16\] is not valid: allowed is three integers",
+    "data.fallback=cifar": r"data\.fallback=cifar is not valid: allowed is digits or null",
+    "+sede=1": r"sede is not a key of the configuration \(did you mean seed\?\)",
+    "~data": "data is missing",
+    "+phases.more.epochs=1": r"phases\.more is not a phase: add one with \+phase@phases\.more=finetune",
+}
+
+
+@pytest.mark.parametrize("override", WRONG, ids=str)
+def test_a_wrong_value_is_named(composed, override: str) -> None:
+    with pytest.raises(UserError, match=WRONG[override]):
+        composed(override)
+
+
+@pytest.mark.parametrize(
+    "target", ["os.system", "torch.os.system", "torch.hub.load", "torch.nn.modules.os", "mnist_exp.run.sys.exit", "builtins.eval"]
+)
+def test_a_foreign_target_is_refused(composed, target: str) -> None:
+    config = composed()
+    config["model"]["_target_"] = target
+    with pytest.raises(UserError, match=rf"model\._target_={target} is not allowed"):
+        check(config)
+
+
+def test_what_a_constructor_refuses_is_said_with_its_key() -> None:
+    with pytest.raises(UserError, match="model cannot be built: .*unexpected keyword argument 'colour'"):
+        build({"_target_": "mnist_exp.models.SqueezeExcite", "channels": 8, "reduction": 4, "colour": 1}, "model")

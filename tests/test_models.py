@@ -1,0 +1,76 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mnist_exp.config import build
+from mnist_exp.errors import UserError
+from mnist_exp.fused import norm_pool_activate
+from mnist_exp.models import CNN, count_parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("se_cnn", 19_674), ("plain_cnn", 19_526), ("plain_cnn_matched", 19_717)]
+)
+def test_sizes(composed, name: str, parameters: int) -> None:
+    model = build(composed(f"model={name}")["model"], "model")
+    assert count_parameters(model) == parameters
+    assert abs(count_parameters(model) / 19_674 - 1) < 0.01
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_28_by_28_to_10(composed, batch: int, dtype: torch.dtype) -> None:
+    model = build(composed()["model"], "model").eval()
+    assert model(torch.zeros(batch, 1, 28, 28, dtype=dtype)).shape == (batch, 10)
+
+
+def test_scaling_is_part_of_the_model(composed) -> None:
+    model = build(composed()["model"], "model").eval()
+    grey = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
+    seen = []
+    model.blocks[0].conv.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    model(grey)
+    torch.testing.assert_close(seen[0], grey.float() / 255)
+
+
+def test_too_large_a_model_is_refused() -> None:
+    with pytest.raises(UserError, match=r"25,000 are allowed.*model\.channels"):
+        count_parameters(CNN([8, 16, 20], 120, 0.1))
+
+
+def test_squeeze_excitation_attends(composed) -> None:
+    """Its gates lie in (0, 1), differ between images, scale whole channels, and are learnt."""
+    model = build(composed()["model"], "model")
+    se = model.blocks[1].attention
+    features = torch.randn(8, 16, 7, 7, generator=torch.Generator().manual_seed(0)).abs()
+    gates = se.gates(features)
+    assert gates.shape == (8, 16)
+    assert ((gates > 0) & (gates < 1)).all()
+    assert (gates.std(0) > 1e-4).all(), "the same gates for every image attend to nothing"
+    torch.testing.assert_close(se(features), features * gates[:, :, None, None])
+    se(features).sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in se.parameters())
+    assert build(composed("model=plain_cnn")["model"], "model").blocks[1].attention is None
+
+
+@pytest.mark.parametrize("shape", [(6, 8, 28, 28), (5, 16, 14, 14), (3, 20, 7, 7), (1, 3, 2, 2)])
+def test_fused_normalisation_equals_torchs_own(shape: tuple[int, ...]) -> None:
+    """Values, gradients and running statistics, for slopes of either sign, in double precision."""
+    torch.manual_seed(0)
+    features = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    plain = nn.BatchNorm2d(shape[1]).double()
+    nn.init.normal_(plain.weight)
+    nn.init.normal_(plain.bias)
+    fused = copy.deepcopy(plain)
+
+    def gradients(output: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(output, [features, norm.weight, norm.bias], torch.ones_like(output).cumsum(-1))
+
+    expected = F.leaky_relu(F.max_pool2d(plain(features), 2), 0.1)
+    actual = norm_pool_activate(features, fused, 0.1)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(gradients(actual, fused), gradients(expected, plain))
+    torch.testing.assert_close(fused.state_dict(), plain.state_dict())

@@ -1,0 +1,50 @@
+import pytest
+import torch
+from hydra.utils import instantiate
+
+STEPS = 115
+
+
+def rates(node: dict, base: float) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=base, momentum=0.9)
+    scheduler = instantiate(node)(optimizer, total_steps=STEPS)
+    seen = []
+    for _ in range(STEPS):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["momentum"] == 0.9, "the schedule must leave the momentum alone"
+    return seen
+
+
+def test_one_cycle_starts_at_02_peaks_at_04_and_ends_near_0(composed) -> None:
+    node = composed()["phases"]["train"]["scheduler"]
+    seen = rates(node, 0.4)
+    assert seen[0] == pytest.approx(0.2)
+    assert max(seen) == pytest.approx(0.4, rel=1e-3)
+    assert seen.index(max(seen)) == pytest.approx(0.3 * STEPS, abs=1)
+    assert seen[-1] < 1e-4
+
+
+def test_the_peak_follows_the_optimizer(composed) -> None:
+    assert composed("optimizer=adam")["phases"]["train"]["scheduler"]["max_lr"] == 0.01
+    assert composed("optimizer.lr=0.1")["phases"]["train"]["scheduler"]["max_lr"] == 0.1
+
+
+def test_constant(composed) -> None:
+    assert set(rates(composed("scheduler=constant")["scheduler"], 0.3)) == {0.3}
+
+
+def test_cosine(composed) -> None:
+    seen = rates(composed("scheduler=cosine")["scheduler"], 0.3)
+    assert seen[0] == 0.3
+    assert seen[STEPS // 2] == pytest.approx(0.15)
+    assert seen[-1] == pytest.approx(0)
+    assert seen == sorted(seen, reverse=True)
+
+
+def test_step(composed) -> None:
+    seen = rates(composed("scheduler=step")["scheduler"], 1.0)
+    assert seen[0] == seen[57] == 1.0
+    assert seen[58] == seen[86] == pytest.approx(0.1)
+    assert seen[87] == seen[-1] == pytest.approx(0.01)

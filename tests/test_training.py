@@ -1,0 +1,132 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mnist_exp.config import build
+from mnist_exp.data import Dataset, derive_seed
+from mnist_exp.errors import UserError
+from mnist_exp.evaluation import evaluate
+from mnist_exp.training import NonFiniteLossError, Report, choose_device, choose_precision, fit, plan
+
+
+def train(config: dict[str, Any], data: Dataset | None = None) -> tuple[nn.Module, list[Report], Dataset]:
+    """Train as run.py does, without recording anything; on `data` instead of what the configuration names."""
+    data = data or build(config["data"], "data")(seed=config["seed"])
+    torch.manual_seed(derive_seed(config["seed"], "weights"))
+    model = build(config["model"], "model")
+    phases = {name: build(node, name) for name, node in config["phases"].items()}
+    precision = choose_precision(config["precision"], torch.device("cpu"))
+    return model, list(fit(model, plan(model, phases, data), data, seed=config["seed"], precision=precision)), data
+
+
+def test_digits_pass_the_gate(composed) -> None:
+    model, reports, data = train(composed("data=digits"))
+    assert evaluate(model, data.splits["test"]).accuracy > 0.80
+    assert {report.phase for report in reports} == {"train", "finetune"}
+    assert reports[-1].examples_seen == 60_000
+
+
+def test_one_epoch_on_mnist_exceeds_95_percent(composed, mnist_root) -> None:
+    """Phase 1 alone, validated on images that it has not trained on."""
+    _, reports, _ = train(composed(f"data.root={mnist_root}", "~phases.finetune"))
+    assert [report.phase for report in reports] == ["train"] * 20
+    assert reports[-1].metrics["val/accuracy"] > 0.95
+
+
+@pytest.mark.slow
+def test_the_default_run_averages_983(composed, mnist_root) -> None:
+    accuracies = []
+    for seed in range(3):
+        model, _, data = train(composed(f"data.root={mnist_root}", f"seed={seed}"))
+        accuracies.append(evaluate(model, data.splits["test"]).accuracy)
+    assert sum(accuracies) / 3 >= 0.983, accuracies
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(composed, short_digits) -> None:
+    first, again, other = (train(composed(f"seed={seed}"), short_digits)[0].state_dict() for seed in (0, 0, 1))
+    assert all(first[key].equal(again[key]) for key in first)
+    assert not all(first[key].equal(other[key]) for key in first)
+
+
+def test_a_caller_s_random_state_neither_matters_nor_changes(composed, short_digits) -> None:
+    config, data = composed("~phases.train"), short_digits
+    torch.manual_seed(1)
+    first = train(config, data)[0].state_dict()
+    torch.manual_seed(derive_seed(0, "weights"))
+    model = build(config["model"], "model")
+    stages = plan(model, {"finetune": build(config["phases"]["finetune"], "")}, data)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    list(fit(model, stages, data, seed=0, precision=choose_precision("auto", torch.device("cpu"))))
+    assert torch.get_rng_state().equal(before)
+    assert all(first[key].equal(value) for key, value in model.state_dict().items())
+
+
+def test_phases_can_be_dropped_and_added(composed, short_digits) -> None:
+    assert list(composed("~phases.finetune")["phases"]) == ["train"]
+    assert list(composed("~phases.train")["phases"]) == ["finetune"]
+    three = composed("~phases.train", "+phase@phases.polish=finetune", "phases.polish.optimizer.lr=1e-5")
+    assert list(three["phases"]) == ["finetune", "polish"]
+    assert three["phases"]["polish"]["optimizer"]["lr"] == 1e-5
+    assert [report.phase for report in train(three, short_digits)[1]] == ["finetune", "polish"]
+
+
+def test_a_phase_s_own_optimizer_can_be_chosen(composed) -> None:
+    phases = composed("optimizer@phases.finetune.optimizer=adamw")["phases"]
+    assert phases["finetune"]["optimizer"]["_target_"] == "torch.optim.AdamW"
+    assert phases["finetune"]["optimizer"]["lr"] == 1e-4
+    assert phases["train"]["optimizer"]["_target_"] == "torch.optim.SGD"
+
+
+def test_what_was_trained_on_no_longer_validates(composed, short_digits) -> None:
+    _, reports, _ = train(composed(), short_digits)
+    validated = {report.phase for report in reports if "val/accuracy" in report.metrics}
+    assert validated == {"train"}, "phase finetune trains on the images that validated phase train"
+
+
+def test_reports_cover_every_example_once(composed, short_digits) -> None:
+    config = composed("batch_size=30", "~phases.finetune", "phases.train.epochs=2")
+    _, reports, data = train(config, short_digits)
+    assert len(reports) == 40
+    assert reports[-1].examples_seen == 2 * data.splits["train"].epoch_size
+    assert [report.metrics["epoch"] for report in reports if report.state] == [1.0, 2.0]
+    assert reports[0].metrics.keys() == {
+        "epoch", "train/loss", "train/accuracy", "train/grad_norm", "train/lr", "train/examples_per_second",
+    }  # fmt: skip
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(composed, short_digits) -> None:
+    with pytest.raises(NonFiniteLossError, match=r"nan.* in phase train, epoch \d+, step \d+ of 3.*optimizer\.lr"):
+        train(composed("optimizer.lr=1e38", "scheduler=constant", "phases.train.epochs=20"), short_digits)
+
+
+def test_the_gradient_is_clipped(composed, short_digits) -> None:
+    config = composed("~phases.finetune", "phases.train.max_grad_norm=1e-12",
+                      "scheduler=constant", "optimizer=sgd", "optimizer.weight_decay=0")  # fmt: skip
+    torch.manual_seed(derive_seed(0, "weights"))
+    before = build(config["model"], "model")
+    after = train(config, short_digits)[0]
+    for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+        torch.testing.assert_close(old, new, atol=1e-9, rtol=0, msg=f"{name} moved")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precisions_learn(composed, precision: str, short_digits) -> None:
+    model, _, data = train(composed(f"precision={precision}", "batch_size=64", "phases.train.epochs=3"), short_digits)
+    assert evaluate(model, data.splits["test"]).accuracy > 0.80
+
+
+def test_a_phase_on_a_split_that_is_not_there(composed, short_digits) -> None:
+    for split in ("test", "nothing"):
+        with pytest.raises(UserError, match=rf"phases\.train\.split={split} .*train, finetune"):
+            train(composed(f"phases.train.split={split}"), short_digits)
+
+
+def test_a_device_that_is_not_there() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match=r"device=cuda: this machine has none\. Allowed here: auto, cpu"):
+        choose_device("cuda")
+    assert choose_device("auto").type in ("cpu", "mps")
