@@ -23,7 +23,9 @@ def norm_pool_activate(features: Tensor, norm: nn.BatchNorm2d, negative_slope: f
     features: (n, c, h, w), channels last -> (n, c, h // 2, w // 2), same dtype.
     Source: Ioffe and Szegedy, Batch Normalization, 2015, algorithm 1 and the derivatives below it.
     """
-    assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.momentum is not None
     output: Tensor
     output, mean, variance = _NormPoolActivate.apply(features, norm.weight, norm.bias, norm.eps, negative_slope)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -18,7 +19,7 @@ def confusion_matrix(evaluation: Evaluation, title: str) -> Figure:
     mistakes.fill_diagonal_(0)
     figure = Figure(figsize=(6, 5.6), layout="constrained")
     axes = figure.add_subplot(xlabel="prediction", ylabel="label", title=title, xticks=range(10), yticks=range(10))
-    axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=max(0.02, float(mistakes.max()) * 1.5))
+    axes.imshow(mistakes.numpy(), cmap="Reds", vmin=0, vmax=max(0.02, float(mistakes.max()) * 1.5))
     for label, row in enumerate(counts.tolist()):
         for prediction, count in enumerate(row):
             if count:
@@ -59,14 +60,13 @@ def augmented_digits(
     versions: int = 9,
 ) -> Figure:
     """Draw each of `images` (n, 1, 28, 28) in a row: as it is, then augmented anew `versions` times."""
-    augmented = [augment(images, generator) for _ in range(versions)]
-    rows = torch.stack([images.float(), *augmented], dim=1).cpu()  # (n, 1 + versions, ...)
-    figure = Figure(figsize=(rows.shape[1] * 0.7, len(rows) * 0.7 + 0.4), layout="constrained")
-    figure.suptitle("original | augmented", fontsize=10)
-    grid = figure.subplots(len(rows), rows.shape[1], squeeze=False)
-    for axes, image in zip(grid.flat, rows.flatten(0, 1), strict=True):
-        axes.imshow(image[0], cmap="gray", vmin=0, vmax=255)
-        axes.axis("off")
+    columns = torch.cat([images.float(), *(augment(images, generator) for _ in range(versions))], dim=1).cpu()  # (n, 10, 28, 28)
+    framed = F.pad(columns, (1, 1, 1, 1), value=255)
+    sheet = framed.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)  # (n, 30, 10, 30) -> (n * 30, 10 * 30)
+    figure = Figure(figsize=(sheet.shape[1] / 42, sheet.shape[0] / 42 + 0.4), layout="constrained")
+    axes = figure.add_subplot(title="left: as it is; then: augmented, one draw per image")
+    axes.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=255)
+    axes.axis("off")
     return figure
 
 
@@ -82,6 +82,6 @@ def worst_mistakes(evaluation: Evaluation, images: Tensor, count: int = 25) -> F
         axes.axis("off")
     for axes, index in zip(grid.flat, worst, strict=False):
         confidence, prediction = probabilities[index].max(0)
-        axes.imshow(images[index, 0].cpu(), cmap="gray", vmin=0, vmax=255)
+        axes.imshow(images[index, 0].cpu().numpy(), cmap="gray", vmin=0, vmax=255)
         axes.set_title(f"{int(evaluation.labels[index])} > {int(prediction)}, {float(confidence):.0%}", fontsize=9)
     return figure

@@ -1,6 +1,8 @@
 """Entry point: compose, check, train one run, score it, and leave it in MLflow."""
 
 # torch and mlflow are imported inside functions: --help, --cfg job and tab completion must answer at once.
+import os
+import re
 import shlex
 import signal
 import sys
@@ -12,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Never
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from mnist_exp.config import KEYS, build, did_you_mean, leaves, resolve
+from mnist_exp.config import build, did_you_mean, leaves, resolve
 from mnist_exp.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,18 +40,37 @@ class Interrupted(KeyboardInterrupt):
 
 def main() -> None:
     """Run the command line; a user's mistake ends with a message and status 1, a signal with 128 + its number."""
+    wants_trace = "HYDRA_FULL_ERROR" in os.environ
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # has Hydra hand over exceptions; its own messages offer the wrong remedies
     try:
         task()
     except Interrupted as interrupted:
         print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(interrupted.exit_status)
-    except SystemExit as done:
-        # Hydra's own message proposes to add a mistyped key with +, which is the wrong remedy.
-        cause = done.__context__.__cause__ if done.__context__ else None
-        if isinstance(cause, ConfigKeyError) and cause.key is not None:
-            known = {str(key) for key in cause.parent_node or ()} or KEYS
-            print(f"Not a key: {cause.full_key}{did_you_mean(str(cause.key), known)}. `--cfg job` shows all.", file=sys.stderr)
-        raise
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if wants_trace:
+            raise
+        print(f"{explain(error)}\n\nHYDRA_FULL_ERROR=1 shows the stack trace.", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        if not wants_trace:
+            del os.environ["HYDRA_FULL_ERROR"]
+
+
+def explain(error: Exception) -> str:
+    """Return what the user can do about `error`: the message of a UserError, or of Hydra's with the likely remedy."""
+    cause = error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
+        shared = re.match(r"phases\.\w+\.((optimizer|scheduler|augmentation)\..+)", cause.full_key)
+        if shared:
+            return f"{cause.full_key} follows the key at the top: override {shared[1]} instead."
+        if isinstance(cause.parent_node, DictConfig):
+            known = {str(key) for key in cause.parent_node}
+            hint = did_you_mean(str(cause.key), known)
+            return f"{cause.full_key} is not a key of the configuration{hint}. Allowed here: {', '.join(sorted(known))}."
+    if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
+        return f"{error}\n{cause}"
+    return str(error)
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
@@ -58,10 +79,7 @@ def task(composed: DictConfig) -> float | None:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _interrupt)
     job = HydraConfig.get()
-    try:
-        return run(resolve(composed), dict(job.runtime.choices), list(job.overrides.task))
-    except UserError as error:
-        raise CompactHydraException(str(error)) from error
+    return run(resolve(composed), dict(job.runtime.choices), list(job.overrides.task))
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> Never:
@@ -164,8 +182,9 @@ def run(config: dict[str, Any], choices: dict[str, str], overrides: list[str]) -
 
 
 def run_name(choices: dict[str, str], overrides: list[str], data: str) -> str:
-    """Return the run's name: its model, its data, and what else was overridden."""
-    rest = [override for override in overrides if override.split("=")[0] not in ("model", "data")]
+    """Return the run's name: its model, its data, and what else of the recipe was overridden."""
+    elsewhere = re.compile(r"(model|data|output_dir|tracking(\..*)?)=|hydra[./]")
+    rest = [override for override in overrides if not elsewhere.match(override)]
     return " ".join([choices["model"], data, *rest])[:200]
 
 

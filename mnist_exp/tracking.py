@@ -218,6 +218,7 @@ def open_store(uri: str, experiment: str) -> tuple["MlflowClient", str]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default of 7 waits four minutes for a dead server
     import mlflow
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         if not uri.startswith("sqlite:"):
@@ -227,7 +228,7 @@ def open_store(uri: str, experiment: str) -> tuple["MlflowClient", str]:
             return _open_experiment(mlflow, uri, experiment, (database.parent / "mlartifacts").as_uri())
     except UserError:
         raise
-    except (MlflowException, OSError, ValueError) as error:
+    except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
         raise UserError(
             f"tracking.uri={uri} (MLFLOW_TRACKING_URI) cannot be opened: {str(error).splitlines()[0]}\n"
             "Allowed are a SQLite file in a folder that can be written, and a tracking server that answers. "

@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -69,7 +70,7 @@ def command_line(tmp_path: Path) -> CommandLine:
 
     def run(*overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "mnist_exp.run", f"output_dir={tmp_path / 'outputs'}", *overrides],
+            [sys.executable, "-m", "mnist_exp.run", *overrides, f"output_dir={tmp_path / 'outputs'}"],
             capture_output=True,
             text=True,
             timeout=300,
@@ -81,18 +82,38 @@ def command_line(tmp_path: Path) -> CommandLine:
 
 
 @pytest.fixture
-def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run the command line in this process, expect it to refuse, and return what it says."""
+def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> CommandLine:
+    """Do what `command_line` does within this process, which saves the imports; signal handlers are put back."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*overrides: str) -> subprocess.CompletedProcess[str]:
+        arguments = ["mnist-exp", *overrides, f"output_dir={tmp_path / 'outputs'}"]
+        monkeypatch.setattr(sys, "argv", arguments)
+        try:
+            main()
+            status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        finally:
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+        printed = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, status, printed.out, printed.err)
+
+    return run
+
+
+@pytest.fixture
+def refuse(in_process: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Run the command line, expect it to refuse without a trace of a run, and return what it says."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'untouched.db'}")
 
     def run(*overrides: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["mnist-exp", f"output_dir={tmp_path / 'outputs'}", *overrides])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        assert stop.value.code not in (0, None)
-        message = capfd.readouterr().err
-        assert "Traceback" not in message
+        done = in_process(*overrides)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
         assert not (tmp_path / "untouched.db").exists(), "a refused run must leave nothing in MLflow"
-        return message
+        assert not list(tmp_path.rglob("*.pt"))
+        return done.stderr
 
     return run

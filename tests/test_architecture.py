@@ -26,9 +26,7 @@ def test_each_library_is_imported_where_it_belongs() -> None:
 
 def test_imports_run_one_way() -> None:
     modules = {path.stem: imports(path) for path in PACKAGE.glob("*.py")}
-    siblings = {
-        name: {other for other in modules if f"mnist_exp.{other}" in imported} for name, imported in modules.items()
-    }
+    siblings = {name: {other for other in modules if f"mnist_exp.{other}" in imported} for name, imported in modules.items()}
     assert not any(ENTRY_POINTS & used for used in siblings.values()), "nothing imports an entry point"
     while siblings:
         leaves = {name for name, used in siblings.items() if not used & siblings.keys()}

@@ -79,5 +79,5 @@ def test_a_foreign_target_is_refused(composed, target: str) -> None:
 
 
 def test_what_a_constructor_refuses_is_said_with_its_key() -> None:
-    with pytest.raises(UserError, match="model cannot be built: .*unexpected keyword argument 'colour'"):
+    with pytest.raises(UserError, match=r"model cannot be built: .*unexpected keyword argument 'colour'"):
         build({"_target_": "mnist_exp.models.SqueezeExcite", "channels": 8, "reduction": 4, "colour": 1}, "model")

@@ -64,9 +64,7 @@ def test_a_damaged_file_is_named(copy: Path, damage: str) -> None:
     content = path.read_bytes()
     plain = bytearray(gzip.decompress(content))
     plain[-1] ^= 1
-    path.write_bytes(
-        {"truncated": content[:-100], "flipped": gzip.compress(plain), "foreign": b"hello", "empty": b""}[damage]
-    )
+    path.write_bytes({"truncated": content[:-100], "flipped": gzip.compress(plain), "foreign": b"hello", "empty": b""}[damage])
     with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte\.gz .*\n.*Delete the file"):
         load_mnist(str(copy), "digits", 0.02, 0, seed=0)
 

@@ -11,9 +11,7 @@ from mnist_exp.fused import norm_pool_activate
 from mnist_exp.models import CNN, count_parameters
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"), [("se_cnn", 19_674), ("plain_cnn", 19_526), ("plain_cnn_matched", 19_717)]
-)
+@pytest.mark.parametrize(("name", "parameters"), [("se_cnn", 19_674), ("plain_cnn", 19_526), ("plain_cnn_matched", 19_717)])
 def test_sizes(composed, name: str, parameters: int) -> None:
     model = build(composed(f"model={name}")["model"], "model")
     assert count_parameters(model) == parameters

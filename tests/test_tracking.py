@@ -1,0 +1,108 @@
+import base64
+import json
+import os
+import zlib
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from mnist_exp.errors import UserError
+from mnist_exp.tracking import LEADERBOARD, MLflowTracker, NoTracker, open_store
+
+
+def status(tracker: MLflowTracker) -> str:
+    return MlflowClient(tracker.uri).get_run(tracker.run_id).info.status
+
+
+def test_a_run_is_finished_only_if_it_finished(store: str) -> None:
+    with MLflowTracker(store, "test").start("name", {"tag": "value"}) as tracker:
+        assert status(tracker) == "RUNNING"
+    run = MlflowClient(store).get_run(tracker.run_id)
+    assert (run.info.status, run.info.run_name, run.data.tags["tag"]) == ("FINISHED", "name", "value")
+
+
+@pytest.mark.parametrize(("error", "expected"), [(ValueError("broken <b>"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
+def test_an_exception_ends_the_run_truly_and_keeps_what_was_held_back(
+    store: str, error: BaseException, expected: str, tmp_path: Path
+) -> None:
+    tracker = MLflowTracker(store, "test")
+
+    def fail() -> None:
+        with tracker.start("name", {}):
+            tracker.metrics({"train/loss": 1.5}, step=100)
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert status(tracker) == expected
+    assert tracker.client.get_metric_history(tracker.run_id, "train/loss")[0].step == 100
+    text = Path(tracker.client.download_artifacts(tracker.run_id, "traceback.txt", str(tmp_path))).read_text()
+    assert type(error).__name__ in text
+    assert "raise error" in text
+
+
+def test_two_thousand_metrics_arrive_once_each(store: str) -> None:
+    with MLflowTracker(store, "test").start("name", {}) as tracker:
+        for step in range(2_000):
+            tracker.metrics({"value": step}, step)
+        tracker.flush()
+        tracker.flush()
+    assert [point.value for point in tracker.client.get_metric_history(tracker.run_id, "value")] == list(range(2_000))
+
+
+def test_the_store_is_opened_once_and_artifacts_lie_beside_it(store: str, tmp_path: Path) -> None:
+    client, first = open_store(store, "test")
+    assert open_store(store, "test")[1] == first
+    assert client.get_experiment(first).artifact_location == (tmp_path / "mlartifacts").as_uri()
+
+
+def test_the_leaderboard_view_is_saved_in_the_form_that_the_ui_reads(store: str) -> None:
+    client, experiment_id = open_store(store, "test")
+    view = json.loads(client.get_experiment(experiment_id).tags[f"mlflow.sharedViewState.{LEADERBOARD}"])
+    state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+    assert "metrics.`test/accuracy`" in state["selectedColumns"]
+    assert "tags.`overrides`" in state["selectedColumns"]
+    assert state["orderByAsc"] is False
+
+
+def test_the_run_that_mlflow_run_made_is_used(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = MlflowClient(store).create_run("0").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    with MLflowTracker(store, "test").start("name", {}) as tracker:
+        assert tracker.run_id == made
+    assert "MLFLOW_RUN_ID" not in os.environ, "the next run of this process must not share it"
+    assert MlflowClient(store).get_run(made).info.run_name == "name"
+
+
+@pytest.mark.parametrize("uri", ["file:./mlruns", "postgres", "", "ftp://host"])
+def test_a_store_of_another_kind_is_refused(uri: str) -> None:
+    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI\) is not supported: allowed are sqlite:////"):
+        MLflowTracker(uri, "test")
+
+
+def test_a_store_that_cannot_be_created_is_named() -> None:
+    with pytest.raises(UserError, match=r"cannot be opened.*\n.*Start the server, name another store"):
+        MLflowTracker("sqlite:////proc/nowhere/mlflow.db", "test").start("name", {})
+
+
+def test_a_database_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"this is no database, but long enough to be looked at" * 10)
+    with pytest.raises(UserError, match="cannot be opened"):
+        open_store(f"sqlite:///{tmp_path}/mlflow.db", "test")
+
+
+def test_a_deleted_experiment_is_named_with_the_remedy(store: str) -> None:
+    client, experiment_id = open_store(store, "test")
+    client.delete_experiment(experiment_id)
+    with pytest.raises(UserError, match=rf"mlflow experiments restore --experiment-id {experiment_id}"):
+        open_store(store, "test")
+
+
+def test_without_tracking_the_same_calls_record_nothing() -> None:
+    public = {name for name in vars(MLflowTracker) if not name.startswith("_")} - {"client"}
+    assert public <= {name for name in dir(NoTracker) if not name.startswith("_")}
+    with NoTracker().start("name", {}) as tracker:
+        tracker.metrics({"value": 1.0}, 1)
+        tracker.params({})
+    assert tracker.how_to_open() is None
