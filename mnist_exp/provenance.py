@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from mnist_exp import ROOT
 
 
 def command_line() -> str:

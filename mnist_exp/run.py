@@ -18,13 +18,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from mnist_exp import ROOT
 from mnist_exp.config import build, did_you_mean, leaves, resolve
 from mnist_exp.errors import UserError
 
 if TYPE_CHECKING:
     from mnist_exp.data import Dataset
 
-ROOT = Path(__file__).resolve().parents[1]
 OmegaConf.register_new_resolver("root", lambda path: str(ROOT / path), replace=True)
 
 PARAM_GROUPS = ("model", "data", "optimizer", "scheduler", "augmentation")
@@ -177,7 +177,7 @@ def run(config: dict[str, Any], choices: dict[str, str], overrides: list[str]) -
         validation = {key: value for _, metrics in history for key, value in metrics.items() if key.startswith("val/")}
         rows = result_rows(validation | results, data)
         tracked.tags({"mlflow.note.content": description(rows, overrides, data.notice)})
-    display.results(rows | {"run": tracked.run_id, "checkpoint": str(folder / "checkpoint.pt")}, tracked.how_to_open())
+    display.results(rows | {"run": tracked.run_id, "checkpoint": os.path.relpath(folder / "checkpoint.pt")}, tracked.how_to_open())
     return validation.get("val/accuracy")
 
 

@@ -4,6 +4,7 @@ import base64
 import copy
 import json
 import os
+import shlex
 import time
 import traceback
 import zlib
@@ -16,6 +17,7 @@ from uuid import uuid4
 
 from filelock import FileLock
 
+from mnist_exp import ROOT
 from mnist_exp.data import SIDE, Dataset
 from mnist_exp.errors import UserError
 
@@ -104,12 +106,11 @@ class MLflowTracker(NoTracker):
         adopted = os.environ.pop("MLFLOW_RUN_ID", None)  # set by `mlflow run`, which has made a run for this process
         if adopted:
             run = self.client.get_run(adopted)
+            self.run_id, self.experiment_id = adopted, run.info.experiment_id
             self.client.update_run(adopted, name=name)
-            self.experiment_id = run.info.experiment_id
+            self.tags(tags)
         else:
-            run = self.client.create_run(self.experiment_id, run_name=name)
-        self.run_id = run.info.run_id
-        self.tags(tags)
+            self.run_id = self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags)).info.run_id
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -193,7 +194,8 @@ class MLflowTracker(NoTracker):
     def how_to_open(self) -> str:
         if self.uri.startswith("http"):
             return f"{self.uri}{run_path(self.client, self.run_id)}"
-        return f"scripts/ui {self.run_id}"
+        store = "" if self.uri == f"sqlite:///{ROOT / 'mlflow.db'}" else f"MLFLOW_TRACKING_URI={shlex.quote(self.uri)} "
+        return f"{store}{os.path.relpath(ROOT / 'scripts' / 'ui')} {self.run_id}"
 
 
 def absolute_uri(uri: str) -> str:

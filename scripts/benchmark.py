@@ -28,10 +28,11 @@ from torch.utils.data import DataLoader, random_split
 from torchvision import datasets
 from torchvision.transforms import v2
 
+import mnist_exp.run  # noqa: F401  # registers the resolver that conf/ uses
+from mnist_exp import ROOT
 from mnist_exp.config import build, resolve
 from mnist_exp.data import MNIST_FILES, Dataset, derive_seed
 from mnist_exp.evaluation import evaluate
-from mnist_exp.run import ROOT
 from mnist_exp.training import Phase, choose_precision, fit, plan
 
 AFFINE = v2.RandomAffine(degrees=5, translate=(0.03, 0.03), scale=(0.98, 1.02))

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
+from mnist_exp import ROOT
 from mnist_exp.config import resolve
 from mnist_exp.data import MNIST_FILES, Dataset, load_digits
-from mnist_exp.run import ROOT, main
+from mnist_exp.run import main
 
 Compose = Callable[..., dict[str, Any]]
 CommandLine = Callable[..., subprocess.CompletedProcess[str]]

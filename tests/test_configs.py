@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from mnist_exp import ROOT
 from mnist_exp.config import build, check
 from mnist_exp.data import Dataset
 from mnist_exp.errors import UserError
 from mnist_exp.models import count_parameters
-from mnist_exp.run import ROOT
 from mnist_exp.training import fit, plan
 
 CONF = ROOT / "conf"

@@ -14,11 +14,10 @@ from conftest import CommandLine
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from mnist_exp import checkpoint
+from mnist_exp import ROOT, checkpoint
 from mnist_exp.config import build
 from mnist_exp.data import load_digits
 from mnist_exp.evaluation import evaluate
-from mnist_exp.run import ROOT
 
 Refuse = Callable[..., str]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mnist_exp.run import ROOT
+from mnist_exp import ROOT
 from mnist_exp.tracking import MLflowTracker
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
