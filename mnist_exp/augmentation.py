@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnist_exp.errors import UserError
-
 
 class Unchanged:
     """Leave the images as they are."""
@@ -25,17 +23,10 @@ class RandomAffine:
     """Rotate, scale and shift each image about its centre, black outside, bilinear between pixels.
 
     degrees: rotation, uniform in +-degrees; scale: (smallest, largest) factor, uniform between;
-    translate: shift as a fraction of the side, uniform in +-translate on each axis. Raises UserError on other ranges.
+    translate: shift of the centre as a fraction of the side, uniform in +-translate on each axis.
     """
 
     def __init__(self, degrees: float, scale: tuple[float, float], translate: float) -> None:
-        for key, value, valid, allowed in (
-            ("degrees", degrees, 0 <= degrees <= 180, "0 to 180"),
-            ("scale", scale, len(scale) == 2 and 0 < scale[0] <= scale[-1], "[smallest, largest], both above 0"),
-            ("translate", translate, 0 <= translate < 1, "0 to below 1, a fraction of the side"),
-        ):
-            if not valid:
-                raise UserError(f"augmentation.{key}={value} is out of range: allowed is {allowed}.")
         self.degrees = degrees
         self.scale = scale
         self.translate = translate
@@ -47,7 +38,9 @@ class RandomAffine:
         smallest, largest = self.scale
         zoom = 1 / ((smallest + largest) / 2 + factor * (largest - smallest) / 2)
         cos, sin = angle.cos() * zoom, angle.sin() * zoom
-        rows = (cos, -sin, shift_x * 2 * self.translate, sin, cos, shift_y * 2 * self.translate)
+        x, y = shift_x * 2 * self.translate, shift_y * 2 * self.translate
+        # Output to input: undo the shift, then rotation and scale.
+        rows = (cos, -sin, -(cos * x - sin * y), sin, cos, -(sin * x + cos * y))
         return torch.stack(rows, dim=1).view(count, 2, 3)
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:

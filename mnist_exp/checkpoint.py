@@ -1,25 +1,48 @@
-"""Checkpoints: a run's configuration and state in one file, written whole or not at all, read without running code."""
+"""Checkpoints: what it takes to go on with a run, in one file, written whole or not at all, read without running code.
 
+A file is a line of magic, a line of JSON (format version, length and SHA-256 of the rest), then `torch.save` of plain values
+and tensors. The last two are kept, so that a damaged one costs an epoch and not the run.
+"""
+
+import hashlib
+import io
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from mnist_exp.errors import UserError
 
+MAGIC = b"mnist_exp checkpoint\n"
 FORMAT_VERSION = 1
+NAME = "checkpoint.pt"
+PREVIOUS = "checkpoint.previous.pt"
+FINISHED = "finished"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What it takes to rebuild a run: its id, its resolved configuration, and the state that `training.fit` reported."""
+    """A run between two steps: its resolved configuration, and what `training.fit` reported up to here.
+
+    choices: the option of each group; overrides: as given on the command line; digests: of the data's splits;
+    state: of the last report, None before the first; history: (examples seen, metrics) of every report;
+    seconds: of training by phase.
+    """
 
     run_id: str
     config: dict[str, Any]
-    state: dict[str, Any]
-    format_version: int = FORMAT_VERSION
+    choices: dict[str, str]
+    overrides: list[str]
+    digests: dict[str, str]
+    state: dict[str, Any] | None
+    history: list[tuple[int, dict[str, float]]]
+    seconds: dict[str, float]
 
 
 def make_folder(folder: Path) -> Path:
@@ -36,26 +59,105 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Write `checkpoint` aside, then rename: `path` is always whole. Raises UserError if the disk refuses."""
-    aside = path.with_name(f"{path.name}.partial")
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write `checkpoint` into `folder` and keep the one before it; raises UserError if the disk refuses."""
+    buffer = io.BytesIO()
+    torch.save(asdict(checkpoint), buffer)
+    content = buffer.getvalue()
+    header = {"format_version": FORMAT_VERSION, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    aside = folder / f"{NAME}.partial"
     try:
         with aside.open("wb") as file:
-            torch.save(asdict(checkpoint), file)
+            file.write(MAGIC + json.dumps(header).encode() + b"\n" + content)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        if (folder / NAME).exists():
+            (folder / NAME).replace(folder / PREVIOUS)
+        aside.replace(folder / NAME)
+        _sync_folder(folder)
+    except OSError as error:
         aside.unlink(missing_ok=True)
-        raise _unwritable(path.parent, error) from error
+        raise _unwritable(folder, error) from error
+
+
+def load_last_good(folder: Path) -> tuple[Checkpoint, str | None]:
+    """Read the newest readable checkpoint in `folder`, and say what is wrong with a newer one; raises UserError on none."""
+    problems: list[str] = []
+    for name in (NAME, PREVIOUS):
+        try:
+            return load(folder / name), "\n".join(problems) or None
+        except UserError as error:
+            problems.append(str(error))
+    raise UserError("\n".join(problems))
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint, its tensors on the CPU; raises UserError on what `save` did not write."""
+    """Read a checkpoint, its tensors on the CPU; raises UserError that says what is wrong with it."""
     try:
-        return Checkpoint(**torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # a damaged file can fail anywhere within torch
-        raise UserError(f"{path} is not a readable checkpoint: {error}") from error
+        file = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    magic, _, rest = file.partition(b"\n")
+    if magic + b"\n" != MAGIC:
+        raise UserError(f"{path} is not a checkpoint of this program: it does not begin with {MAGIC.decode().strip()!r}.")
+    line, _, content = rest.partition(b"\n")
+    try:
+        header = json.loads(line)
+        version, length, digest = header["format_version"], header["bytes"], header["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: its header cannot be read.") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {version}: this program reads {FORMAT_VERSION}. Use the version that wrote it."
+        )
+    if len(content) != length:
+        raise UserError(f"{path} is truncated: {len(content):,} of {length} bytes are there.")
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise UserError(f"{path} was changed after it was written: its SHA-256 is not the one in its header.")
+    try:
+        return Checkpoint(**torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+    except Exception as error:  # only a forged file comes here, and it can fail anywhere within torch
+        raise UserError(f"{path} does not hold a checkpoint: {type(error).__name__}.") from error
+
+
+def find(output_dir: Path, run: str) -> Path:
+    """Return the folder of the run with id `run`; `latest` is the one saved last that has not finished. Raises UserError."""
+    if run == "latest":
+        saved = [path for path in output_dir.glob(f"*/{NAME}*") if not (path.parent / FINISHED).exists()]
+        if not saved:
+            raise UserError(f"resume=latest: no unfinished run has a checkpoint in output_dir={output_dir}. Start a new one.")
+        return max(saved, key=lambda path: path.stat().st_mtime).parent
+    folder = output_dir / run
+    if (folder / FINISHED).exists():
+        raise UserError(f"resume={run}: this run has finished, so that nothing is left to do. Start a new one.")
+    if not folder.is_dir():
+        there = ", ".join(sorted(path.parent.name for path in output_dir.glob(f"*/{NAME}"))[:5]) or "none"
+        raise UserError(f"resume={run}: there is no such run in output_dir={output_dir}; those with a checkpoint: {there}.")
+    return folder
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep every other process off the run in `folder`, until the block is left or this process dies. Raises UserError."""
+    make_folder(folder)
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise UserError(f"Run {folder.name} is being worked on by another process. Wait for it, or stop it first.") from error
+
+
+def mark_finished(folder: Path) -> None:
+    """Note that nothing is left to do for the run in `folder`."""
+    (folder / FINISHED).touch()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _unwritable(folder: Path, error: Exception) -> UserError:

@@ -1,6 +1,5 @@
 """The composed configuration: resolved to plain values, checked before anything is built, and built."""
 
-import math
 import re
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
@@ -14,10 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 from mnist_exp.errors import UserError
 
 KEYS = {
-    "seed", "batch_size", "precision", "device", "output_dir", "phases",
+    "seed", "batch_size", "precision", "device", "output_dir", "save_every", "resume", "phases",
     "data", "model", "optimizer", "scheduler", "augmentation", "tracking",
 }  # fmt: skip
-REQUIRED = KEYS - {"optimizer", "scheduler", "augmentation"}  # those reach the code through phases
+REQUIRED = KEYS - {"optimizer", "scheduler", "augmentation", "save_every", "resume"}  # the first three: through phases
 
 # A target is one name in one of these modules, so that nothing else can be reached through them (torch.os.system).
 TARGET = re.compile(
@@ -27,18 +26,30 @@ TARGET = re.compile(
 
 
 def _integer(least: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
 
 
 def _number(valid: Callable[[float], bool]) -> Callable[[Any], bool]:
     def check(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and valid(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30 and valid(value)
 
     return check
 
 
-def _one_of(*allowed: str) -> Callable[[Any], bool]:
-    return lambda value: value in allowed
+def _numbers(valid: Callable[[float], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(_number(valid), value))
+
+
+def _one_of(*allowed: str | None) -> Callable[[Any], bool]:
+    return lambda value: (value is None or isinstance(value, str)) and value in allowed
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _or_null(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or valid(value)
 
 
 # pattern of the key: (check, what is allowed)
@@ -46,17 +57,43 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (_integer(0), "an integer of at least 0"),
     "precision": (_one_of("auto", "fp32", "bf16", "fp16"), "auto, fp32, bf16 or fp16"),
     "device": (_one_of("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda or mps"),
-    "output_dir": (lambda value: isinstance(value, str) and bool(value), "a folder"),
+    "output_dir": (_text, "a folder"),
+    "save_every": (_or_null(_integer(1)), "an integer of at least 1 (steps), or null"),
+    "resume": (
+        lambda value: value is None or bool(re.fullmatch("latest|[0-9a-f]{32}", str(value))),
+        "a run's id of 32 hexadecimal digits, latest, or null",
+    ),
     "*batch_size": (_integer(1), "an integer of at least 1"),
     "*.epochs": (_integer(1), "an integer of at least 1"),
     "*.lr": (_number(lambda value: value > 0), "a number above 0"),
     "*.max_lr": (_number(lambda value: value > 0), "a number above 0"),
     "*.weight_decay": (_number(lambda value: value >= 0), "a number of at least 0"),
     "*.momentum": (_number(lambda value: 0 <= value < 1), "a number from 0 to below 1"),
-    "*.max_grad_norm": (lambda value: value is None or _number(lambda x: x > 0)(value), "a number above 0, or null"),
+    "*.max_grad_norm": (_or_null(_number(lambda value: value > 0)), "a number above 0, or null"),
+    "*.split": (_text, "the name of a split of the data, such as train or finetune"),
+    "*.div_factor": (_number(lambda value: value > 0), "a number above 0"),
+    "*.final_div_factor": (_number(lambda value: value > 0), "a number above 0"),
+    "*.pct_start": (_number(lambda value: 0 < value < 1), "a number between 0 and 1"),
+    "*.min_factor": (_number(lambda value: 0 <= value <= 1), "a number from 0 to 1"),
+    "*.gamma": (_number(lambda value: 0 < value <= 1), "a number above 0, up to 1"),
+    "*.milestones": (_numbers(lambda value: 0 <= value <= 1), "a list of numbers from 0 to 1, fractions of the phase"),
+    "*.degrees": (_number(lambda value: 0 <= value <= 180), "a number from 0 to 180"),
+    "*augmentation.scale": (
+        lambda value: _numbers(lambda item: item > 0)(value) and len(value) == 2 and value[0] <= value[1],
+        "[smallest, largest], both above 0",
+    ),
+    "*.translate": (_number(lambda value: 0 <= value < 1), "a number from 0 to below 1, a fraction of the side"),
+    "*.betas": (
+        lambda value: _numbers(lambda item: 0 <= item < 1)(value) and len(value) == 2,
+        "two numbers from 0 to below 1",
+    ),
+    "data.root": (_text, "a folder"),
+    "tracking.uri": (_text, "sqlite:////path.db, or http(s)://host:port of an MLflow server"),
+    "tracking.experiment": (_text, "the name of an MLflow experiment"),
+    "model.se": (_or_null(lambda value: isinstance(value, dict)), "a squeeze-excitation, or null"),
     "data.finetune_fraction": (_number(lambda value: 0 < value < 1), "a number between 0 and 1"),
     "data.validation_size": (lambda value: _integer(0)(value) and value < 60_000, "an integer from 0 to below 60000"),
-    "data.fallback": (_one_of("digits", None), "digits or null"),  # type: ignore[arg-type]
+    "data.fallback": (_one_of("digits", None), "digits or null"),
     "model.dropout": (_number(lambda value: 0 <= value < 1), "a number from 0 to below 1"),
     "model.hidden_features": (_integer(1), "an integer of at least 1"),
     "model.channels": (
@@ -89,35 +126,40 @@ def check(config: dict[str, Any]) -> None:
     for key in sorted(REQUIRED):
         if not config.get(key) and config.get(key) != 0:
             raise UserError(f"{key} is missing: give it a value, or do not delete it (~{key}) on the command line.")
-    for key, value in leaves(config):
-        if key.endswith("_target_"):
-            if not (isinstance(value, str) and TARGET.fullmatch(value)):
-                raise UserError(
-                    f"{key}={value} is not allowed: a target is a class or function of mnist_exp's own modules, of torch.nn, "
-                    "torch.optim or torch.optim.lr_scheduler. To use another, wrap it in a function in mnist_exp."
-                )
-            continue
+    for key, value in nodes({key: config[key] for key in sorted(config, key=lambda key: key == "phases")}):
+        if key.endswith("_target_") and not (isinstance(value, str) and TARGET.fullmatch(value)):
+            raise UserError(
+                f"{key}={value} is not allowed: a target is a class or function of mnist_exp's own modules, of torch.nn, "
+                "torch.optim or torch.optim.lr_scheduler. To use another, wrap it in a function in mnist_exp."
+            )
         for pattern, (valid, allowed) in RULES.items():
             if fnmatch(key, pattern) and not valid(value):
                 raise UserError(f"{key}={value} is not valid: allowed is {allowed}. Set it with {key}=... on the command line.")
+    if not isinstance(config["phases"], dict):
+        raise UserError(f"phases={config['phases']} is not valid: allowed are phases by name, as in conf/config.yaml.")
     for name, phase in config["phases"].items():
-        if not re.fullmatch(r"\w+", str(name)) or not isinstance(phase, dict) or "_target_" not in phase:
+        if not isinstance(phase, dict) or "_target_" not in phase:
             raise UserError(f"phases.{name} is not a phase: add one with +phase@phases.{name}=finetune.")
+        if not re.fullmatch(r"\w+", str(name)) or name in KEYS | {"total"}:
+            raise UserError(f"phases.{name} is not a name for a phase: allowed is a word that is no key of the configuration.")
+    for key in ("data", "model", "tracking"):
+        if not isinstance(config[key], dict) or "_target_" not in config[key]:
+            raise UserError(f"{key}={config[key]} is not valid: allowed is an option of the group conf/{key}/.")
 
 
-def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) for every plain value, and every list of plain values, of a resolved configuration."""
-    if isinstance(node, dict) or (isinstance(node, list) and any(isinstance(item, dict | list) for item in node)):
-        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-            yield from leaves(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, node
+def nodes(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of everything in a resolved configuration, dicts and lists included."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        inner = f"{path}.{key}" if path else str(key)
+        yield inner, value
+        if isinstance(value, dict | list):
+            yield from nodes(value, inner)
 
 
-def build(node: Any, key: str) -> Any:
+def build(node: Any, key: str, **arguments: Any) -> Any:
     """Call what the node under `key` of a checked configuration stands for; raises UserError if it refuses."""
     try:
-        return instantiate(node, _convert_="all")
+        return instantiate(node, _convert_="all", **arguments)
     except Exception as error:  # whatever a constructor raises comes wrapped in Hydra's InstantiationException
         cause = error.__cause__
         if isinstance(cause, UserError):

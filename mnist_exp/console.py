@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from mnist_exp.data import Dataset
 from mnist_exp.training import Report, Stage
@@ -56,13 +57,13 @@ class Display:
 
     def warn(self, message: str) -> None:
         """Show what must not be missed."""
-        self.console.print(Panel(message, style="bold red"), markup=False)
+        self.console.print(Panel(Text(message), style="bold red"))
 
     def results(self, rows: Mapping[str, str], how_to_open: str | None) -> None:
         """Show the table at the end, and how the run is opened in the UI."""
         table = Table(show_header=False)
         for name, value in rows.items():
-            table.add_row(name, value)
+            table.add_row(name, Text(value, overflow="fold"))  # not as markup: a path may hold brackets
         self.console.print(table)
         if how_to_open:
             self.console.print(f"Open it in the MLflow UI: {how_to_open}", markup=False, highlight=False, soft_wrap=True)

@@ -59,11 +59,11 @@ class Split:
         """Return the number of batches in an epoch; the last may be smaller."""
         return -(-self.epoch_size // batch_size)
 
-    def batches(self, batch_size: int, order: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield an epoch of (images, labels) in the order that the generator `order` draws."""
+    def batches(self, batch_size: int, order: torch.Generator, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield an epoch of (images, labels), less its first `skip` batches, in the order that `order` draws."""
         passes = -(-self.epoch_size // len(self))
         indices = torch.cat([torch.randperm(len(self), generator=order) for _ in range(passes)])
-        for batch in indices[: self.epoch_size].to(self.labels.device).split(batch_size):  # type: ignore[no-untyped-call]  # torch's
+        for batch in indices[skip * batch_size : self.epoch_size].to(self.labels.device).split(batch_size):  # type: ignore[no-untyped-call]  # torch's
             yield self.images[batch], self.labels[batch]
 
     def to(self, device: torch.device) -> "Split":

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnist_exp.data import CLASSES, Split
+from mnist_exp.errors import UserError
 
 BATCH_SIZE = 1000
 
@@ -44,10 +45,18 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split) -> Evaluation:
-    """Score `model` on every image of `split` once, in float32 and in evaluation mode; the model's mode is restored."""
+    """Score `model` on every image of `split` once, in float32 and in evaluation mode; the model's mode is restored.
+
+    Raises UserError where a logit is not finite: the training has diverged.
+    """
     was_training = model.training
     model.eval()
     batches = split.images.split(BATCH_SIZE)  # type: ignore[no-untyped-call]  # torch's
     logits = torch.cat([model(images).float() for images in batches])
     model.train(was_training)
+    if not logits.isfinite().all():
+        raise UserError(
+            "The model's logits are not finite, its training has diverged: allowed are finite numbers. "
+            "Lower the learning rate (optimizer.lr, phases.*.optimizer.lr)."
+        )
     return Evaluation(logits.cpu(), split.labels.cpu())

@@ -3,7 +3,7 @@
 Torch's batch norm is slow on the few channels of a tiny network (its vectors run over the channels of a pixel), and it
 normalises four values of which the pooling drops three. Here several pixels are read as one wide pixel, and only what the
 pooling keeps is normalised: an affine map per channel commutes with the maximum, where its slope is negative with the
-minimum. The three steps take a fifth of their former time, the whole training two thirds.
+minimum. On two cores the first block's three steps take some 40 % of their former time, the whole training two thirds.
 """
 
 import math
@@ -103,9 +103,10 @@ def _channel_sum(tensor: Tensor) -> Tensor:
 def _per_channel(tensor: Tensor, slope: Tensor, intercept: Tensor | None = None) -> Tensor:
     """Return slope * tensor + intercept, each of one value per channel, in the tensor's dtype and layout."""
     wide = _wide(tensor)
-    repeats = wide.shape[1] // tensor.shape[1]
-    result = wide * slope.to(tensor.dtype).repeat(repeats)
-    if intercept is not None:
-        result += intercept.to(tensor.dtype).repeat(repeats)
+    slope = slope.repeat(wide.shape[1] // tensor.shape[1])
+    if intercept is None:
+        result = wide * slope.to(tensor.dtype)
+    else:  # rounded once: the two terms may cancel
+        result = torch.addcmul(intercept.repeat(len(slope) // len(intercept)), wide, slope).to(tensor.dtype)
     n, c, h, w = tensor.shape
     return result.view(n, h, w, c).permute(0, 3, 1, 2)

@@ -57,20 +57,12 @@ class CNN(nn.Module):
     """Map (n, 1, 28, 28) images of grey values 0 to 255, any dtype, to (n, 10) logits.
 
     channels: of the three blocks; se: called with the second block's channels, returns its attention, or None.
-    Raises UserError on sizes below 1 and a dropout outside [0, 1).
     """
 
     def __init__(
         self, channels: Sequence[int], hidden_features: int, dropout: float, se: Callable[[int], nn.Module] | None = None
     ) -> None:
         super().__init__()
-        if len(channels) != 3 or min(*channels, hidden_features) < 1:
-            raise UserError(
-                f"model.channels={list(channels)}, model.hidden_features={hidden_features}: "
-                "allowed are three channels and a hidden layer, each of at least 1."
-            )
-        if not 0 <= dropout < 1:
-            raise UserError(f"model.dropout={dropout} is out of range: allowed is 0 to below 1.")
         first, second, third = channels
         self.blocks = nn.Sequential(
             ConvBlock(1, first, None),

@@ -5,8 +5,10 @@ import importlib.metadata
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -29,21 +31,26 @@ def user() -> str:
 
 def git_tags() -> dict[str, str]:
     """Return commit, branch and whether the tree differs from the commit; empty outside of a git checkout."""
-    commit = _git("rev-parse", "HEAD")
+    commit = _git("rev-parse", "HEAD").strip()
     if not commit:
         return {}
     return {
         "mlflow.source.git.commit": commit,
-        "git.branch": _git("rev-parse", "--abbrev-ref", "HEAD"),
+        "git.branch": _git("rev-parse", "--abbrev-ref", "HEAD").strip(),
         "git.dirty": str(bool(_git("status", "--porcelain"))).lower(),
     }
 
 
 def uncommitted() -> str:
-    """Return what differs from the commit: the diff of tracked files, then the names of untracked ones."""
-    diff = _git("diff", "HEAD")
-    untracked = _git("ls-files", "--others", "--exclude-standard")
-    return "\n".join(part for part in (diff, untracked and f"# untracked files:\n{untracked}") if part)
+    """Return what differs from the commit as a patch for `git apply`, untracked files included, non-UTF-8 bytes escaped."""
+    with tempfile.TemporaryDirectory() as folder:
+        index = Path(folder) / "index"  # a copy, in which untracked files can be announced without touching the user's own
+        git_dir = _git("rev-parse", "--absolute-git-dir").strip()
+        if not git_dir or not (Path(git_dir) / "index").exists():
+            return ""
+        shutil.copyfile(Path(git_dir) / "index", index)
+        _git("add", "--intent-to-add", "--all", index=index)
+        return _git("diff", "--binary", "--no-color", "--no-ext-diff", "HEAD", index=index)
 
 
 def packages() -> str:
@@ -77,9 +84,11 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _git(*arguments: str) -> str:
+def _git(*arguments: str, index: Path | None = None) -> str:
+    environment = os.environ | ({"GIT_INDEX_FILE": str(index)} if index else {})
+    command = ["git", "-C", str(ROOT), *arguments]
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=30, check=True)
+        done = subprocess.run(command, capture_output=True, timeout=30, check=True, env=environment)
     except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip()
+    return done.stdout.decode(errors="backslashreplace")

@@ -8,7 +8,9 @@ import signal
 import sys
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
+from traceback import walk_tb
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Never
 
@@ -19,15 +21,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from mnist_exp import ROOT
-from mnist_exp.config import build, did_you_mean, leaves, resolve
+from mnist_exp.config import build, check, did_you_mean, nodes, resolve
 from mnist_exp.errors import UserError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from mnist_exp.checkpoint import Checkpoint
     from mnist_exp.data import Dataset
+    from mnist_exp.evaluation import Evaluation
+    from mnist_exp.pictures import History
+    from mnist_exp.training import Stage, State
 
 OmegaConf.register_new_resolver("root", lambda path: str(ROOT / path), replace=True)
-
-PARAM_GROUPS = ("model", "data", "optimizer", "scheduler", "augmentation")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -40,21 +46,28 @@ class Interrupted(KeyboardInterrupt):
 
 def main() -> None:
     """Run the command line; a user's mistake ends with a message and status 1, a signal with 128 + its number."""
-    wants_trace = "HYDRA_FULL_ERROR" in os.environ
+    wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # has Hydra hand over exceptions; its own messages offer the wrong remedies
     try:
         task()
     except Interrupted as interrupted:
         print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(interrupted.exit_status)
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        if wants_trace:
+    except Exception as error:
+        if wants_trace or not (isinstance(error, UserError) or _while_composing(error)):
             raise
         print(f"{explain(error)}\n\nHYDRA_FULL_ERROR=1 shows the stack trace.", file=sys.stderr)
         sys.exit(1)
     finally:
         if not wants_trace:
             del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _while_composing(error: Exception) -> bool:
+    """Return whether `error` came before our own code began, out of Hydra's reading of the command line."""
+    return not any(
+        frame.f_code.co_filename == __file__ and frame.f_code.co_name == "task" for frame, _ in walk_tb(error.__traceback__)
+    )
 
 
 def explain(error: Exception) -> str:
@@ -70,16 +83,23 @@ def explain(error: Exception) -> str:
             return f"{cause.full_key} is not a key of the configuration{hint}. Allowed here: {', '.join(sorted(known))}."
     if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
         return f"{error}\n{cause}"
-    return str(error)
+    return (
+        str(error)
+        if isinstance(error, UserError | HydraException)
+        else f"{error}\nThe command line was: {' '.join(sys.argv[1:])}"
+    )
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
 def task(composed: DictConfig) -> float | None:
-    """Train, score and record one run; return its last validation accuracy, for Hydra's sweepers."""
+    """Train, score and record one run, or go on with one; return its last validation accuracy, for Hydra's sweepers."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _interrupt)
     job = HydraConfig.get()
-    return run(resolve(composed), dict(job.runtime.choices), list(job.overrides.task))
+    config = resolve(composed)
+    if config["resume"]:
+        return resume(config, list(job.overrides.task))
+    return run(config, dict(job.runtime.choices), list(job.overrides.task))
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> Never:
@@ -88,18 +108,40 @@ def _interrupt(signum: int, frame: FrameType | None) -> Never:
     raise Interrupted(signum)
 
 
-def run(config: dict[str, Any], choices: dict[str, str], overrides: list[str]) -> float | None:
+def resume(config: dict[str, Any], overrides: list[str]) -> float | None:
+    """Go on with the run that `config["resume"]` names, with the configuration in its last good checkpoint."""
+    from mnist_exp import checkpoint
+
+    where = re.compile(r"(resume|output_dir|tracking(\..*)?)=")
+    changed = [override for override in overrides if not where.match(override)]
+    if changed:
+        raise UserError(
+            f"resume={config['resume']} goes on with the run's own configuration: {' '.join(changed)} cannot change it. "
+            "Allowed beside it are output_dir and tracking, which say where the run lies. Start a new run for another recipe."
+        )
+    folder = checkpoint.find(Path(config["output_dir"]), config["resume"])
+    saved, problem = checkpoint.load_last_good(folder)
+    if problem:
+        print(f"{problem}\nGoing on from the checkpoint before it.", file=sys.stderr)
+    check(saved.config)
+    stored = saved.config | {"output_dir": config["output_dir"]}
+    if any(override.startswith("tracking") for override in overrides):
+        stored["tracking"] = config["tracking"]
+    return run(stored, saved.choices, saved.overrides, saved)
+
+
+def run(config: dict[str, Any], choices: dict[str, str], overrides: list[str], saved: "Checkpoint | None" = None) -> float | None:
     """Train, score and record what a resolved configuration describes; return the last validation accuracy.
 
-    choices: the option of each group; overrides: as given on the command line. Raises UserError before anything is
-    recorded where the configuration, the data, the folder or the store will not do.
+    choices: the option of each group; overrides: as given on the command line; saved: the checkpoint to go on from.
+    Raises UserError before anything is recorded where the configuration, the data, the folder or the store will not do.
     """
     started = time.perf_counter()
     import torch
 
-    from mnist_exp import checkpoint, pictures, provenance
+    from mnist_exp import checkpoint, provenance
     from mnist_exp.console import Display
-    from mnist_exp.data import derive_seed, generator
+    from mnist_exp.data import derive_seed
     from mnist_exp.evaluation import evaluate
     from mnist_exp.models import count_parameters
     from mnist_exp.training import choose_device, choose_precision, fit, plan
@@ -107,15 +149,22 @@ def run(config: dict[str, Any], choices: dict[str, str], overrides: list[str]) -
     seed = config["seed"]
     device = choose_device(config["device"])
     precision = choose_precision(config["precision"], device)
-    output_dir = checkpoint.make_folder(Path(config["output_dir"]))
+    with torch.device("meta"):  # counted before any memory is taken
+        parameters = count_parameters(build(config["model"], "model"))
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "weights"))
         model = build(config["model"], "model").to(device)
-    parameters = count_parameters(model)
     phases = {name: build(node, f"phases.{name}") for name, node in config["phases"].items()}
-    data = build(config["data"], "data")(seed=seed).to(device)
+    data = build(config["data"], "data", seed=seed).to(device)
+    digests = {name: split.digest for name, split in data.splits.items()}
+    if saved and saved.digests != digests:
+        raise UserError(
+            f"Run {saved.run_id} was trained on other data: it saw {saved.digests}, here is {digests}. "
+            "Point MNIST_ROOT to the data that it was started with."
+        )
     stages = plan(model, phases, data)
     tracker = build(config["tracking"], "tracking")
+    output_dir = checkpoint.make_folder(Path(config["output_dir"]))
 
     display = Display(stages, data)
     if data.notice:
@@ -129,28 +178,46 @@ def run(config: dict[str, Any], choices: dict[str, str], overrides: list[str]) -
         "data": data.name,
         "overrides": " ".join(overrides),
     }
-    with tracker.start(run_name(choices, overrides, data.name), tags) as tracked:
+    history = list(saved.history) if saved else []
+    seconds = defaultdict(float, saved.seconds if saved else {})
+    run_id = saved.run_id if saved else None
+    with ExitStack() as held:
+        if run_id:
+            held.enter_context(checkpoint.hold(output_dir / run_id))
+        tracked = held.enter_context(tracker.start(run_name(choices, overrides, data.name), tags, run_id))
+        folder = output_dir / tracked.run_id
+        if not run_id:
+            held.enter_context(checkpoint.hold(folder))
         actual = {"precision": str(precision).removeprefix("torch."), "device": device.type, "data": data.name}
         tracked.params(selection(config, choices) | actual)
         tracked.text(OmegaConf.to_yaml(config), "config.yaml")
-        tracked.text(provenance.packages(), "provenance/packages.txt")
-        tracked.text(provenance.uncommitted(), "provenance/uncommitted.diff")
+        if not saved:
+            tracked.text(provenance.packages(), "provenance/packages.txt")
+            tracked.text(provenance.uncommitted(), "provenance/uncommitted.diff")
         for stage in stages:
             tracked.dataset(data, stage.phase.split, stage.name)
+        for examples_seen, metrics in history:
+            tracked.metrics(metrics, examples_seen)
 
-        folder = checkpoint.make_folder(output_dir / tracked.run_id)
-        history: list[tuple[int, dict[str, float]]] = []
-        seconds: dict[str, float] = defaultdict(float)
+        def save(state: "State | None") -> None:
+            reached = (digests, state, history, dict(seconds))
+            checkpoint.save(folder, checkpoint.Checkpoint(tracked.run_id, config, choices, overrides, *reached))
+
+        if not saved:
+            save(None)
+        state = saved.state if saved else None
         with display:
-            for report in fit(model, stages, data, seed=seed, precision=precision):
+            for report in fit(
+                model, stages, data, seed=seed, precision=precision, save_every=config["save_every"], resume_from=state
+            ):
                 display.update(report)
                 history.append((report.examples_seen, report.metrics))
                 seconds[report.phase] += report.seconds
                 tracked.metrics(report.metrics, report.examples_seen)
                 if report.state:
-                    checkpoint.save(folder / "checkpoint.pt", checkpoint.Checkpoint(tracked.run_id, config, report.state))
+                    save(report.state)
                     tracked.flush()
-        tracked.file(folder / "checkpoint.pt")
+        tracked.file(folder / checkpoint.NAME)
 
         # The test set is scored once, here. Without one (data=mnist_tuning) the pictures show the validation split.
         judge = "test" if "test" in data.splits else data.validation
@@ -160,15 +227,7 @@ def run(config: dict[str, Any], choices: dict[str, str], overrides: list[str]) -
         if judge == "test":
             tracked.dataset(data, "test", "test")
             results |= {"test/accuracy": evaluation.accuracy, "test/loss": evaluation.loss}
-
-        sample, augment = data.splits[stages[0].phase.split].images[:8], stages[0].phase.augmentation
-        for name, figure in {
-            "confusion_matrix": pictures.confusion_matrix(evaluation, f"{judge}, accuracy {evaluation.accuracy:.2%}"),
-            "worst_mistakes": pictures.worst_mistakes(evaluation, data.splits[judge].images),
-            "learning_curves": pictures.learning_curves(history),
-            "learning_rate": pictures.learning_rate(history),
-            "augmented_digits": pictures.augmented_digits(sample, augment, generator(seed, "picture")),
-        }.items():
+        for name, figure in draw(evaluation, judge, data, stages, history, seed).items():
             tracked.figure(figure, f"pictures/{name}.png")
         tracked.model(model.eval(), data.splits[judge].images[:2].cpu().numpy())
 
@@ -177,8 +236,28 @@ def run(config: dict[str, Any], choices: dict[str, str], overrides: list[str]) -
         validation = {key: value for _, metrics in history for key, value in metrics.items() if key.startswith("val/")}
         rows = result_rows(validation | results, data)
         tracked.tags({"mlflow.note.content": description(rows, overrides, data.notice)})
-    display.results(rows | {"run": tracked.run_id, "checkpoint": os.path.relpath(folder / "checkpoint.pt")}, tracked.how_to_open())
+    checkpoint.mark_finished(folder)
+    rows |= {"run": tracked.run_id, "checkpoint": os.path.relpath(folder / checkpoint.NAME)}
+    display.results(rows, tracked.how_to_open())
     return validation.get("val/accuracy")
+
+
+def draw(
+    evaluation: "Evaluation", judge: str, data: "Dataset", stages: "list[Stage]", history: "History", seed: int
+) -> "dict[str, Figure]":
+    """Return the pictures of a run by name."""
+    from mnist_exp import pictures
+    from mnist_exp.data import generator
+
+    first = stages[0].phase
+    sample = data.splits[first.split].images[:8]
+    return {
+        "confusion_matrix": pictures.confusion_matrix(evaluation, f"{judge}, accuracy {evaluation.accuracy:.2%}"),
+        "worst_mistakes": pictures.worst_mistakes(evaluation, data.splits[judge].images),
+        "learning_curves": pictures.learning_curves(history),
+        "learning_rate": pictures.learning_rate(history),
+        "augmented_digits": pictures.augmented_digits(sample, first.augmentation, generator(seed, "picture")),
+    }
 
 
 def run_name(choices: dict[str, str], overrides: list[str], data: str) -> str:
@@ -190,11 +269,15 @@ def run_name(choices: dict[str, str], overrides: list[str], data: str) -> str:
 
 def selection(config: dict[str, Any], choices: dict[str, str]) -> dict[str, object]:
     """Return the flat, readable part of a configuration that becomes the run's parameters."""
-    nodes = {**config["phases"], "model": config["model"]}
+    shared: dict[str, object] = {
+        group: choices[group] for group in ("optimizer", "scheduler", "augmentation") if group in choices
+    }
+    parts = {**config["phases"], "model": config["model"]}
     return {
-        **{group: choices[group] for group in PARAM_GROUPS},
-        **{key: config[key] for key in ("seed", "batch_size")},
-        **{key: value for key, value in leaves(nodes) if not key.rsplit(".", 1)[-1].startswith("_")},
+        **{group: choices[group] for group in ("model", "data")},
+        **({**shared, "batch_size": config["batch_size"]} if "train" in config["phases"] else {}),  # those are phase train's
+        "seed": config["seed"],
+        **{key: value for key, value in nodes(parts) if not isinstance(value, dict) and not re.search(r"\._|\.\d", key)},
     }
 
 

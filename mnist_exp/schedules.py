@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from mnist_exp.errors import UserError
-
 
 def constant(optimizer: Optimizer, total_steps: int) -> LambdaLR:
     """Keep the optimizer's learning rate."""
@@ -16,18 +14,11 @@ def constant(optimizer: Optimizer, total_steps: int) -> LambdaLR:
 
 def cosine(optimizer: Optimizer, total_steps: int, min_factor: float) -> LambdaLR:
     """Lower the learning rate along half a cosine, from the optimizer's own to `min_factor` of it (Loshchilov, 2017)."""
-    if not 0 <= min_factor <= 1:
-        raise UserError(f"scheduler.min_factor={min_factor} is out of range: allowed is 0 to 1.")
     last = max(1, total_steps - 1)
     return LambdaLR(optimizer, lambda step: min_factor + (1 - min_factor) * (1 + math.cos(math.pi * min(1, step / last))) / 2)
 
 
 def step(optimizer: Optimizer, total_steps: int, milestones: Sequence[float], gamma: float) -> LambdaLR:
     """Multiply the learning rate by `gamma` at each of `milestones`, fractions of `total_steps`."""
-    if not all(0 <= milestone <= 1 for milestone in milestones) or not 0 < gamma <= 1:
-        raise UserError(
-            f"scheduler.milestones={list(milestones)}, scheduler.gamma={gamma}: "
-            "allowed are milestones from 0 to 1 (fractions of the phase) and a gamma above 0, up to 1."
-        )
     boundaries = [milestone * total_steps for milestone in milestones]
     return LambdaLR(optimizer, lambda step: gamma ** sum(step >= boundary for boundary in boundaries))

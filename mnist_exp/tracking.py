@@ -8,7 +8,9 @@ import shlex
 import time
 import traceback
 import zlib
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -34,6 +36,12 @@ LEADERBOARD_COLUMNS = (
     "tags.`overrides`",
 )
 BATCH_LIMIT = 1000  # of metrics in one MLflow request
+RETRY_AFTER = 10.0  # seconds until a store that did not answer is tried again, while training goes on
+PATIENCE = 60.0  # seconds to wait for it at the end of the run
+
+
+class StoreGoneError(UserError):
+    """The store did not come back before the end of the run."""
 
 
 class NoTracker:
@@ -44,9 +52,9 @@ class NoTracker:
 
     run_id: str
 
-    def start(self, name: str, tags: Mapping[str, str]) -> Self:
-        """Begin the run called `name`."""
-        self.run_id = uuid4().hex
+    def start(self, name: str, tags: Mapping[str, str], run_id: str | None = None) -> Self:
+        """Begin the run called `name`, or go on with the run `run_id`, whose tags stay as they are."""
+        self.run_id = run_id or uuid4().hex
         return self
 
     def __enter__(self) -> Self:
@@ -99,58 +107,117 @@ class MLflowTracker(NoTracker):
     def __init__(self, uri: str, experiment: str) -> None:
         self.uri = absolute_uri(uri)
         self.experiment = experiment
-        self._held_back: list[Any] = []
+        self._points: list[Any] = []  # metrics since the last flush
+        self._recorded: set[tuple[str, int]] = set()  # (metric, step): a run that is gone on with repeats what it knows
+        self._outbox: deque[Callable[[], object]] = deque()  # what the store has not taken yet, in order
+        self._next_try = 0.0
 
-    def start(self, name: str, tags: Mapping[str, str]) -> Self:
+    def start(self, name: str, tags: Mapping[str, str], run_id: str | None = None) -> Self:
         self.client, self.experiment_id = open_store(self.uri, self.experiment)
-        adopted = os.environ.pop("MLFLOW_RUN_ID", None)  # set by `mlflow run`, which has made a run for this process
-        if adopted:
-            run = self.client.get_run(adopted)
-            self.run_id, self.experiment_id = adopted, run.info.experiment_id
+        adopted = self._project_run()
+        if run_id:
+            run_path(self.client, run_id)
+            self._reopen(run_id)
+        elif adopted:
+            self.run_id = adopted
             self.client.update_run(adopted, name=name)
             self.tags(tags)
         else:
             self.run_id = self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags)).info.run_id
         return self
 
+    def _project_run(self) -> str | None:
+        """Return the run that `mlflow run` has made for this process, if it lies where our runs are looked for."""
+        from mlflow.exceptions import MlflowException
+
+        run_id = os.environ.pop("MLFLOW_RUN_ID", None)
+        if run_id is None:
+            return None
+        try:
+            return run_id if self.client.get_run(run_id).info.experiment_id == self.experiment_id else None
+        except MlflowException:  # of another store
+            return None
+
+    def _reopen(self, run_id: str) -> None:
+        run = self.client.get_run(run_id)
+        self.run_id, self.experiment_id = run_id, run.info.experiment_id
+        for key in run.data.metrics:
+            self._recorded |= {(key, point.step) for point in self.client.get_metric_history(run_id, key)}
+        for model in self.client.search_logged_models([self.experiment_id], f"source_run_id='{run_id}'"):
+            self.client.delete_logged_model(model.model_id)  # of an end that was cut off; it is logged anew
+        self.client.update_run(run_id, status="RUNNING")
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         status = "FINISHED" if error is None else "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        try:
-            self.flush()
-            if error is not None:
-                self.text("".join(traceback.format_exception(error)), "traceback.txt")
-        finally:
-            self.client.set_terminated(self.run_id, status)
+        if error is not None:
+            self.text("".join(traceback.format_exception(error)), "traceback.txt")
+        self._queue_points()
+        self._outbox.append(lambda: self.client.set_terminated(self.run_id, status))
+        deadline = time.monotonic() + PATIENCE
+        while lost := self._send():
+            if time.monotonic() > deadline:
+                raise StoreGoneError(
+                    f"{self.uri} no longer takes what run {self.run_id} records: {str(lost).splitlines()[0]}\n"
+                    f"Nothing is lost: the checkpoint holds the run. Once the store is back, "
+                    f"`python -m mnist_exp.run resume={self.run_id}` sends the rest."
+                ) from error
+            time.sleep(1)
+
+    def _queue(self, operation: Callable[[], object]) -> None:
+        """Have the store do `operation`, now or, while it is gone, later; operations keep their order."""
+        self._outbox.append(operation)
+        if time.monotonic() >= self._next_try and self._send():
+            self._next_try = time.monotonic() + RETRY_AFTER
+
+    def _send(self) -> Exception | None:
+        """Send what waits; return what keeps the store from taking it, if anything does."""
+        while self._outbox:
+            try:
+                self._outbox[0]()
+            except Exception as error:  # a server, a database and a disk fail in their own ways; none may end a training
+                return error
+            self._outbox.popleft()
+        return None
 
     def params(self, params: Mapping[str, object]) -> None:
         from mlflow.entities import Param
 
-        self.client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in params.items()])
+        entities = [Param(key, str(value)) for key, value in params.items()]
+        self._queue(lambda: self.client.log_batch(self.run_id, params=entities))
 
     def tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        entities = [RunTag(key, value) for key, value in tags.items()]
+        self._queue(lambda: self.client.log_batch(self.run_id, tags=entities))
 
     def metrics(self, metrics: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._held_back += [Metric(key, value, now, step) for key, value in metrics.items()]
+        new = {key: value for key, value in metrics.items() if (key, step) not in self._recorded}
+        self._recorded |= {(key, step) for key in new}
+        self._points += [Metric(key, value, now, step) for key, value in new.items()]
 
     def flush(self) -> None:
-        while self._held_back:
-            self.client.log_batch(self.run_id, metrics=self._held_back[:BATCH_LIMIT])
-            del self._held_back[:BATCH_LIMIT]
+        self._queue_points()
+        self._queue(lambda: None)
+
+    def _queue_points(self) -> None:
+        # The store takes a point that it has, to the millisecond, as the same one: a batch may be sent twice.
+        for start in range(0, len(self._points), BATCH_LIMIT):
+            batch = self._points[start : start + BATCH_LIMIT]
+            self._outbox.append(partial(self.client.log_batch, self.run_id, metrics=batch))
+        self._points = []
 
     def text(self, text: str, path: str) -> None:
-        self.client.log_text(self.run_id, text, path)
+        self._queue(lambda: self.client.log_text(self.run_id, text, path))
 
     def figure(self, figure: "Figure", path: str) -> None:
-        self.client.log_figure(self.run_id, figure, path, save_kwargs={"dpi": 110})
+        self._queue(lambda: self.client.log_figure(self.run_id, figure, path, save_kwargs={"dpi": 110}))
 
     def file(self, file: Path) -> None:
-        self.client.log_artifact(self.run_id, str(file))
+        self._queue(lambda: self.client.log_artifact(self.run_id, str(file)))
 
     def dataset(self, data: Dataset, split: str, context: str) -> None:
         from mlflow.entities import Dataset as DatasetEntity
@@ -166,9 +233,13 @@ class MLflowTracker(NoTracker):
             schema=json.dumps(schema),
             profile=json.dumps({"num_rows": len(part), "epoch_size": part.epoch_size}),
         )
-        self.client.log_inputs(self.run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
+        inputs = [DatasetInput(entity, [InputTag("mlflow.data.context", context)])]
+        self._queue(lambda: self.client.log_inputs(self.run_id, inputs))
 
     def model(self, model: "nn.Module", example: Any) -> None:
+        self._queue(lambda: self._log_model(model, example))
+
+    def _log_model(self, model: "nn.Module", example: Any) -> None:
         import mlflow.pytorch
         import numpy as np
         import torch

@@ -16,6 +16,7 @@ from mnist_exp.errors import UserError
 from mnist_exp.evaluation import evaluate
 
 REPORTS_PER_EPOCH = 20
+State = dict[str, Any]  # the phase, its steps done, the examples seen, and the states of all that changes in training
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -50,8 +51,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Report:
-    """What happened since the last report: a twentieth of an epoch, or the end of one, when `state` is there.
+    """What happened since the last report.
 
+    state: what it takes to go on from here, where a checkpoint is due; it lives in the model and the optimizer, and is to be
+    saved before the next report is asked for;
     examples_seen: over all phases; seconds: of training since the last report; the metric `epoch` counts over all phases.
     """
 
@@ -59,11 +62,11 @@ class Report:
     examples_seen: int
     seconds: float
     metrics: dict[str, float]
-    state: dict[str, Any] | None = None
+    state: State | None = None
 
 
 class NonFiniteLossError(UserError):
-    """The loss became NaN or infinite."""
+    """The loss or the weights became NaN or infinite."""
 
 
 def choose_device(device: str) -> torch.device:
@@ -95,6 +98,9 @@ def plan(model: nn.Module, phases: Mapping[str, Phase], data: Dataset) -> list[S
     stages: list[Stage] = []
     trained_on: set[str] = set()
     for name, phase in phases.items():
+        for part in ("optimizer", "scheduler", "augmentation"):
+            if not callable(getattr(phase, part)):
+                raise UserError(f"phases.{name}.{part} is missing: choose one with {part}@phases.{name}.{part}=OPTION.")
         if phase.split not in data.splits or phase.split == "test":
             allowed = ", ".join(split for split in data.splits if split != "test")
             raise UserError(f"phases.{name}.split={phase.split} cannot be trained on: allowed with this data: {allowed}.")
@@ -102,59 +108,90 @@ def plan(model: nn.Module, phases: Mapping[str, Phase], data: Dataset) -> list[S
         try:
             optimizer = phase.optimizer(model.parameters())
             scheduler = phase.scheduler(optimizer, total_steps=phase.epochs * steps_per_epoch)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"phases.{name}: its optimizer or scheduler refuses its arguments: {error}.") from error
+        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+            raise UserError(
+                f"phases.{name}: its optimizer or scheduler refuses its arguments, or the phase's "
+                f"{phase.epochs * steps_per_epoch} steps: {error}. See their files in conf/ for what they take."
+            ) from error
         trained_on.add(phase.split)
         validation = None if data.validation in trained_on else data.validation
         stages.append(Stage(name, phase, optimizer, scheduler, steps_per_epoch, validation))
     return stages
 
 
-def fit(model: nn.Module, stages: list[Stage], data: Dataset, *, seed: int, precision: torch.dtype) -> Iterator[Report]:
-    """Train `model` through `stages` and yield a report 20 times an epoch, the last with validation and state.
+def fit(
+    model: nn.Module,
+    stages: list[Stage],
+    data: Dataset,
+    *,
+    seed: int,
+    precision: torch.dtype,
+    save_every: int | None = None,
+    resume_from: State | None = None,
+) -> Iterator[Report]:
+    """Train `model` through `stages`; yield at most 20 reports an epoch, the last with validation and state.
 
-    All randomness derives from (seed, phase, epoch, step), so that a run can be taken up anywhere. The model and the
-    data must lie on one device. Raises NonFiniteLossError, naming phase and step, within a twentieth of an epoch.
+    save_every: also report, with state, every so many steps. resume_from: a report's state; training goes on behind it,
+    bit for bit as if it had never stopped, because all randomness derives from (seed, phase, epoch, step).
+    The model and the data must lie on one device. Raises NonFiniteLossError within a twentieth of an epoch.
     """
     model.to(memory_format=torch.channels_last)
     device = next(model.parameters()).device
     examples_seen, epochs_done = 0, 0
-    for stage in stages:
+    names = [stage.name for stage in stages]
+    first_stage = names.index(resume_from["phase"]) if resume_from else 0
+    for position, stage in enumerate(stages):
         phase, split = stage.phase, data.splits[stage.phase.split]
+        if position < first_stage:
+            epochs_done += phase.epochs
+            continue
         scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+        first_epoch, steps_done = 0, 0
+        if resume_from and position == first_stage:
+            model.load_state_dict(resume_from["model"])
+            stage.optimizer.load_state_dict(resume_from["optimizer"])
+            stage.scheduler.load_state_dict(resume_from["scheduler"])
+            scaler.load_state_dict(resume_from["scaler"])
+            examples_seen = resume_from["examples_seen"]
+            first_epoch, steps_done = divmod(resume_from["steps"], stage.steps_per_epoch)
+            epochs_done += first_epoch
         reports = {round(stage.steps_per_epoch * (i + 1) / REPORTS_PER_EPOCH) for i in range(REPORTS_PER_EPOCH)}
-        for epoch in range(phase.epochs):
+        for epoch in range(first_epoch, phase.epochs):
             model.train()
             window: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, accuracy, gradient norm of the steps not yet reported
-            window_examples, window_start = 0, time.perf_counter()
-            batches = split.batches(phase.batch_size, generator(seed, stage.name, epoch, "order"))
-            for step, (images, labels) in enumerate(batches, start=1):
+            sizes: list[int] = []
+            window_start = time.perf_counter()
+            batches = split.batches(phase.batch_size, generator(seed, stage.name, epoch, "order"), skip=steps_done)
+            for step, (images, labels) in enumerate(batches, start=steps_done + 1):
                 learning_rate = stage.optimizer.param_groups[0]["lr"]
                 window.append(_step(model, stage, scaler, images, labels, precision, (seed, stage.name, epoch, step)))
-                window_examples += len(labels)
-                if step not in reports:
+                sizes.append(len(labels))
+                steps = epoch * stage.steps_per_epoch + step
+                saves = step == stage.steps_per_epoch or (save_every is not None and steps % save_every == 0)
+                if not saves and step not in reports:
                     continue
                 loss, accuracy, grad_norm = (torch.stack(values).tolist() for values in zip(*window, strict=True))
                 _check_finite(loss, stage, epoch, step)
-                examples_seen += window_examples
+                examples_seen += sum(sizes)
                 seconds = time.perf_counter() - window_start
                 metrics = {
                     "epoch": epochs_done + step / stage.steps_per_epoch,
-                    "train/loss": sum(loss) / len(loss),
-                    "train/accuracy": sum(accuracy) / len(accuracy),
+                    "train/loss": weighted_mean(loss, sizes),
+                    "train/accuracy": weighted_mean(accuracy, sizes),
                     "train/grad_norm": sum(grad_norm) / len(grad_norm),
                     "train/lr": learning_rate,
-                    "train/examples_per_second": window_examples / seconds,
+                    "train/examples_per_second": sum(sizes) / seconds,
                 }
-                state = None
-                if step == stage.steps_per_epoch:
-                    if stage.validation:
-                        evaluation = evaluate(model, data.splits[stage.validation])
-                        metrics |= {"val/loss": evaluation.loss, "val/accuracy": evaluation.accuracy}
-                    state = _state(model, stage, scaler, epoch + 1, examples_seen)
+                if saves and not all(value.isfinite().all() for value in model.state_dict().values()):
+                    raise _not_finite("weights", "infinite or NaN", stage, epoch, step)
+                if step == stage.steps_per_epoch and stage.validation:
+                    evaluation = evaluate(model, data.splits[stage.validation])
+                    metrics |= {"val/loss": evaluation.loss, "val/accuracy": evaluation.accuracy}
+                state = _state(model, stage, scaler, steps, examples_seen) if saves else None
                 yield Report(stage.name, examples_seen, seconds, metrics, state)
-                window, window_examples, window_start = [], 0, time.perf_counter()
+                window, sizes, window_start = [], [], time.perf_counter()
             epochs_done += 1
+            steps_done = 0
 
 
 def _step(
@@ -187,20 +224,29 @@ def _step(
 def _check_finite(losses: list[float], stage: Stage, epoch: int, step: int) -> None:
     for position, loss in enumerate(losses, start=step - len(losses) + 1):
         if not abs(loss) < float("inf"):
-            raise NonFiniteLossError(
-                f"The loss became {loss} in phase {stage.name}, epoch {epoch + 1}, step {position} of "
-                f"{stage.steps_per_epoch}, at learning rate {stage.optimizer.param_groups[0]['lr']:g}: allowed is a finite "
-                "loss. Lower the learning rate (optimizer.lr) or the gradient's limit (phases.*.max_grad_norm)."
-            )
+            raise _not_finite("loss", str(loss), stage, epoch, position)
 
 
-def _state(model: nn.Module, stage: Stage, scaler: torch.amp.GradScaler, epoch: int, examples_seen: int) -> dict[str, Any]:
+def _not_finite(what: str, value: str, stage: Stage, epoch: int, step: int) -> NonFiniteLossError:
+    return NonFiniteLossError(
+        f"The {what} became {value} in phase {stage.name}, epoch {epoch + 1}, step {step} of {stage.steps_per_epoch}, "
+        f"at learning rate {stage.optimizer.param_groups[0]['lr']:g}: allowed are finite numbers. "
+        "Lower the learning rate (optimizer.lr) or the gradient's limit (phases.*.max_grad_norm)."
+    )
+
+
+def weighted_mean(values: list[float], weights: list[int]) -> float:
+    """Return the mean of `values` over examples, of which each value stands for so many as its weight."""
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+
+
+def _state(model: nn.Module, stage: Stage, scaler: torch.amp.GradScaler, steps: int, examples_seen: int) -> State:
     return {
         "phase": stage.name,
-        "epoch": epoch,
+        "steps": steps,
         "examples_seen": examples_seen,
         "model": model.state_dict(),
         "optimizer": stage.optimizer.state_dict(),
-        "scheduler": {key: value for key, value in stage.scheduler.state_dict().items() if not callable(value)},
+        "scheduler": stage.scheduler.state_dict(),
         "scaler": scaler.state_dict(),
     }

@@ -100,7 +100,7 @@ def main() -> None:
             shutil.copyfile(Path(config["data"]["root"]) / "MNIST" / "raw" / f"{name}.gz", raw / f"{name}.gz")
         loaders = {name: datasets.MNIST(root, download=True, transform=transform) for name, transform in TRANSFORMS.items()}
         for seed in range(rounds):
-            data: Dataset = build(config["data"], "data")(seed=seed)
+            data: Dataset = build(config["data"], "data", seed=seed)
             for name in seconds:
                 torch.manual_seed(derive_seed(seed, "weights"))
                 model: nn.Module = build(config["model"], "model")

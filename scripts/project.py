@@ -1,8 +1,11 @@
-"""Start a module for `mlflow run`, which hands over all overrides as one word: project.py MODULE [FLAG ...] OVERRIDES."""
+"""Become a module for `mlflow run`, which hands over all overrides as one word: project.py MODULE [FLAG ...] OVERRIDES."""
 
+import os
 import shlex
-import subprocess
 import sys
 
 *module_and_flags, overrides = sys.argv[1:]
-sys.exit(subprocess.call([sys.executable, "-m", *module_and_flags, *shlex.split(overrides)]))
+if module_and_flags != ["mnist_exp.run"]:
+    os.environ.pop("MLFLOW_RUN_ID", None)  # the run that MLflow has made is for one run, not for a sweep or for tests
+# In this process, so that signals reach the run itself.
+os.execv(sys.executable, [sys.executable, "-m", *module_and_flags, *shlex.split(overrides)])

@@ -20,6 +20,14 @@ Compose = Callable[..., dict[str, Any]]
 CommandLine = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.fixture(autouse=True)
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the tests apart from the run of an `mlflow run` that started them, and from each other's experiments."""
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="session")
 def mnist_root() -> Path:
     root = Path(os.environ.get("MNIST_ROOT", ROOT / "data"))

@@ -3,7 +3,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "mnist_exp"
 ENTRY_POINTS = {"run"}
-ONLY = {"mlflow": {"tracking"}, "hydra": ENTRY_POINTS | {"config"}, "matplotlib": {"pictures", "tracking"}, "rich": {"console"}}
+ONLY = {"mlflow": {"tracking"}, "hydra": ENTRY_POINTS | {"config"}, "rich": {"console"}}
 
 
 def imports(path: Path) -> set[str]:

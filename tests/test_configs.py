@@ -15,13 +15,18 @@ FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.n
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_every_file_composes_and_runs(composed, path: Path, short_digits: Dataset, tmp_path: Path) -> None:
+def test_every_file_composes_and_runs(
+    composed, path: Path, short_digits: Dataset, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     group, option = str(path.parent), path.stem
     override = f"+phase@phases.more={option}" if group == "phase" else f"{group}={option}"
     config = composed(override)
     model = build(config["model"], "model")
     count_parameters(model)
-    build(config["data"], "data")
+    if group in ("data", "experiment"):
+        if option != "digits":
+            request.getfixturevalue("mnist_root")
+        assert "train" in build(config["data"], "data", seed=0).splits
     build(config["tracking"] | ({"uri": f"sqlite:///{tmp_path}/mlflow.db"} if option == "mlflow" else {}), "tracking")
     phases = {name: build(node, name) for name, node in config["phases"].items()}
     reports = list(fit(model, plan(model, phases, short_digits), short_digits, seed=0, precision=torch.float32))

@@ -72,3 +72,30 @@ def test_fused_normalisation_equals_torchs_own(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(gradients(actual, fused), gradients(expected, plain))
     torch.testing.assert_close(fused.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.7, 2.0])
+def test_fused_normalisation_is_as_precise_as_torchs_own_in_bf16(offset: float) -> None:
+    torch.manual_seed(0)
+    exact = torch.randn(64, 8, 28, 28) + offset
+    low = exact.bfloat16().to(memory_format=torch.channels_last)
+    norm = nn.BatchNorm2d(8)
+
+    def error(function) -> tuple[float, float]:
+        features = low.clone().requires_grad_()
+        reference = low.double().requires_grad_()
+        output, expected = function(features), F.leaky_relu(F.max_pool2d(copy.deepcopy(norm).double()(reference), 2), 0.1)
+        weights = torch.linspace(-1, 1, output.numel()).view(output.shape)
+        gradient = torch.autograd.grad(output, features, weights.bfloat16())[0]
+        expected_gradient = torch.autograd.grad(expected, reference, weights.bfloat16().double())[0]
+        # Where rounding makes two values of a window equal, the maximum may be either: compare sums over windows.
+        difference = F.avg_pool2d(gradient.double() - expected_gradient, 2)
+        return (
+            ((output - expected).norm() / expected.norm()).item(),
+            (difference.norm() / F.avg_pool2d(expected_gradient, 2).norm()).item(),
+        )
+
+    fused = error(lambda features: norm_pool_activate(features, copy.deepcopy(norm), 0.1))
+    plain = error(lambda features: F.leaky_relu(F.max_pool2d(copy.deepcopy(norm)(features), 2), 0.1))
+    assert fused[0] < 1.5 * plain[0]
+    assert fused[1] < 2 * plain[1]

@@ -46,6 +46,7 @@ def test_two_thousand_metrics_arrive_once_each(store: str) -> None:
     with MLflowTracker(store, "test").start("name", {}) as tracker:
         for step in range(2_000):
             tracker.metrics({"value": step}, step)
+            tracker.metrics({"value": -1}, step)
         tracker.flush()
         tracker.flush()
     assert [point.value for point in tracker.client.get_metric_history(tracker.run_id, "value")] == list(range(2_000))
@@ -67,7 +68,8 @@ def test_the_leaderboard_view_is_saved_in_the_form_that_the_ui_reads(store: str)
 
 
 def test_the_run_that_mlflow_run_made_is_used(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = MlflowClient(store).create_run("0").info.run_id
+    client, experiment_id = open_store(store, "test")
+    made = client.create_run(experiment_id).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", made)
     with MLflowTracker(store, "test").start("name", {}) as tracker:
         assert tracker.run_id == made
@@ -97,6 +99,14 @@ def test_a_deleted_experiment_is_named_with_the_remedy(store: str) -> None:
     client.delete_experiment(experiment_id)
     with pytest.raises(UserError, match=rf"mlflow experiments restore --experiment-id {experiment_id}"):
         open_store(store, "test")
+
+
+@pytest.mark.parametrize("elsewhere", ["another experiment", "another store"])
+def test_a_run_that_mlflow_run_made_elsewhere_is_left_alone(store: str, monkeypatch: pytest.MonkeyPatch, elsewhere: str) -> None:
+    made = MlflowClient(store).create_run("0").info.run_id if elsewhere == "another experiment" else "0" * 32
+    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    with MLflowTracker(store, "test").start("name", {}) as tracker:
+        assert tracker.run_id != made
 
 
 def test_without_tracking_the_same_calls_record_nothing() -> None:

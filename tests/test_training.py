@@ -1,3 +1,4 @@
+import copy
 from typing import Any
 
 import pytest
@@ -8,12 +9,12 @@ from mnist_exp.config import build
 from mnist_exp.data import Dataset, derive_seed
 from mnist_exp.errors import UserError
 from mnist_exp.evaluation import evaluate
-from mnist_exp.training import NonFiniteLossError, Report, choose_device, choose_precision, fit, plan
+from mnist_exp.training import NonFiniteLossError, Report, Stage, choose_device, choose_precision, fit, plan
 
 
 def train(config: dict[str, Any], data: Dataset | None = None) -> tuple[nn.Module, list[Report], Dataset]:
     """Train as run.py does, without recording anything; on `data` instead of what the configuration names."""
-    data = data or build(config["data"], "data")(seed=config["seed"])
+    data = data or build(config["data"], "data", seed=config["seed"])
     torch.manual_seed(derive_seed(config["seed"], "weights"))
     model = build(config["model"], "model")
     phases = {name: build(node, name) for name, node in config["phases"].items()}
@@ -98,8 +99,19 @@ def test_reports_cover_every_example_once(composed, short_digits) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(composed, short_digits) -> None:
-    with pytest.raises(NonFiniteLossError, match=r"nan.* in phase train, epoch \d+, step \d+ of 3.*optimizer\.lr"):
-        train(composed("optimizer.lr=1e38", "scheduler=constant", "phases.train.epochs=20"), short_digits)
+    with pytest.raises(NonFiniteLossError, match=r"(nan|inf).* in phase train, epoch \d+, step \d+ of 3.*optimizer\.lr"):
+        train(composed("optimizer.lr=1e29", "scheduler=constant", "phases.train.epochs=20"), short_digits)
+
+
+def test_weights_that_are_not_finite_never_reach_a_checkpoint(composed, short_digits) -> None:
+    config = composed("~phases.train")
+    model = build(config["model"], "model")
+    stages = plan(model, {"finetune": build(config["phases"]["finetune"], "")}, short_digits)
+    stages[0].scheduler.step = lambda: model.output.weight.data.fill_(float("nan"))  # after the last step's finite loss
+    with pytest.raises(NonFiniteLossError, match=r"weights became .* in phase finetune, epoch 1, step 1 of 1"):
+        list(fit(model, stages, short_digits, seed=0, precision=torch.float32))
+    with pytest.raises(UserError, match="logits are not finite"):
+        evaluate(model, short_digits.splits["test"])
 
 
 def test_the_gradient_is_clipped(composed, short_digits) -> None:
@@ -130,3 +142,44 @@ def test_a_device_that_is_not_there() -> None:
     with pytest.raises(UserError, match=r"device=cuda: this machine has none\. Allowed here: auto, cpu"):
         choose_device("cuda")
     assert choose_device("auto").type in ("cpu", "mps")
+
+
+def assert_equal(first: Any, second: Any) -> None:
+    """Equal to the bit, through dicts, lists and tensors."""
+    if isinstance(first, torch.Tensor):
+        assert first.equal(second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_equal(first[key], second[key])
+    elif isinstance(first, list):
+        for one, other in zip(first, second, strict=True):
+            assert_equal(one, other)
+    else:
+        assert first == second
+
+
+@pytest.mark.parametrize("optimizer", ["sgd_nesterov", "adamw"])
+def test_resuming_from_any_checkpoint_ends_in_the_same_state(composed, short_digits, optimizer: str) -> None:
+    """In either phase, at the border, within and at the end of an epoch; metrics too, but for the speed."""
+    config = composed(f"optimizer={optimizer}", "batch_size=300", "phases.train.epochs=2", "phases.finetune.batch_size=10")
+
+    def start() -> tuple[nn.Module, list[Stage]]:
+        torch.manual_seed(derive_seed(0, "weights"))
+        model = build(config["model"], "model")
+        return model, plan(model, {name: build(node, name) for name, node in config["phases"].items()}, short_digits)
+
+    options = {"seed": 0, "precision": choose_precision("auto", torch.device("cpu")), "save_every": 2}
+    whole = [copy.deepcopy(report) for report in fit(*start(), short_digits, **options)]
+    saved = [position for position, report in enumerate(whole) if report.state]
+    assert len(saved) == 8
+    for position in saved:
+        state = copy.deepcopy(whole[position].state)
+        rest = [copy.deepcopy(report) for report in fit(*start(), short_digits, **options, resume_from=state)]
+        assert len(rest) == len(whole) - position - 1
+        for expected, actual in zip(whole[position + 1 :], rest, strict=True):
+            assert_equal(expected.state, actual.state)
+            assert (expected.phase, expected.examples_seen) == (actual.phase, actual.examples_seen)
+            speed = {"train/examples_per_second"}
+            assert expected.metrics.keys() == actual.metrics.keys()
+            assert all(expected.metrics[key] == actual.metrics[key] for key in expected.metrics.keys() - speed)
