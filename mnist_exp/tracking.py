@@ -37,7 +37,7 @@ LEADERBOARD_COLUMNS = (
 )
 BATCH_LIMIT = 1000  # of metrics in one MLflow request
 RETRY_AFTER = 10.0  # seconds until a store that did not answer is tried again, while training goes on
-PATIENCE = 60.0  # seconds to wait for it at the end of the run
+PATIENCE = 30.0  # seconds to wait for it at the end of the run
 
 
 class StoreGoneError(UserError):
@@ -143,8 +143,6 @@ class MLflowTracker(NoTracker):
         self.run_id, self.experiment_id = run_id, run.info.experiment_id
         for key in run.data.metrics:
             self._recorded |= {(key, point.step) for point in self.client.get_metric_history(run_id, key)}
-        for model in self.client.search_logged_models([self.experiment_id], f"source_run_id='{run_id}'"):
-            self.client.delete_logged_model(model.model_id)  # of an end that was cut off; it is logged anew
         self.client.update_run(run_id, status="RUNNING")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -243,15 +241,21 @@ class MLflowTracker(NoTracker):
         import mlflow.pytorch
         import numpy as np
         import torch
+        from mlflow.entities import LoggedModelStatus
         from mlflow.models import Model, ModelSignature
         from mlflow.types import Schema, TensorSpec
 
         mlflow.set_experiment(experiment_id=self.experiment_id)
+        # An end that was cut off, by a kill or a store that went away, may have left the model, whole or begun.
+        begun = self.client.search_logged_models([self.experiment_id], f"source_run_id='{self.run_id}'")
+        if any(left.status == LoggedModelStatus.READY for left in begun):
+            return
         Model.log(
             artifact_path=None,
             flavor=mlflow.pytorch,
             name="model",
             run_id=self.run_id,
+            model_id=begun[0].model_id if begun else None,
             # torch.export warns of every weight that is laid out channels_last
             pytorch_model=copy.deepcopy(model).to(memory_format=torch.contiguous_format),
             input_example=example,

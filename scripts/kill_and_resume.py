@@ -1,0 +1,159 @@
+"""Kill runs with SIGKILL at random moments, resume them, and compare with the run that was never interrupted.
+
+    python scripts/kill_and_resume.py [--kills 50] [--seed 0]
+
+Each trial starts the real command line on `digits` and kills the process a random time after its run has begun: while it
+records the start, in either phase, at the border, while a checkpoint or MLflow is written, at the end. It resumes the run,
+kills that too, until one attempt gets through, and compares weights, optimizer state, metric history and MLflow's points with
+those of a run that was never interrupted, bit for bit. What was killed before its first checkpoint is started again.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from mlflow import MlflowClient
+
+from mnist_exp import checkpoint
+
+# An epoch of 24 steps, then two of 10, with a checkpoint every third step: many borders in little time.
+RECIPE = ["data=digits", "batch_size=2500", "phases.finetune.epochs=2", "save_every=3"]
+CORES = os.cpu_count() or 1
+MEASURED = ("time/", "train/examples_per_second")  # seconds differ from run to run
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    """Start the command line with its output and its store under `folder`."""
+    command = [sys.executable, "-m", "mnist_exp.run", *overrides, f"output_dir={folder}/outputs"]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def finish(process: subprocess.Popen[bytes], seconds: float | None = None) -> None:
+    """Wait, at most `seconds`, for a process that must succeed; raises TimeoutExpired."""
+    _, error = process.communicate(timeout=seconds)
+    if process.returncode != 0:
+        raise SystemExit(f"a run that was not killed ended with {process.returncode}:\n{error.decode()}")
+
+
+def outcome(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the one finished run under `folder` came to: its last state and history, and its points in MLflow."""
+    (finished,) = folder.glob("outputs/*/finished")
+    saved = checkpoint.load(finished.parent / checkpoint.NAME)
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    run = client.get_run(saved.run_id)
+    if run.info.status != "FINISHED":
+        raise SystemExit(f"the run is {run.info.status} in MLflow")
+    points: dict[str, Any] = {}
+    for key in run.data.metrics:
+        history = client.get_metric_history(saved.run_id, key)
+        points[key] = sorted((point.step, 0.0 if key.startswith(MEASURED) else point.value) for point in history)
+    history = [
+        (seen, {key: value for key, value in metrics.items() if not key.startswith(MEASURED)}) for seen, metrics in saved.history
+    ]
+    return {"state": saved.state, "history": history}, points
+
+
+def differences(first: Any, second: Any, path: str = "") -> list[str]:
+    """Return the paths at which two nested values differ in a bit."""
+    if isinstance(first, torch.Tensor):
+        return [] if first.equal(second) else [path]
+    if isinstance(first, dict):
+        if first.keys() != second.keys():
+            return [f"{path}: {sorted(first.keys() ^ second.keys())}"]
+        return [difference for key in first for difference in differences(first[key], second[key], f"{path}/{key}")]
+    if isinstance(first, list | tuple):
+        if len(first) != len(second):
+            return [f"{path}: {len(first)} and {len(second)} entries"]
+        pairs = enumerate(zip(first, second, strict=True))
+        return [difference for index, (one, other) in pairs for difference in differences(one, other, f"{path}/{index}")]
+    return [] if first == second else [path]
+
+
+def wait_for_run(folder: Path, process: subprocess.Popen[bytes]) -> None:
+    """Wait until the process has begun a run, or gone on with one; before that it has nothing to lose."""
+    seen = {path.stat().st_mtime_ns for path in folder.glob("outputs/*/lock")}
+    while process.poll() is None and {path.stat().st_mtime_ns for path in folder.glob("outputs/*/lock")} <= seen:
+        time.sleep(0.01)
+
+
+def trial(template: Path, folder: Path, chance: random.Random, longest: float) -> tuple[int, int, list[str]]:
+    """Run, kill and resume until the run has finished; return the kills, the restarts, and where the kills fell."""
+    folder.mkdir()
+    shutil.copyfile(template, folder / "mlflow.db")
+    kills, restarts, places = 0, 0, []
+    process = start(folder, *RECIPE)
+    while True:
+        wait_for_run(folder, process)
+        try:
+            finish(process, chance.uniform(0, longest))
+            return kills, restarts, places
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+        kills += 1
+        saved = {path.parent for path in folder.glob("outputs/*/checkpoint*.pt")}
+        if not saved:
+            restarts += 1
+            shutil.rmtree(folder / "outputs", ignore_errors=True)
+            process = start(folder, *RECIPE)
+            continue
+        (run,) = saved
+        if (run / checkpoint.FINISHED).exists():
+            return kills, restarts, [*places, "after the end"]
+        state = checkpoint.load_last_good(run)[0].state
+        places.append(f"{state['phase']}, step {state['steps']}" if state else "before the first step")
+        process = start(folder, "resume=latest")
+
+
+def main() -> None:
+    """Parse the command line, make the uninterrupted run, run the trials, print the count."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as base, ThreadPoolExecutor(CORES) as pool:
+        template, whole = Path(base) / "template.db", Path(base) / "whole"
+        MlflowClient(f"sqlite:///{template}").search_experiments()
+        whole.mkdir()
+        shutil.copyfile(template, whole / "mlflow.db")
+        process = start(whole, *RECIPE)
+        wait_for_run(whole, process)
+        began = time.monotonic()
+        finish(process)
+        longest = time.monotonic() - began
+        expected = outcome(whole)
+
+        def compared(number: int) -> tuple[int, int, list[str]]:
+            folder = Path(base) / f"trial-{number}"
+            result = trial(template, folder, random.Random(f"{arguments.seed}/{number}"), longest)
+            found = differences(expected, outcome(folder))
+            if found:
+                raise SystemExit(f"trial {number}: differs from the uninterrupted run in {found[:10]}")
+            shutil.rmtree(folder)
+            return result
+
+        kills = restarts = trials = 0
+        places = Counter[str]()
+        while kills < arguments.kills:
+            for killed, restarted, fell in pool.map(compared, range(trials, trials + CORES)):
+                kills, restarts, trials = kills + killed, restarts + restarted, trials + 1
+                places.update(fell)
+            print(f"{kills} kills, {trials} runs, each equal to the uninterrupted one", flush=True)
+    print(f"{kills} kills, {restarts} of them before a first checkpoint; the others by the last checkpoint before them:")
+    for place, count in sorted(places.items()):
+        print(f"  {place}: {count}")
+
+
+if __name__ == "__main__":
+    main()
