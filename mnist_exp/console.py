@@ -15,9 +15,12 @@ from mnist_exp.training import Report, Stage
 
 
 class Display:
-    """A progress bar for each phase, with loss, accuracy and examples per second; a context manager around training."""
+    """A progress bar for each phase, with loss, accuracy and examples per second; a context manager around training.
 
-    def __init__(self, stages: list[Stage], data: Dataset) -> None:
+    examples_seen: before this process, where a run is gone on with.
+    """
+
+    def __init__(self, stages: list[Stage], data: Dataset, examples_seen: int) -> None:
         self.console = Console()
         self.progress = Progress(
             TextColumn("{task.description:>10}"),
@@ -29,13 +32,13 @@ class Display:
             TimeRemainingColumn(compact=True),
             console=self.console,
         )
-        self.tasks = {
-            stage.name: self.progress.add_task(
-                stage.name, total=data.splits[stage.phase.split].epoch_size * stage.phase.epochs, loss=0, accuracy=0, speed=0
-            )
-            for stage in stages
-        }
-        self.examples_seen = 0
+        self.examples_seen = examples_seen
+        self.tasks = {}
+        for stage in stages:
+            total = data.splits[stage.phase.split].epoch_size * stage.phase.epochs
+            done = min(total, examples_seen)
+            examples_seen -= done
+            self.tasks[stage.name] = self.progress.add_task(stage.name, total=total, completed=done, loss=0, accuracy=0, speed=0)
 
     def __enter__(self) -> Self:
         self.progress.start()

@@ -166,7 +166,8 @@ def run(config: dict[str, Any], choices: dict[str, str], overrides: list[str], s
     tracker = build(config["tracking"], "tracking")
     output_dir = checkpoint.make_folder(Path(config["output_dir"]))
 
-    display = Display(stages, data)
+    state = saved.state if saved else None
+    display = Display(stages, data, examples_seen=state["examples_seen"] if state else 0)
     if data.notice:
         display.warn(data.notice)
     tags = {
@@ -205,7 +206,6 @@ def run(config: dict[str, Any], choices: dict[str, str], overrides: list[str], s
 
         if not saved:
             save(None)
-        state = saved.state if saved else None
         with display:
             for report in fit(
                 model, stages, data, seed=seed, precision=precision, save_every=config["save_every"], resume_from=state

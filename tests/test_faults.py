@@ -1,8 +1,10 @@
 """What breaks while a run is on: the process, the tracking server, the disk."""
 
+import contextlib
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -105,7 +107,7 @@ def server(template_database: Path, tmp_path: Path) -> Iterator[tuple[str, Calla
 
 
 def begin(address: str, tmp_path: Path, epochs: int) -> subprocess.Popen[str]:
-    """Start a run against the server and wait until it has reported its first epoch."""
+    """Start a run against the store and wait until it has reported its first epoch."""
     command = [
         sys.executable,
         "-m",
@@ -124,6 +126,17 @@ def begin(address: str, tmp_path: Path, epochs: int) -> subprocess.Popen[str]:
     return process
 
 
+def assert_complete(address: str, epochs: int) -> None:
+    """The one run has finished, with every point of every epoch once."""
+    client = MlflowClient(address)
+    (run,) = client.search_runs(["1"])
+    assert run.info.status == "FINISHED"
+    points = client.get_metric_history(run.info.run_id, "epoch")
+    assert [round(point.value * 10) for point in points] == list(range(1, 10 * epochs + 1))
+    assert len({output.model_id for output in run.outputs.model_outputs}) == 1
+    assert {item.path for item in client.list_artifacts(run.info.run_id)} >= {"checkpoint.pt", "config.yaml", "pictures"}
+
+
 @pytest.mark.slow
 def test_a_server_that_goes_and_comes_back_gets_everything(server, tmp_path: Path) -> None:
     address, stop, start = server
@@ -133,12 +146,7 @@ def test_a_server_that_goes_and_comes_back_gets_everything(server, tmp_path: Pat
     start()
     _, error = process.communicate(timeout=240)
     assert process.returncode == 0, error
-    client = MlflowClient(address)
-    (run,) = client.search_runs(["1"])
-    assert run.info.status == "FINISHED"
-    assert [round(point.value * 10) for point in client.get_metric_history(run.info.run_id, "epoch")] == list(range(1, 1501))
-    assert len({output.model_id for output in run.outputs.model_outputs}) == 1
-    assert {item.path for item in client.list_artifacts(run.info.run_id)} >= {"checkpoint.pt", "config.yaml", "pictures"}
+    assert_complete(address, 150)
 
 
 @pytest.mark.slow
@@ -153,13 +161,50 @@ def test_a_server_that_stays_away_loses_nothing(server, tmp_path: Path) -> None:
     (folder,) = (tmp_path / "outputs").iterdir()
     assert f"`python -m mnist_exp.run resume={folder.name}` sends the rest" in error
     start()
+    go_on(folder, address)
+    assert_complete(address, 30)
+
+
+def go_on(folder: Path, address: str) -> None:
+    """Resume the run in `folder`, which must succeed."""
     subprocess.run(
-        [sys.executable, "-m", "mnist_exp.run", f"resume={folder.name}", f"output_dir={tmp_path}/outputs"],
+        [sys.executable, "-m", "mnist_exp.run", f"resume={folder.name}", f"output_dir={folder.parent}"],
         env=os.environ | {"MLFLOW_TRACKING_URI": address},
         check=True,
         capture_output=True,
     )
-    client = MlflowClient(address)
-    (run,) = client.search_runs(["1"])
-    assert run.info.status == "FINISHED"
-    assert [round(point.value * 10) for point in client.get_metric_history(run.info.run_id, "epoch")] == list(range(1, 301))
+
+
+@pytest.mark.slow
+def test_a_database_locked_for_half_a_minute_gets_everything(store: str, tmp_path: Path) -> None:
+    process = begin(store, tmp_path, epochs=60)
+    with contextlib.closing(sqlite3.connect(store.removeprefix("sqlite:///"), isolation_level=None, timeout=60)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        time.sleep(30)
+        other.execute("ROLLBACK")
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    assert_complete(store, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system of one's own takes root")
+def test_a_disk_that_fills_up_costs_an_epoch_at_most(store: str, tmp_path: Path) -> None:
+    (tmp_path / "outputs").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path / "outputs"], check=True)
+    try:
+        process = begin(store, tmp_path, epochs=100)
+        with contextlib.suppress(OSError), (tmp_path / "outputs" / "filler").open("wb", buffering=0) as filler:
+            while filler.write(bytes(4096)):
+                pass
+        _, error = process.communicate(timeout=240)
+        assert process.returncode == 1
+        assert "cannot be written: [Errno 28] No space left on device" in error
+        assert "Traceback" not in error
+        (run,) = MlflowClient(store).search_runs(["1"])
+        assert run.info.status == "FAILED"
+        (tmp_path / "outputs" / "filler").unlink()
+        go_on(tmp_path / "outputs" / run.info.run_id, store)
+        assert_complete(store, 100)
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path / "outputs"], check=True)
