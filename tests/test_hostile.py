@@ -17,6 +17,7 @@ from mnist_exp.config import resolve
 from mnist_exp.data import load_mnist
 from mnist_exp.errors import UserError
 
+pytestmark = pytest.mark.slow  # 1,400 inputs in half a minute
 PATIENT = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 EDITS = st.lists(st.tuples(st.integers(0, 10**7), st.binary(min_size=0, max_size=4), st.integers(0, 4)), min_size=1, max_size=4)
 
