@@ -109,6 +109,7 @@ class MLflowTracker(NoTracker):
         self.experiment = experiment
         self._points: list[Any] = []  # metrics since the last flush
         self._recorded: set[tuple[str, int]] = set()  # (metric, step): a run that is gone on with repeats what it knows
+        self._datasets: set[str] = set()  # recorded already: MLflow may refuse to take one twice
         self._outbox: deque[Callable[[], object]] = deque()  # what the store has not taken yet, in order
         self._next_try = 0.0
 
@@ -143,6 +144,7 @@ class MLflowTracker(NoTracker):
         self.run_id, self.experiment_id = run_id, run.info.experiment_id
         for key in run.data.metrics:
             self._recorded |= {(key, point.step) for point in self.client.get_metric_history(run_id, key)}
+        self._datasets = {item.dataset.name for item in run.inputs.dataset_inputs} if run.inputs else set()
         self.client.update_run(run_id, status="RUNNING")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -221,6 +223,8 @@ class MLflowTracker(NoTracker):
         from mlflow.entities import Dataset as DatasetEntity
         from mlflow.entities import DatasetInput, InputTag
 
+        if f"{data.name}-{split}" in self._datasets:
+            return
         part = data.splits[split]
         schema = {"images": f"uint8 (n, 1, {SIDE}, {SIDE})", "labels": "int64 (n,)"}
         entity = DatasetEntity(
