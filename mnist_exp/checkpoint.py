@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from mnist_exp.errors import UserError
 
 MAGIC = b"mnist_exp checkpoint\n"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
 FINISHED = "finished"
@@ -31,8 +31,8 @@ class Checkpoint:
     """A run between two steps: its resolved configuration, and what `training.fit` reported up to here.
 
     choices: the option of each group; overrides: as given on the command line; digests: of the data's splits;
-    state: of the last report, None before the first; history: (examples seen, metrics) of every report;
-    seconds: of training by phase.
+    software: what else decides the outcome, from `provenance.software`; state: of the last report, None before the first;
+    history: (examples seen, metrics) of every report; seconds: of training by phase; elapsed: seconds of the whole run.
     """
 
     run_id: str
@@ -40,9 +40,11 @@ class Checkpoint:
     choices: dict[str, str]
     overrides: list[str]
     digests: dict[str, str]
+    software: dict[str, str]
     state: dict[str, Any] | None
     history: list[tuple[int, dict[str, float]]]
     seconds: dict[str, float]
+    elapsed: float
 
 
 def make_folder(folder: Path) -> Path:
@@ -55,7 +57,7 @@ def make_folder(folder: Path) -> Path:
         finally:
             probe.unlink(missing_ok=True)
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise unwritable(folder, error) from error
     return folder
 
 
@@ -74,10 +76,10 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         if (folder / NAME).exists():
             (folder / NAME).replace(folder / PREVIOUS)
         aside.replace(folder / NAME)
-        _sync_folder(folder)
+        sync(folder)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise _unwritable(folder, error) from error
+        raise unwritable(folder, error) from error
 
 
 def load_last_good(folder: Path) -> tuple[Checkpoint, str | None]:
@@ -152,15 +154,17 @@ def mark_finished(folder: Path) -> None:
     (folder / FINISHED).touch()
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have the disk take what was written to a file, or which files a folder holds."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _unwritable(folder: Path, error: Exception) -> UserError:
+def unwritable(folder: Path, error: Exception) -> UserError:
+    """Return what to say of an output folder that refused a write."""
     return UserError(
         f"output_dir: {folder} cannot be written: {error}. Allowed is a folder with write permission and free space: "
         "make room there, or choose another with output_dir=/path."

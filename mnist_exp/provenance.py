@@ -1,6 +1,7 @@
 """Where a run comes from: the code, the command, the packages, the machine."""
 
 import getpass
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -39,6 +40,14 @@ def git_tags() -> dict[str, str]:
         "git.branch": _git("rev-parse", "--abbrev-ref", "HEAD").strip(),
         "git.dirty": str(bool(_git("status", "--porcelain"))).lower(),
     }
+
+
+def software() -> dict[str, str]:
+    """Return what, beside configuration and data, decides a run's outcome: the digest of this package, and torch's version."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return {"code": digest.hexdigest()[:12], "torch": torch.__version__}
 
 
 def uncommitted() -> str:

@@ -54,7 +54,7 @@ def main() -> None:
         print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(interrupted.exit_status)
     except Exception as error:
-        if wants_trace or not (isinstance(error, UserError) or _while_composing(error)):
+        if wants_trace or not (isinstance(error, UserError) or _out_of_memory(error) or _while_composing(error)):
             raise
         print(f"{explain(error)}\n\nHYDRA_FULL_ERROR=1 shows the stack trace.", file=sys.stderr)
         sys.exit(1)
@@ -70,8 +70,19 @@ def _while_composing(error: Exception) -> bool:
     )
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """Return whether `error` is Python's, or torch's on a CPU or a GPU, of having no memory."""
+    refused = ("can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(text in str(error) for text in refused))
+
+
 def explain(error: Exception) -> str:
-    """Return what the user can do about `error`: the message of a UserError, or of Hydra's with the likely remedy."""
+    """Return what the user can do about `error`: the message of a UserError, or of another's with the likely remedy."""
+    if _out_of_memory(error):
+        return (
+            f"The memory does not suffice: {str(error).strip() or type(error).__name__}\nChoose a smaller batch_size or model, "
+            "or stop other programs; what has a checkpoint goes on with `python -m mnist_exp.run resume=latest`."
+        )
     cause = error.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
         shared = re.match(r"phases\.\w+\.((optimizer|scheduler|augmentation)\..+)", cause.full_key)
@@ -136,7 +147,7 @@ def run(config: dict[str, Any], choices: dict[str, str], overrides: list[str], s
     choices: the option of each group; overrides: as given on the command line; saved: the checkpoint to go on from.
     Raises UserError before anything is recorded where the configuration, the data, the folder or the store will not do.
     """
-    started = time.perf_counter()
+    started = time.perf_counter() - (saved.elapsed if saved else 0.0)
     import torch
 
     from mnist_exp import checkpoint, provenance
@@ -168,6 +179,11 @@ def run(config: dict[str, Any], choices: dict[str, str], overrides: list[str], s
 
     state = saved.state if saved else None
     display = Display(stages, data, examples_seen=state["examples_seen"] if state else 0)
+    software = provenance.software()
+    before = saved.software if saved else software
+    changed = "; ".join(f"{name} was {before[name]}, is {now}" for name, now in software.items() if before[name] != now)
+    if changed:
+        display.warn(f"Since the run was begun, {changed}: it need not end as it would have ended uninterrupted.")
     if data.notice:
         display.warn(data.notice)
     tags = {
@@ -195,14 +211,18 @@ def run(config: dict[str, Any], choices: dict[str, str], overrides: list[str], s
         if not saved:
             tracked.text(provenance.packages(), "provenance/packages.txt")
             tracked.text(provenance.uncommitted(), "provenance/uncommitted.diff")
+        else:
+            tracked.tags({"resumed": f"at {display.examples_seen:,} examples" + (f"; {changed}" if changed else "")})
         for stage in stages:
             tracked.dataset(data, stage.phase.split, stage.name)
         for examples_seen, metrics in history:
             tracked.metrics(metrics, examples_seen)
 
         def save(state: "State | None") -> None:
-            reached = (digests, state, history, dict(seconds))
-            checkpoint.save(folder, checkpoint.Checkpoint(tracked.run_id, config, choices, overrides, *reached))
+            reached = (state, history, dict(seconds), time.perf_counter() - started)
+            checkpoint.save(
+                folder, checkpoint.Checkpoint(tracked.run_id, config, choices, overrides, digests, software, *reached)
+            )
 
         if not saved:
             save(None)
@@ -229,7 +249,7 @@ def run(config: dict[str, Any], choices: dict[str, str], overrides: list[str], s
             results |= {"test/accuracy": evaluation.accuracy, "test/loss": evaluation.loss}
         for name, figure in draw(evaluation, judge, data, stages, history, seed).items():
             tracked.figure(figure, f"pictures/{name}.png")
-        tracked.model(model.eval(), data.splits[judge].images[:2].cpu().numpy())
+        tracked.model(model.eval(), data.splits[judge].images[:2].cpu().numpy(), folder / "model", config)
 
         results["time/total_seconds"] = time.perf_counter() - started
         tracked.metrics(results, history[-1][0])

@@ -19,14 +19,14 @@ from uuid import uuid4
 
 from filelock import FileLock
 
-from mnist_exp import ROOT
+from mnist_exp import ROOT, exported
 from mnist_exp.data import SIDE, Dataset
 from mnist_exp.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
-    from torch import nn
+    from torch import Tensor, nn
 
 LEADERBOARD = "leaderboard"
 LEADERBOARD_COLUMNS = (
@@ -87,8 +87,8 @@ class NoTracker:
     def dataset(self, data: Dataset, split: str, context: str) -> None:
         """Record that `split` was used for `context` (training, fine-tuning, test, ...)."""
 
-    def model(self, model: "nn.Module", example: Any) -> None:
-        """Record the model, ready to be served; example: an input array of two images."""
+    def model(self, model: "nn.Module", example: Any, folder: Path, config: dict[str, Any]) -> None:
+        """Export the model to `folder`, sealed with its configuration, and record it; example: an input array of two images."""
 
     def how_to_open(self) -> str | None:
         """Return the command or address that opens the run in the UI."""
@@ -238,43 +238,72 @@ class MLflowTracker(NoTracker):
         inputs = [DatasetInput(entity, [InputTag("mlflow.data.context", context)])]
         self._queue(lambda: self.client.log_inputs(self.run_id, inputs))
 
-    def model(self, model: "nn.Module", example: Any) -> None:
-        self._queue(lambda: self._log_model(model, example))
+    def model(self, model: "nn.Module", example: Any, folder: Path, config: dict[str, Any]) -> None:
+        exported.save(folder, config, partial(export, model, example))
+        self._queue(lambda: self._log_model(folder))
 
-    def _log_model(self, model: "nn.Module", example: Any) -> None:
-        import mlflow.pytorch
-        import numpy as np
-        import torch
-        from mlflow.entities import LoggedModelStatus
-        from mlflow.models import Model, ModelSignature
-        from mlflow.types import Schema, TensorSpec
+    def _log_model(self, folder: Path) -> None:
+        """Record the model in `folder`; what an end that was cut off has left of it, whole or begun, is used."""
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
-        mlflow.set_experiment(experiment_id=self.experiment_id)
-        # An end that was cut off, by a kill or a store that went away, may have left the model, whole or begun.
+        run = self.client.get_run(self.run_id)
         begun = self.client.search_logged_models([self.experiment_id], f"source_run_id='{self.run_id}'")
-        if any(left.status == LoggedModelStatus.READY for left in begun):
-            return
-        Model.log(
-            artifact_path=None,
-            flavor=mlflow.pytorch,
-            name="model",
-            run_id=self.run_id,
-            model_id=begun[0].model_id if begun else None,
-            # torch.export warns of every weight that is laid out channels_last
-            pytorch_model=copy.deepcopy(model).to(memory_format=torch.contiguous_format),
-            input_example=example,
-            signature=ModelSignature(
-                inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, 1, SIDE, SIDE))]),
-                outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, 10))]),
-            ),
-            pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
+        model = next(iter(begun), None) or self.client.create_logged_model(
+            self.experiment_id, "model", self.run_id, params=run.data.params
         )
+        if model.status == LoggedModelStatus.READY:
+            return
+        if not run.outputs or model.model_id not in {output.model_id for output in run.outputs.model_outputs}:
+            self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
+        self.client.log_model_artifacts(model.model_id, str(folder))
+        self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
     def how_to_open(self) -> str:
         if self.uri.startswith("http"):
             return f"{self.uri}{run_path(self.client, self.run_id)}"
         store = "" if self.uri == f"sqlite:///{ROOT / 'mlflow.db'}" else f"MLFLOW_TRACKING_URI={shlex.quote(self.uri)} "
         return f"{store}{os.path.relpath(ROOT / 'scripts' / 'ui')} {self.run_id}"
+
+
+def export(model: "nn.Module", example: Any, folder: Path) -> None:
+    """Write the model as an MLflow model, a graph that loads without this code; example: an array of two images."""
+    import mlflow.pytorch
+    import numpy as np
+    import torch
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    mlflow.pytorch.save_model(
+        # torch.export warns of every weight that is laid out channels_last
+        copy.deepcopy(model).to(memory_format=torch.contiguous_format),
+        folder,
+        input_example=example,
+        signature=ModelSignature(
+            inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, 1, SIDE, SIDE))]),
+            outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, 10))]),
+        ),
+        pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
+    )
+
+
+def load_model(uri: str) -> "Callable[[Tensor], Tensor]":
+    """Return the model at `uri`: a folder, or what MLflow calls models:/<model id>; no code of the model's is run.
+
+    It maps images, uint8 (n, 1, 28, 28), to logits, float32 (n, 10). Raises UserError if it is not whole.
+    """
+    import mlflow.pytorch
+    from mlflow.exceptions import MlflowException
+
+    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+    try:
+        folder = mlflow.artifacts.download_artifacts(uri)
+        exported.verify(Path(folder))
+        model: Callable[[Tensor], Tensor] = mlflow.pytorch.load_model(folder)
+    except UserError:
+        raise
+    except Exception as error:  # a store, a disk, and, where a file was forged, anything within torch
+        raise UserError(f"{uri} cannot be loaded as a model: {str(error).splitlines()[0]}") from error
+    return model
 
 
 def absolute_uri(uri: str) -> str:

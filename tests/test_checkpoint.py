@@ -18,7 +18,7 @@ from mnist_exp.errors import UserError
 
 def one(run_id: str = "abc", config: dict | None = None, state: dict | None = None) -> Checkpoint:
     return Checkpoint(
-        run_id, config or {}, {"model": "se_cnn"}, ["seed=1"], {"train": "0"}, state, [(1, {"a": 0.5})], {"train": 1.0}
+        run_id, config or {}, {"model": "se_cnn"}, ["seed=1"], {"train": "0"}, {}, state, [(1, {"a": 0.5})], {"train": 1.0}, 2.0
     )
 
 
@@ -72,7 +72,7 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "truncated": (lambda file: file[:-100], "is truncated"),
     "cut in the header": (lambda file: file[:40], "its header cannot be read"),
     "tampered with": (lambda file: file[:-50] + bytes([file[-50] ^ 1]) + file[-49:], "was changed after it was written"),
-    "of another version": (lambda file: forged(b"", version=0), "has format version 0: this program reads 1"),
+    "of another version": (lambda file: forged(b"", version=0), "has format version 0: this program reads 2"),
 }
 
 

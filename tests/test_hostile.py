@@ -33,7 +33,7 @@ def edited(content: bytes, edits: list[tuple[int, bytes, int]]) -> bytes:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("saved")
-    checkpoint.save(folder, Checkpoint("abc", {"seed": 0}, {}, [], {}, None, [(1, {"a": 0.5})], {}))
+    checkpoint.save(folder, Checkpoint("abc", {"seed": 0}, {}, [], {}, {}, None, [(1, {"a": 0.5})], {}, 0.0))
     return (folder / NAME).read_bytes()
 
 
@@ -53,7 +53,7 @@ def test_edited_checkpoints(saved: bytes, tmp_path: Path, edits: list[tuple[int,
 @example(content=checkpoint.MAGIC)
 @example(content=checkpoint.MAGIC + b"{}\n")
 @example(content=checkpoint.MAGIC + b"[]\n")
-@example(content=checkpoint.MAGIC + b'{"format_version": 1, "bytes": 0, "sha256": null}\n')
+@example(content=checkpoint.MAGIC + b'{"format_version": 2, "bytes": 0, "sha256": null}\n')
 def test_any_bytes_as_a_checkpoint(tmp_path: Path, content: bytes) -> None:
     (tmp_path / NAME).write_bytes(content)
     with pytest.raises(UserError, match=NAME):
