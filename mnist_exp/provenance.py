@@ -43,11 +43,11 @@ def git_tags() -> dict[str, str]:
 
 
 def software() -> dict[str, str]:
-    """Return what, beside configuration and data, decides a run's outcome: the digest of this package, and torch's version."""
+    """Return what, beside configuration and data, decides a run's last bit: this package's digest, torch and its threads."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
-    return {"code": digest.hexdigest()[:12], "torch": torch.__version__}
+    return {"code": digest.hexdigest()[:12], "torch": str(torch.__version__), "threads": str(torch.get_num_threads())}
 
 
 def uncommitted() -> str:

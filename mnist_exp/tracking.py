@@ -152,7 +152,7 @@ class MLflowTracker(NoTracker):
         if error is not None:
             self.text("".join(traceback.format_exception(error)), "traceback.txt")
         self._queue_points()
-        self._outbox.append(lambda: self.client.set_terminated(self.run_id, status))
+        self._outbox.append(partial(self._terminate, status))
         deadline = time.monotonic() + PATIENCE
         while lost := self._send():
             if time.monotonic() > deadline:
@@ -162,6 +162,10 @@ class MLflowTracker(NoTracker):
                     f"`python -m mnist_exp.run resume={self.run_id}` sends the rest."
                 ) from error
             time.sleep(1)
+
+    def _terminate(self, status: str) -> None:
+        began = self.client.get_run(self.run_id).info.start_time
+        self.client.set_terminated(self.run_id, status, max(began, int(time.time() * 1000)))  # a clock can be set back
 
     def _queue(self, operation: Callable[[], object]) -> None:
         """Have the store do `operation`, now or, while it is gone, later; operations keep their order."""
@@ -292,7 +296,6 @@ def load_model(uri: str) -> "Callable[[Tensor], Tensor]":
     It maps images, uint8 (n, 1, 28, 28), to logits, float32 (n, 10). Raises UserError if it is not whole.
     """
     import mlflow.pytorch
-    from mlflow.exceptions import MlflowException
 
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
     try:

@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,7 @@ def test_a_run_that_is_not_there_or_has_finished_is_named(in_process: CommandLin
 
 
 def test_a_second_process_is_refused(in_process: CommandLine, store: str, tmp_path: Path) -> None:
-    assert in_process(*SHORT).returncode == 0
-    (folder,) = [path.parent for path in (tmp_path / "outputs").glob("*/finished")]
-    (folder / "finished").unlink()
+    folder = unfinished(in_process, tmp_path)
     with checkpoint.hold(folder):
         done = in_process("resume=latest")
     assert done.returncode == 1
@@ -50,9 +49,7 @@ def test_a_second_process_is_refused(in_process: CommandLine, store: str, tmp_pa
 
 
 def test_a_stored_configuration_with_a_foreign_target_is_refused(in_process: CommandLine, store: str, tmp_path: Path) -> None:
-    assert in_process(*SHORT).returncode == 0
-    (folder,) = [path.parent for path in (tmp_path / "outputs").glob("*/finished")]
-    (folder / "finished").unlink()
+    folder = unfinished(in_process, tmp_path)
     saved = checkpoint.load(folder / checkpoint.NAME)
     saved.config["model"]["_target_"] = "antigravity.main"
     checkpoint.save(folder, saved)
@@ -60,6 +57,36 @@ def test_a_stored_configuration_with_a_foreign_target_is_refused(in_process: Com
     assert done.returncode == 1
     assert "model._target_=antigravity.main is not allowed" in done.stderr
     assert "antigravity" not in sys.modules
+
+
+def unfinished(in_process: CommandLine, tmp_path: Path) -> Path:
+    """The folder of a run that needs but its end recorded again."""
+    assert in_process(*SHORT).returncode == 0
+    (folder,) = [path.parent for path in (tmp_path / "outputs").glob("*/finished")]
+    (folder / "finished").unlink()
+    return folder
+
+
+def test_a_model_that_a_kill_left_half_recorded_is_completed(in_process: CommandLine, store: str, tmp_path: Path) -> None:
+    folder = unfinished(in_process, tmp_path)
+    client = MlflowClient(store)
+    (begun,) = client.search_logged_models(["1"])
+    client.finalize_logged_model(begun.model_id, "PENDING")
+    assert in_process("resume=latest").returncode == 0
+    (model,) = client.search_logged_models(["1"])
+    assert (model.model_id, model.status) == (begun.model_id, "READY")
+    assert len(client.get_run(folder.name).outputs.model_outputs) == 1
+
+
+def test_a_resumed_run_says_so_and_whether_the_software_changed(in_process: CommandLine, store: str, tmp_path: Path) -> None:
+    folder = unfinished(in_process, tmp_path)
+    saved = checkpoint.load(folder / checkpoint.NAME)
+    checkpoint.save(folder, replace(saved, software=saved.software | {"torch": "1.0"}, elapsed=saved.elapsed + 1000))
+    done = in_process("resume=latest")
+    assert "torch was 1.0, is " in done.stdout
+    run = MlflowClient(store).get_run(folder.name)
+    assert run.data.tags["resumed"].startswith("at 1,200 examples; torch was 1.0")
+    assert run.data.metrics["time/total_seconds"] > 1000
 
 
 @pytest.mark.slow
@@ -106,7 +133,7 @@ def server(template_database: Path, tmp_path: Path) -> Iterator[tuple[str, Calla
     stop()
 
 
-def begin(address: str, tmp_path: Path, epochs: int) -> subprocess.Popen[str]:
+def begin(address: str, tmp_path: Path, epochs: int, **environment: str) -> subprocess.Popen[str]:
     """Start a run against the store and wait until it has reported its first epoch."""
     command = [
         sys.executable,
@@ -116,9 +143,8 @@ def begin(address: str, tmp_path: Path, epochs: int) -> subprocess.Popen[str]:
         f"phases.finetune.epochs={epochs}",
         f"output_dir={tmp_path}/outputs",
     ]
-    process = subprocess.Popen(
-        command, env=os.environ | {"MLFLOW_TRACKING_URI": address}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    environment |= {"MLFLOW_TRACKING_URI": address}
+    process = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     client = MlflowClient(address)
     while not any(run.data.metrics for run in client.search_runs([e.experiment_id for e in client.search_experiments()])):
         assert process.poll() is None
@@ -131,7 +157,7 @@ def assert_complete(address: str, epochs: int) -> None:
     client = MlflowClient(address)
     (run,) = client.search_runs(["1"])
     assert run.info.status == "FINISHED"
-    points = client.get_metric_history(run.info.run_id, "epoch")
+    points = sorted(client.get_metric_history(run.info.run_id, "epoch"), key=lambda point: point.step)
     assert [round(point.value * 10) for point in points] == list(range(1, 10 * epochs + 1))
     assert len({output.model_id for output in run.outputs.model_outputs}) == 1
     assert {item.path for item in client.list_artifacts(run.info.run_id)} >= {"checkpoint.pt", "config.yaml", "pictures"}
@@ -187,16 +213,30 @@ def test_a_database_locked_for_half_a_minute_gets_everything(store: str, tmp_pat
     assert_complete(store, 60)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system of one's own takes root")
-def test_a_disk_that_fills_up_costs_an_epoch_at_most(store: str, tmp_path: Path) -> None:
-    (tmp_path / "outputs").mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path / "outputs"], check=True)
-    try:
-        process = begin(store, tmp_path, epochs=100)
-        with contextlib.suppress(OSError), (tmp_path / "outputs" / "filler").open("wb", buffering=0) as filler:
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Callable[[], None]]:
+    """A file system of its own in `folder`; yields a function that fills what is left of it with the file `filler`."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system of one's own takes root")
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as filler:
             while filler.write(bytes(4096)):
                 pass
+
+    try:
+        yield fill
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.slow
+def test_an_output_disk_that_fills_up_costs_an_epoch_at_most(store: str, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "outputs", "4m") as fill:
+        process = begin(store, tmp_path, epochs=100)
+        fill()
         _, error = process.communicate(timeout=240)
         assert process.returncode == 1
         assert "cannot be written: [Errno 28] No space left on device" in error
@@ -206,5 +246,50 @@ def test_a_disk_that_fills_up_costs_an_epoch_at_most(store: str, tmp_path: Path)
         (tmp_path / "outputs" / "filler").unlink()
         go_on(tmp_path / "outputs" / run.info.run_id, store)
         assert_complete(store, 100)
-    finally:
-        subprocess.run(["umount", "--lazy", tmp_path / "outputs"], check=True)
+
+
+@pytest.mark.slow
+def test_a_store_whose_disk_fills_up_gets_the_rest_on_resume(template_database: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "store", "8m") as fill:
+        shutil.copyfile(template_database, tmp_path / "store" / "mlflow.db")
+        address = f"sqlite:///{tmp_path}/store/mlflow.db"
+        process = begin(address, tmp_path, epochs=30)
+        fill()
+        _, error = process.communicate(timeout=240)
+        assert process.returncode == 1
+        assert "no longer takes what run" in error
+        (folder,) = (tmp_path / "outputs").iterdir()
+        (tmp_path / "store" / "filler").unlink()
+        go_on(folder, address)
+        assert_complete(address, 30)
+
+
+@pytest.mark.slow
+def test_memory_that_does_not_suffice_is_said_in_words(store: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mnist_exp.run", "data=digits", "batch_size=60000", f"output_dir={tmp_path}/outputs"]
+    done = subprocess.run(["prlimit", "--as=5000000000", *command], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 1
+    assert "The memory does not suffice" in done.stderr
+    assert "Choose a smaller batch_size" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert all(run.info.status == "FAILED" for run in MlflowClient(store).search_runs(["1"]))
+
+
+FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(FAKETIME is None, reason="the clock is set by libfaketime, which is not installed")
+@pytest.mark.parametrize("jump", ["-2d", "+400d"])
+def test_a_clock_that_jumps_changes_nothing_but_the_times(jump: str, store: str, tmp_path: Path) -> None:
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    preload = {"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1"}
+    process = begin(store, tmp_path, epochs=60, **preload, FAKETIME_DONT_FAKE_MONOTONIC="1")
+    clock.write_text(jump)
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    assert_complete(store, 60)
+    (run,) = MlflowClient(store).search_runs(["1"])
+    assert run.info.end_time >= run.info.start_time
+    assert 0 < run.data.metrics["time/total_seconds"] < 240

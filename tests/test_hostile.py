@@ -5,6 +5,7 @@ import gzip
 from pathlib import Path
 
 import pytest
+from conftest import CommandLine
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from hypothesis import HealthCheck, example, given, settings
@@ -17,7 +18,7 @@ from mnist_exp.config import resolve
 from mnist_exp.data import load_mnist
 from mnist_exp.errors import UserError
 
-pytestmark = pytest.mark.slow  # 1,400 inputs in half a minute
+pytestmark = pytest.mark.slow  # 1,440 inputs in a minute
 PATIENT = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 EDITS = st.lists(st.tuples(st.integers(0, 10**7), st.binary(min_size=0, max_size=4), st.integers(0, 4)), min_size=1, max_size=4)
 
@@ -110,3 +111,17 @@ def test_any_command_line(overrides: list[str]) -> None:
             return
         with contextlib.suppress(UserError):
             assert resolve(composed)["batch_size"] >= 1
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=PATIENT)
+@given(overrides=st.lists(st.builds("{}={}".format, KEYS, VALUES), min_size=1, max_size=2))
+def test_any_run(overrides: list[str], in_process: CommandLine, store: str, tmp_path: Path, monkeypatch) -> None:
+    """From the command line to its end: status 0 or 1, no stack trace, and not a file outside the output folder and the store."""
+    here = tmp_path / "here"
+    here.mkdir(exist_ok=True)
+    monkeypatch.chdir(here)
+    done = in_process("data=digits", "~phases.train", "phases.finetune.epochs=1", *overrides)
+    assert done.returncode in (0, 1)
+    assert "Traceback" not in done.stderr
+    assert not list(here.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} <= {"here", "outputs", "mlartifacts", "mlflow.db", "mlflow.db.lock"}
