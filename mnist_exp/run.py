@@ -181,7 +181,7 @@ def run(config: dict[str, Any], choices: dict[str, str], overrides: list[str], s
     display = Display(stages, data, examples_seen=state["examples_seen"] if state else 0)
     software = provenance.software()
     before = saved.software if saved else software
-    changed = "; ".join(f"{name} was {before[name]}, is {now}" for name, now in software.items() if before[name] != now)
+    changed = "; ".join(f"{name} was {before.get(name)}, is {now}" for name, now in software.items() if before.get(name) != now)
     if changed:
         display.warn(f"Since the run was begun, {changed}: it need not end as it would have ended uninterrupted.")
     if data.notice:
