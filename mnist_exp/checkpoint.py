@@ -8,22 +8,17 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from mnist_exp.errors import UserError
+from mnist_exp.output import NAME, PREVIOUS, sync, unwritable
 
 MAGIC = b"mnist_exp checkpoint\n"
 FORMAT_VERSION = 2
-NAME = "checkpoint.pt"
-PREVIOUS = "checkpoint.previous.pt"
-FINISHED = "finished"
 
 
 @dataclass(frozen=True)
@@ -45,20 +40,6 @@ class Checkpoint:
     history: list[tuple[int, dict[str, float]]]
     seconds: dict[str, float]
     elapsed: float
-
-
-def make_folder(folder: Path) -> Path:
-    """Create `folder` and show that it can be written; raises UserError if not."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        try:
-            probe.write_bytes(bytes(4096))
-        finally:
-            probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    return folder
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -120,52 +101,3 @@ def load(path: Path) -> Checkpoint:
         return Checkpoint(**torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
     except Exception as error:  # only a forged file comes here, and it can fail anywhere within torch
         raise UserError(f"{path} does not hold a checkpoint: {type(error).__name__}.") from error
-
-
-def find(output_dir: Path, run: str) -> Path:
-    """Return the folder of the run with id `run`; `latest` is the one saved last that has not finished. Raises UserError."""
-    if run == "latest":
-        saved = [path for path in output_dir.glob(f"*/{NAME}*") if not (path.parent / FINISHED).exists()]
-        if not saved:
-            raise UserError(f"resume=latest: no unfinished run has a checkpoint in output_dir={output_dir}. Start a new one.")
-        return max(saved, key=lambda path: path.stat().st_mtime).parent
-    folder = output_dir / run
-    if (folder / FINISHED).exists():
-        raise UserError(f"resume={run}: this run has finished, so that nothing is left to do. Start a new one.")
-    if not folder.is_dir():
-        there = ", ".join(sorted(path.parent.name for path in output_dir.glob(f"*/{NAME}"))[:5]) or "none"
-        raise UserError(f"resume={run}: there is no such run in output_dir={output_dir}; those with a checkpoint: {there}.")
-    return folder
-
-
-@contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Keep every other process off the run in `folder`, until the block is left or this process dies. Raises UserError."""
-    make_folder(folder)
-    try:
-        with FileLock(folder / "lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise UserError(f"Run {folder.name} is being worked on by another process. Wait for it, or stop it first.") from error
-
-
-def mark_finished(folder: Path) -> None:
-    """Note that nothing is left to do for the run in `folder`."""
-    (folder / FINISHED).touch()
-
-
-def sync(path: Path) -> None:
-    """Have the disk take what was written to a file, or which files a folder holds."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def unwritable(folder: Path, error: Exception) -> UserError:
-    """Return what to say of an output folder that refused a write."""
-    return UserError(
-        f"output_dir: {folder} cannot be written: {error}. Allowed is a folder with write permission and free space: "
-        "make room there, or choose another with output_dir=/path."
-    )

@@ -1,5 +1,7 @@
 """The composed configuration: resolved to plain values, checked before anything is built, and built."""
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
@@ -13,10 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 from mnist_exp.errors import UserError
 
 KEYS = {
-    "seed", "batch_size", "precision", "device", "output_dir", "save_every", "resume", "phases",
+    "seed", "batch_size", "precision", "device", "output_dir", "save_every", "resume", "rerun", "sweep", "phases",
     "data", "model", "optimizer", "scheduler", "augmentation", "tracking",
 }  # fmt: skip
-REQUIRED = KEYS - {"optimizer", "scheduler", "augmentation", "save_every", "resume"}  # the first three: through phases
+REQUIRED = KEYS - {"optimizer", "scheduler", "augmentation", "save_every", "resume", "rerun"}  # the first three: through phases
 
 # A target is one name in one of these modules, so that nothing else can be reached through them (torch.os.system).
 TARGET = re.compile(
@@ -48,6 +50,10 @@ def _text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
 
+def _run_id(value: Any) -> bool:
+    return bool(re.fullmatch("latest|[0-9a-f]{32}", str(value)))
+
+
 def _or_null(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or valid(value)
 
@@ -59,10 +65,12 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "device": (_one_of("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda or mps"),
     "output_dir": (_text, "a folder"),
     "save_every": (_or_null(_integer(1)), "an integer of at least 1 (steps), or null"),
-    "resume": (
-        lambda value: value is None or bool(re.fullmatch("latest|[0-9a-f]{32}", str(value))),
-        "a run's id of 32 hexadecimal digits, latest, or null",
-    ),
+    "resume": (_or_null(_run_id), "a run's id of 32 hexadecimal digits, latest, or null"),
+    "rerun": (_or_null(lambda value: _run_id(value) and value != "latest"), "a run's id of 32 hexadecimal digits, or null"),
+    "sweep.resume": (_or_null(_run_id), "a sweep's id of 32 hexadecimal digits, latest, or null"),
+    "sweep.on_failure": (_one_of("continue", "stop"), "continue or stop"),
+    "sweep.retries": (_integer(0), "an integer of at least 0"),
+    "sweep.insist": (lambda value: isinstance(value, bool), "true or false"),
     "*batch_size": (_integer(1), "an integer of at least 1"),
     "*.epochs": (_integer(1), "an integer of at least 1"),
     "*.lr": (_number(lambda value: value > 0), "a number above 0"),
@@ -145,6 +153,13 @@ def check(config: dict[str, Any]) -> None:
     for key in ("data", "model", "tracking"):
         if not isinstance(config[key], dict) or "_target_" not in config[key]:
             raise UserError(f"{key}={config[key]} is not valid: allowed is an option of the group conf/{key}/.")
+
+
+def digest(config: dict[str, Any]) -> str:
+    """Return a short hash of what, in a resolved configuration, decides the outcome of a run."""
+    elsewhere = ("output_dir", "save_every", "resume", "rerun", "sweep", "tracking")
+    recipe = {key: value for key, value in config.items() if key not in elsewhere}
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def nodes(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

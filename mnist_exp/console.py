@@ -1,8 +1,11 @@
 """What a person sees in the terminal: warnings, the progress of training, the table at the end."""
 
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.panel import Panel
@@ -10,18 +13,20 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from mnist_exp.data import Dataset
-from mnist_exp.training import Report, Stage
+if TYPE_CHECKING:
+    from mnist_exp.data import Dataset
+    from mnist_exp.training import Report, Stage
 
 
 class Display:
     """A progress bar for each phase, with loss, accuracy and examples per second; a context manager around training.
 
-    examples_seen: before this process, where a run is gone on with.
+    examples_seen: before this process, where a run is gone on with; quiet: show warnings alone.
     """
 
-    def __init__(self, stages: list[Stage], data: Dataset, examples_seen: int) -> None:
+    def __init__(self, stages: "list[Stage]", data: "Dataset", examples_seen: int, *, quiet: bool) -> None:
         self.console = Console()
+        self.quiet = quiet
         self.progress = Progress(
             TextColumn("{task.description:>10}"),
             BarColumn(),
@@ -31,6 +36,7 @@ class Display:
             ),
             TimeRemainingColumn(compact=True),
             console=self.console,
+            disable=quiet,
         )
         self.examples_seen = examples_seen
         self.tasks = {}
@@ -47,7 +53,7 @@ class Display:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.progress.stop()
 
-    def update(self, report: Report) -> None:
+    def update(self, report: "Report") -> None:
         """Advance the bar of the report's phase."""
         self.progress.update(
             self.tasks[report.phase],
@@ -64,9 +70,70 @@ class Display:
 
     def results(self, rows: Mapping[str, str], how_to_open: str | None) -> None:
         """Show the table at the end, and how the run is opened in the UI."""
+        if self.quiet:
+            return
         table = Table(show_header=False)
         for name, value in rows.items():
             table.add_row(name, Text(value, overflow="fold"))  # not as markup: a path may hold brackets
         self.console.print(table)
         if how_to_open:
             self.console.print(f"Open it in the MLflow UI: {how_to_open}", markup=False, highlight=False, soft_wrap=True)
+
+
+class SweepDisplay:
+    """A progress bar for a whole sweep, and the table of its jobs at the end."""
+
+    def __init__(self, jobs: int) -> None:
+        self.console = Console()
+        self.jobs = jobs
+
+    @contextmanager
+    def following(self, look: Callable[[], tuple[int, int, float | None]]) -> Iterator[None]:
+        """Show what `look` returns (jobs finished, jobs failed, best accuracy) while the block runs, looking now and then."""
+        left = threading.Event()
+        progress = Progress(
+            TextColumn("sweep"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f} of {task.total} jobs  {task.fields[failed]} failed  best {task.fields[best]}"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+        )
+        bar = progress.add_task("", total=self.jobs, failed=0, best="-")
+
+        def follow() -> None:
+            pause = 1.0
+            while not left.wait(pause):
+                began = time.monotonic()
+                with suppress(Exception):  # a store that does not answer now may answer the next time
+                    finished, failed, best = look()
+                    shown = "-" if best is None else f"{best:.2%}"
+                    progress.update(bar, completed=finished, failed=failed, best=shown)
+                pause = max(1.0, 20 * (time.monotonic() - began))
+
+        thread = threading.Thread(target=follow, daemon=True)
+        with progress:
+            thread.start()
+            try:
+                yield
+            finally:
+                left.set()
+                thread.join(timeout=5)
+
+    def results(self, rows: list[dict[str, str]], how_to_open: str | None) -> None:
+        """Show the table of all jobs, and how the sweep is opened in the UI."""
+        show_jobs([{key: value for key, value in row.items() if key != "run"} for row in rows], self.console)
+        if how_to_open:
+            self.console.print(f"Open it in the MLflow UI: {how_to_open}", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_jobs(rows: list[dict[str, str]], console: Console | None = None) -> None:
+    """Show a table of runs, red what has not finished; columns that are empty are left out."""
+    console = console or Console()
+    table = Table()
+    shown = [key for key in rows[0] if any(row[key] for row in rows)] if rows else []
+    for key in shown:
+        table.add_column(key, no_wrap=key == "run")
+    for row in rows:
+        style = None if row["status"] == "FINISHED" else "red"
+        table.add_row(*(Text(row[key], overflow="fold") for key in shown), style=style)
+    console.print(table if rows else "There are no runs yet.")

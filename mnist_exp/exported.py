@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mnist_exp.checkpoint import sync, unwritable
 from mnist_exp.errors import UserError
+from mnist_exp.output import sync, unwritable
 
 FORMAT_VERSION = 1
 SEAL = "mnist_exp.json"

@@ -11,10 +11,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from mnist_exp import ROOT
+
+if TYPE_CHECKING:
+    import torch
 
 
 def command_line() -> str:
@@ -43,11 +45,11 @@ def git_tags() -> dict[str, str]:
 
 
 def software() -> dict[str, str]:
-    """Return what, beside configuration and data, decides a run's last bit: this package's digest, torch and its threads."""
+    """Return what, beside configuration and data, decides a run's outcome: the digest of this package, and torch's version."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
-    return {"code": digest.hexdigest()[:12], "torch": str(torch.__version__), "threads": str(torch.get_num_threads())}
+    return {"code": digest.hexdigest()[:12], "torch": importlib.metadata.version("torch")}
 
 
 def uncommitted() -> str:
@@ -68,12 +70,24 @@ def packages() -> str:
     return "\n".join(sorted(installed, key=str.lower)) + "\n"
 
 
-def machine_tags(device: torch.device) -> dict[str, str]:
+def owner_tags(output_dir: Path) -> dict[str, str]:
+    """Return which process works on a run, where, and by which command: what tells later whether it still lives."""
+    return {
+        "host": platform.node(),
+        "pid": str(os.getpid()),
+        "output_dir": str(output_dir.absolute()),
+        "mlflow.user": user(),
+        "mlflow.source.name": command_line(),
+    }
+
+
+def machine_tags(device: "torch.device") -> dict[str, str]:
     """Return versions, processor, cores, threads, memory and accelerator."""
+    import torch
+
     tags = {
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in ("torch", "mlflow", "hydra-core")},
-        "host": platform.node(),
         "os": platform.platform(),
         "cpu": _processor(),
         "cpu.cores": str(os.cpu_count()),

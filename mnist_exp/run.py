@@ -1,18 +1,19 @@
 """Entry point: compose, check, train one run, score it, and leave it in MLflow."""
 
 # torch and mlflow are imported inside functions: --help, --cfg job and tab completion must answer at once.
+import json
 import os
 import re
 import shlex
-import signal
 import sys
 import time
 from collections import defaultdict
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from traceback import walk_tb
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,9 +21,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from mnist_exp import ROOT
-from mnist_exp.config import build, check, did_you_mean, nodes, resolve
+from mnist_exp import ROOT, output
+from mnist_exp.config import build, check, did_you_mean, digest, nodes, resolve
 from mnist_exp.errors import UserError
+from mnist_exp.signals import Interrupted, raise_interrupted
+from mnist_exp.sweep import differing, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,14 +37,10 @@ if TYPE_CHECKING:
     from mnist_exp.training import Stage, State
 
 OmegaConf.register_new_resolver("root", lambda path: str(ROOT / path), replace=True)
+OmegaConf.register_new_resolver("scaled", lambda value, at, to: value * to / at, replace=True)
 
-
-class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"Stopped by {signal.Signals(signum).name}.")
-        self.exit_status = 128 + signum
+ELSEWHERE = re.compile(r"(output_dir|save_every|tracking(\..*)?)=|hydra[./]")  # overrides that do not change the outcome
+MEASURED = ("time/", "train/examples_per_second")  # metrics that differ from run to run
 
 
 def main() -> None:
@@ -104,47 +103,83 @@ def explain(error: Exception) -> str:
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
 def task(composed: DictConfig) -> float | None:
     """Train, score and record one run, or go on with one; return its last validation accuracy, for Hydra's sweepers."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _interrupt)
+    raise_interrupted()
     job = HydraConfig.get()
     config = resolve(composed)
+    overrides = [override for override in job.overrides.task if not override.startswith("sweep.")]
+    if config["sweep"]["resume"]:
+        raise UserError(f"sweep.resume={config['sweep']['resume']} goes on with a sweep: put -m before it.")
     if config["resume"]:
-        return resume(config, list(job.overrides.task))
-    return run(config, dict(job.runtime.choices), list(job.overrides.task))
+        outcome = resume(config, overrides)
+    elif config["rerun"]:
+        outcome = rerun(config, overrides)
+    else:
+        outcome = run(config, dict(job.runtime.choices), overrides)
+    return outcome.last.get("val/accuracy")
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> Never:
-    for repeated in (signal.SIGINT, signal.SIGTERM):  # the run's status is to be written in peace
-        signal.signal(repeated, signal.SIG_IGN)
-    raise Interrupted(signum)
-
-
-def resume(config: dict[str, Any], overrides: list[str]) -> float | None:
+def resume(config: dict[str, Any], overrides: list[str]) -> "Outcome":
     """Go on with the run that `config["resume"]` names, with the configuration in its last good checkpoint."""
     from mnist_exp import checkpoint
 
-    where = re.compile(r"(resume|output_dir|tracking(\..*)?)=")
-    changed = [override for override in overrides if not where.match(override)]
-    if changed:
-        raise UserError(
-            f"resume={config['resume']} goes on with the run's own configuration: {' '.join(changed)} cannot change it. "
-            "Allowed beside it are output_dir and tracking, which say where the run lies. Start a new run for another recipe."
-        )
-    folder = checkpoint.find(Path(config["output_dir"]), config["resume"])
+    only_places(f"resume={config['resume']}", overrides)
+    folder = output.find(Path(config["output_dir"]), config["resume"])
     saved, problem = checkpoint.load_last_good(folder)
     if problem:
         print(f"{problem}\nGoing on from the checkpoint before it.", file=sys.stderr)
     check(saved.config)
     stored = saved.config | {"output_dir": config["output_dir"]}
+    stored["sweep"] = saved.config["sweep"] | {"data": config["sweep"]["data"]}
     if any(override.startswith("tracking") for override in overrides):
         stored["tracking"] = config["tracking"]
-    return run(stored, saved.choices, saved.overrides, saved)
+    return run(stored, saved.choices, saved.overrides, saved, threads=int(saved.software["threads"]))
 
 
-def run(config: dict[str, Any], choices: dict[str, str], overrides: list[str], saved: "Checkpoint | None" = None) -> float | None:
-    """Train, score and record what a resolved configuration describes; return the last validation accuracy.
+def only_places(command: str, overrides: list[str]) -> None:
+    """Raise UserError if `overrides` say more than where things lie, beside a `command` that takes a run's own recipe."""
+    where = re.compile(r"(resume|rerun|output_dir|tracking(\..*)?)=")
+    changed = [override for override in overrides if not where.match(override)]
+    if changed:
+        raise UserError(
+            f"{command} takes the run's own configuration: {' '.join(changed)} cannot change it. "
+            "Allowed beside it are output_dir and tracking, which say where the run lies. Start a new run for another recipe."
+        )
 
-    choices: the option of each group; overrides: as given on the command line; saved: the checkpoint to go on from.
+
+def rerun(config: dict[str, Any], overrides: list[str]) -> "Outcome":
+    """Run again what MLflow holds of the run `config["rerun"]`; raises UserError if its metrics do not come out identical."""
+    from mnist_exp import provenance
+
+    only_places(f"rerun={config['rerun']}", overrides)
+    original = build(config["tracking"], "tracking").read(config["rerun"])
+    stored = original.config | {key: config[key] for key in ("output_dir", "tracking", "sweep", "resume", "rerun")}
+    check(stored)
+    now = provenance.software() | provenance.git_tags()
+    before = original.record.tags
+    changed = [f"{key} was {before.get(key)}, is {value}" for key, value in now.items() if before.get(key) != value]
+    if changed:
+        print(f"Not all is as it was: {'; '.join(changed)}.", file=sys.stderr)
+    threads = int(before.get("threads", 0)) or None
+    outcome = run(stored, original.choices, original.overrides, digests=original.digests, threads=threads)
+    differ = [key for key, points in original.points.items() if not key.startswith(MEASURED) and points != outcome.points[key]]
+    if differ:
+        raise UserError(f"Run {outcome.run_id} differs from run {config['rerun']} in {', '.join(sorted(differ))}.")
+    print(f"Run {outcome.run_id} came out identical to run {config['rerun']} in every metric but the measured times.")
+    return outcome
+
+
+def run(
+    config: dict[str, Any],
+    choices: dict[str, str],
+    overrides: list[str],
+    saved: "Checkpoint | None" = None,
+    digests: dict[str, str] | None = None,
+    threads: int | None = None,
+) -> "Outcome":
+    """Train, score and record what a resolved configuration describes.
+
+    choices: the option of each group; overrides: as given on the command line; saved: the checkpoint to go on from;
+    digests: that splits of the data must have; threads: of torch, on which a result's last bit depends.
     Raises UserError before anything is recorded where the configuration, the data, the folder or the store will not do.
     """
     started = time.perf_counter() - (saved.elapsed if saved else 0.0)
@@ -157,7 +192,8 @@ def run(config: dict[str, Any], choices: dict[str, str], overrides: list[str], s
     from mnist_exp.models import count_parameters
     from mnist_exp.training import choose_device, choose_precision, fit, plan
 
-    seed = config["seed"]
+    seed, sweep = config["seed"], config["sweep"]
+    torch.set_num_threads(threads or default_threads())
     device = choose_device(config["device"])
     precision = choose_precision(config["precision"], device)
     with torch.device("meta"):  # counted before any memory is taken
@@ -167,52 +203,70 @@ def run(config: dict[str, Any], choices: dict[str, str], overrides: list[str], s
         model = build(config["model"], "model").to(device)
     phases = {name: build(node, f"phases.{name}") for name, node in config["phases"].items()}
     data = build(config["data"], "data", seed=seed).to(device)
-    digests = {name: split.digest for name, split in data.splits.items()}
-    if saved and saved.digests != digests:
+    found = {name: split.digest for name, split in data.splits.items()}
+    expected = saved.digests if saved else digests or {}
+    if any(found.get(name) != digest for name, digest in expected.items()):
         raise UserError(
-            f"Run {saved.run_id} was trained on other data: it saw {saved.digests}, here is {digests}. "
+            f"The run was trained on other data: it saw {expected}, here is {found}. "
             "Point MNIST_ROOT to the data that it was started with."
+        )
+    if sweep["data"] not in (None, data.name):
+        raise UserError(
+            f"The sweep was begun on {sweep['data']}, here is {data.name}. Point MNIST_ROOT to the data that it was begun "
+            "with, or go on all the same with sweep.insist=true."
         )
     stages = plan(model, phases, data)
     tracker = build(config["tracking"], "tracking")
-    output_dir = checkpoint.make_folder(Path(config["output_dir"]))
+    output_dir = output.make_folder(Path(config["output_dir"]))
 
     state = saved.state if saved else None
-    display = Display(stages, data, examples_seen=state["examples_seen"] if state else 0)
-    software = provenance.software()
+    display = Display(stages, data, state["examples_seen"] if state else 0, quiet=bool(sweep["id"]))
+    software = provenance.software() | {"threads": str(torch.get_num_threads())}
     before = saved.software if saved else software
     changed = "; ".join(f"{name} was {before.get(name)}, is {now}" for name, now in software.items() if before.get(name) != now)
     if changed:
         display.warn(f"Since the run was begun, {changed}: it need not end as it would have ended uninterrupted.")
     if data.notice:
         display.warn(data.notice)
+    owner = provenance.owner_tags(output_dir)
     tags = {
         **provenance.git_tags(),
+        **software,
         **provenance.machine_tags(device),
-        "mlflow.user": provenance.user(),
-        "mlflow.source.name": provenance.command_line(),
+        **owner,
         "mlflow.source.type": "LOCAL",
         "data": data.name,
+        "config_hash": digest(config),
         "overrides": " ".join(overrides),
     }
+    told = [override for override in overrides if not ELSEWHERE.match(override)]
+    if sweep["id"]:
+        told = differing(told, sweep["varied"])
+        tags |= {"mlflow.parentRunId": sweep["id"], "sweep_id": sweep["id"], "job_num": str(sweep["job"])}
+        tags["differs"] = " ".join(told)
+    if config["rerun"]:
+        tags["rerun_of"] = config["rerun"]
     history = list(saved.history) if saved else []
     seconds = defaultdict(float, saved.seconds if saved else {})
     run_id = saved.run_id if saved else None
     with ExitStack() as held:
         if run_id:
-            held.enter_context(checkpoint.hold(output_dir / run_id))
-        tracked = held.enter_context(tracker.start(run_name(choices, overrides, data.name), tags, run_id))
+            held.enter_context(output.hold(output_dir / run_id))
+        tracked = held.enter_context(tracker.start(run_name(choices, told, data.name), tags, run_id))
         folder = output_dir / tracked.run_id
         if not run_id:
-            held.enter_context(checkpoint.hold(folder))
+            held.enter_context(output.hold(folder))
+        if not sweep["id"]:
+            tracked.reap()
         actual = {"precision": str(precision).removeprefix("torch."), "device": device.type, "data": data.name}
         tracked.params(selection(config, choices) | actual)
         tracked.text(OmegaConf.to_yaml(config), "config.yaml")
+        tracked.text(json.dumps({"config": config, "choices": choices, "overrides": overrides}), "recipe.json")
         if not saved:
             tracked.text(provenance.packages(), "provenance/packages.txt")
             tracked.text(provenance.uncommitted(), "provenance/uncommitted.diff")
         else:
-            tracked.tags({"resumed": f"at {display.examples_seen:,} examples" + (f"; {changed}" if changed else "")})
+            tracked.tags(owner | {"resumed": f"at {display.examples_seen:,} examples" + (f"; {changed}" if changed else "")})
         for stage in stages:
             tracked.dataset(data, stage.phase.split, stage.name)
         for examples_seen, metrics in history:
@@ -220,9 +274,7 @@ def run(config: dict[str, Any], choices: dict[str, str], overrides: list[str], s
 
         def save(state: "State | None") -> None:
             reached = (state, history, dict(seconds), time.perf_counter() - started)
-            checkpoint.save(
-                folder, checkpoint.Checkpoint(tracked.run_id, config, choices, overrides, digests, software, *reached)
-            )
+            checkpoint.save(folder, checkpoint.Checkpoint(tracked.run_id, config, choices, overrides, found, software, *reached))
 
         if not saved:
             save(None)
@@ -237,7 +289,7 @@ def run(config: dict[str, Any], choices: dict[str, str], overrides: list[str], s
                 if report.state:
                     save(report.state)
                     tracked.flush()
-        tracked.file(folder / checkpoint.NAME)
+        tracked.file(folder / output.NAME)
 
         # The test set is scored once, here. Without one (data=mnist_tuning) the pictures show the validation split.
         judge = "test" if "test" in data.splits else data.validation
@@ -253,13 +305,43 @@ def run(config: dict[str, Any], choices: dict[str, str], overrides: list[str], s
 
         results["time/total_seconds"] = time.perf_counter() - started
         tracked.metrics(results, history[-1][0])
-        validation = {key: value for _, metrics in history for key, value in metrics.items() if key.startswith("val/")}
-        rows = result_rows(validation | results, data)
+        outcome = Outcome(tracked.run_id, [*history, (history[-1][0], results)])
+        rows = result_rows(outcome.last, data)
         tracked.tags({"mlflow.note.content": description(rows, overrides, data.notice)})
-    checkpoint.mark_finished(folder)
-    rows |= {"run": tracked.run_id, "checkpoint": os.path.relpath(folder / checkpoint.NAME)}
+    output.mark_finished(folder)
+    rows |= {"run": tracked.run_id, "checkpoint": os.path.relpath(folder / output.NAME)}
     display.results(rows, tracked.how_to_open())
-    return validation.get("val/accuracy")
+    return outcome
+
+
+@cache
+def default_threads() -> int:
+    """Return the number of threads that torch takes when nobody tells it."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to: (examples seen, metrics) of every report, and of its end."""
+
+    run_id: str
+    history: "History"
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The last value of each metric."""
+        return {key: value for _, metrics in self.history for key, value in metrics.items()}
+
+    @property
+    def points(self) -> dict[str, dict[int, float]]:
+        """The values of each metric, by examples seen."""
+        points: dict[str, dict[int, float]] = defaultdict(dict)
+        for examples_seen, metrics in self.history:
+            for key, value in metrics.items():
+                points[key][examples_seen] = value
+        return points
 
 
 def draw(
@@ -280,11 +362,10 @@ def draw(
     }
 
 
-def run_name(choices: dict[str, str], overrides: list[str], data: str) -> str:
-    """Return the run's name: its model, its data, and what else of the recipe was overridden."""
-    elsewhere = re.compile(r"(model|data|output_dir|tracking(\..*)?)=|hydra[./]")
-    rest = [override for override in overrides if not elsewhere.match(override)]
-    return " ".join([choices["model"], data, *rest])[:200]
+def run_name(choices: dict[str, str], told: list[str], data: str) -> str:
+    """Return the run's name: its model, what else of the recipe is told of it, and its data if it is not the usual."""
+    rest = [short(override, choices) for override in told if not re.match("(model|data)=", override)]
+    return " ".join([choices["model"], *([] if data == "mnist" else [data]), *rest])[:200]
 
 
 def selection(config: dict[str, Any], choices: dict[str, str]) -> dict[str, object]:
@@ -327,4 +408,6 @@ def description(rows: dict[str, str], overrides: list[str], notice: str | None) 
 
 
 if __name__ == "__main__":
+    from mnist_exp.run import main  # as a module of its own name, which a worker process can import
+
     main()

@@ -4,14 +4,17 @@ import base64
 import copy
 import json
 import os
+import platform
 import shlex
 import time
 import traceback
 import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
@@ -19,14 +22,16 @@ from uuid import uuid4
 
 from filelock import FileLock
 
-from mnist_exp import ROOT, exported
-from mnist_exp.data import SIDE, Dataset
+from mnist_exp import ROOT, exported, output
 from mnist_exp.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
+    from mlflow.entities import Run
     from torch import Tensor, nn
+
+    from mnist_exp.data import Dataset
 
 LEADERBOARD = "leaderboard"
 LEADERBOARD_COLUMNS = (
@@ -38,6 +43,33 @@ LEADERBOARD_COLUMNS = (
 BATCH_LIMIT = 1000  # of metrics in one MLflow request
 RETRY_AFTER = 10.0  # seconds until a store that did not answer is tried again, while training goes on
 PATIENCE = 30.0  # seconds to wait for it at the end of the run
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run as the store holds it; started and ended: milliseconds since 1970, ended None while it is on."""
+
+    run_id: str
+    experiment_id: str
+    name: str
+    status: str
+    started: int
+    ended: int | None
+    params: dict[str, str]
+    metrics: dict[str, float]
+    tags: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Original:
+    """All that running a run again takes, and what it came to: the points of each metric, by examples seen."""
+
+    record: Record
+    config: dict[str, Any]
+    choices: dict[str, str]
+    overrides: list[str]
+    digests: dict[str, str]
+    points: dict[str, dict[int, float]]
 
 
 class StoreGoneError(UserError):
@@ -84,11 +116,34 @@ class NoTracker:
     def file(self, file: Path) -> None:
         """Record a file as an artifact of its own name."""
 
-    def dataset(self, data: Dataset, split: str, context: str) -> None:
+    def dataset(self, data: "Dataset", split: str, context: str) -> None:
         """Record that `split` was used for `context` (training, fine-tuning, test, ...)."""
 
     def model(self, model: "nn.Module", example: Any, folder: Path, config: dict[str, Any]) -> None:
         """Export the model to `folder`, sealed with its configuration, and record it; example: an input array of two images."""
+
+    def children(self) -> list[Record]:
+        """Return the runs of the sweep that this run is the parent of."""
+        return []
+
+    def delete(self, run_id: str) -> None:
+        """Remove a run that another takes the place of."""
+
+    def reap(self) -> list[Record]:
+        """Set the runs to KILLED that are RUNNING in the store though their process is dead, and return them."""
+        return []
+
+    def read(self, run_id: str) -> Original:
+        """Return what the store holds of a run; raises UserError where that does not suffice to run it again."""
+        raise UserError("tracking=none holds no runs: name the store that does with MLFLOW_TRACKING_URI.")
+
+    def find_sweep(self, sweep: str) -> tuple[Record, dict[str, Any]]:
+        """Return a sweep's parent and definition by its id, `latest` for the newest that has not finished. Raises UserError."""
+        raise UserError("sweep.resume needs a store that holds the sweep, and tracking=none has none.")
+
+    def link(self, run_id: str) -> str:
+        """Return the link to another run, for a description that the UI shows."""
+        return ""
 
     def how_to_open(self) -> str | None:
         """Return the command or address that opens the run in the UI."""
@@ -114,7 +169,7 @@ class MLflowTracker(NoTracker):
         self._next_try = 0.0
 
     def start(self, name: str, tags: Mapping[str, str], run_id: str | None = None) -> Self:
-        self.client, self.experiment_id = open_store(self.uri, self.experiment)
+        self._open()
         adopted = self._project_run()
         if run_id:
             run_path(self.client, run_id)
@@ -126,6 +181,11 @@ class MLflowTracker(NoTracker):
         else:
             self.run_id = self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags)).info.run_id
         return self
+
+    def _open(self) -> None:
+        """Open the store without beginning a run; raises UserError."""
+        if not hasattr(self, "client"):
+            self.client, self.experiment_id = open_store(self.uri, self.experiment)
 
     def _project_run(self) -> str | None:
         """Return the run that `mlflow run` has made for this process, if it lies where our runs are looked for."""
@@ -151,6 +211,7 @@ class MLflowTracker(NoTracker):
         status = "FINISHED" if error is None else "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         if error is not None:
             self.text("".join(traceback.format_exception(error)), "traceback.txt")
+            self.tags({"error": (str(error).strip() or type(error).__name__).splitlines()[0][:250]})
         self._queue_points()
         self._outbox.append(partial(self._terminate, status))
         deadline = time.monotonic() + PATIENCE
@@ -223,9 +284,11 @@ class MLflowTracker(NoTracker):
     def file(self, file: Path) -> None:
         self._queue(lambda: self.client.log_artifact(self.run_id, str(file)))
 
-    def dataset(self, data: Dataset, split: str, context: str) -> None:
+    def dataset(self, data: "Dataset", split: str, context: str) -> None:
         from mlflow.entities import Dataset as DatasetEntity
         from mlflow.entities import DatasetInput, InputTag
+
+        from mnist_exp.data import SIDE
 
         if f"{data.name}-{split}" in self._datasets:
             return
@@ -262,11 +325,93 @@ class MLflowTracker(NoTracker):
         self.client.log_model_artifacts(model.model_id, str(folder))
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
+    def children(self) -> list[Record]:
+        return read_runs(self.client, self.experiment_id, f"tags.sweep_id = '{self.run_id}'")
+
+    def delete(self, run_id: str) -> None:
+        self.client.delete_run(run_id)
+
+    def reap(self) -> list[Record]:
+        self._open()
+        running = read_runs(self.client, self.experiment_id, "attributes.status = 'RUNNING'")
+        dead = [record for record in running if _is_dead(record)]
+        for record in dead:
+            self.client.set_tag(record.run_id, "error", "its process died, and another noticed")
+            self.client.set_terminated(record.run_id, "KILLED")
+        return dead
+
+    def read(self, run_id: str) -> Original:
+        from mlflow.exceptions import MlflowException
+
+        self._open()
+        run_path(self.client, run_id)
+        run = self.client.get_run(run_id)
+        try:
+            with TemporaryDirectory() as folder:
+                recipe = json.loads(Path(self.client.download_artifacts(run_id, "recipe.json", folder)).read_text())
+            config, choices, overrides = dict(recipe["config"]), dict(recipe["choices"]), list(recipe["overrides"])
+        except (MlflowException, OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"Run {run_id} does not hold its recipe.json as it should: {str(error).splitlines()[0]}") from error
+        inputs = run.inputs.dataset_inputs if run.inputs else []
+        digests = {item.dataset.name.rpartition("-")[2]: item.dataset.digest for item in inputs}
+        histories = {key: self.client.get_metric_history(run_id, key) for key in run.data.metrics}
+        points = {key: {point.step: point.value for point in history} for key, history in histories.items()}
+        return Original(_record(run), config, choices, overrides, digests, points)
+
+    def find_sweep(self, sweep: str) -> tuple[Record, dict[str, Any]]:
+        self._open()
+        sweeps = read_runs(self.client, self.experiment_id, "tags.sweep_jobs LIKE '%'")
+        unfinished = [record for record in sweeps if record.status != "FINISHED"]
+        found = max(unfinished, key=lambda record: record.started, default=None) if sweep == "latest" else None
+        found = next((record for record in sweeps if record.run_id == sweep), found)
+        if found is None:
+            known = ", ".join(f"{record.run_id} ({record.status})" for record in sweeps[:5]) or "none"
+            raise UserError(f"sweep.resume={sweep}: there is no such sweep that has not finished in {self.uri}; there: {known}.")
+        with TemporaryDirectory() as folder:
+            text = Path(self.client.download_artifacts(found.run_id, "sweep.json", folder)).read_text()
+        return found, json.loads(text)
+
+    def link(self, run_id: str) -> str:
+        return run_path(self.client, run_id).removeprefix("/")
+
     def how_to_open(self) -> str:
         if self.uri.startswith("http"):
             return f"{self.uri}{run_path(self.client, self.run_id)}"
         store = "" if self.uri == f"sqlite:///{ROOT / 'mlflow.db'}" else f"MLFLOW_TRACKING_URI={shlex.quote(self.uri)} "
         return f"{store}{os.path.relpath(ROOT / 'scripts' / 'ui')} {self.run_id}"
+
+
+def read_runs(client: "MlflowClient", experiment_id: str, where: str = "") -> list[Record]:
+    """Return the runs of an experiment for which MLflow's filter `where` holds, the newest first, in one query a thousand."""
+    runs: list[Run] = []
+    token: str | None = ""
+    while token is not None:
+        page = client.search_runs([experiment_id], where, max_results=1000, page_token=token or None)
+        runs += page
+        token = page.token
+    return [_record(run) for run in runs]
+
+
+def _record(run: "Run") -> Record:
+    info, data = run.info, run.data
+    texts = (info.run_id, info.experiment_id, info.run_name, info.status)
+    return Record(*texts, info.start_time, info.end_time, dict(data.params), dict(data.metrics), dict(data.tags))
+
+
+def _is_dead(record: Record) -> bool:
+    """Return whether no process works on a run any more; False where that cannot be seen from here."""
+    if record.tags.get("host") != platform.node() or not {"pid", "output_dir"} <= record.tags.keys():
+        return False
+    folder = Path(record.tags["output_dir"]) / record.run_id
+    if (folder / output.LOCK).exists():
+        return not output.is_held(folder)
+    try:  # killed, or about to create its folder
+        os.kill(int(record.tags["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def export(model: "nn.Module", example: Any, folder: Path) -> None:
@@ -276,6 +421,8 @@ def export(model: "nn.Module", example: Any, folder: Path) -> None:
     import torch
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
+
+    from mnist_exp.data import SIDE
 
     mlflow.pytorch.save_model(
         # torch.export warns of every weight that is laid out channels_last

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from mlflow import MlflowClient
 
-from mnist_exp import checkpoint
+from mnist_exp import checkpoint, output
 
 # An epoch of 24 steps, then two of 10, with a checkpoint every third step: many borders in little time.
 RECIPE = ["data=digits", "batch_size=2500", "phases.finetune.epochs=2", "save_every=3"]
@@ -49,7 +49,7 @@ def finish(process: subprocess.Popen[bytes], seconds: float | None = None) -> No
 def outcome(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what the one finished run under `folder` came to: its last state and history, and its points in MLflow."""
     (finished,) = folder.glob("outputs/*/finished")
-    saved = checkpoint.load(finished.parent / checkpoint.NAME)
+    saved = checkpoint.load(finished.parent / output.NAME)
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     run = client.get_run(saved.run_id)
     if run.info.status != "FINISHED":
@@ -109,7 +109,7 @@ def trial(template: Path, folder: Path, chance: random.Random, longest: float) -
             process = start(folder, *RECIPE)
             continue
         (run,) = saved
-        if (run / checkpoint.FINISHED).exists():
+        if (run / output.FINISHED).exists():
             return kills, restarts, [*places, "after the end"]
         state = checkpoint.load_last_good(run)[0].state
         places.append(f"{state['phase']}, step {state['steps']}" if state else "before the first step")

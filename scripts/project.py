@@ -5,7 +5,7 @@ import shlex
 import sys
 
 *module_and_flags, overrides = sys.argv[1:]
-if module_and_flags != ["mnist_exp.run"]:
-    os.environ.pop("MLFLOW_RUN_ID", None)  # the run that MLflow has made is for one run, not for a sweep or for tests
+if module_and_flags[0] != "mnist_exp.run":
+    os.environ.pop("MLFLOW_RUN_ID", None)  # the run that MLflow has made is not for tests
 # In this process, so that signals reach the run itself.
 os.execv(sys.executable, [sys.executable, "-m", *module_and_flags, *shlex.split(overrides)])

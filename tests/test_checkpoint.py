@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnist_exp import checkpoint
-from mnist_exp.checkpoint import NAME, PREVIOUS, Checkpoint
+from mnist_exp import checkpoint, output
+from mnist_exp.checkpoint import Checkpoint
 from mnist_exp.config import build
 from mnist_exp.errors import UserError
+from mnist_exp.output import NAME, PREVIOUS
 
 
 def one(run_id: str = "abc", config: dict | None = None, state: dict | None = None) -> Checkpoint:
@@ -101,18 +102,18 @@ def test_a_run_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -> 
     code = f"""
 import time
 from pathlib import Path
-from mnist_exp import checkpoint
-with checkpoint.hold(Path({str(tmp_path)!r})):
+from mnist_exp import checkpoint, output
+with output.hold(Path({str(tmp_path)!r})):
     print("held", flush=True)
     time.sleep(60)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="is being worked on by another process"), checkpoint.hold(tmp_path):
+        with pytest.raises(UserError, match="is being worked on by another process"), output.hold(tmp_path):
             pass
         holder.kill()
-    with checkpoint.hold(tmp_path):
+    with output.hold(tmp_path):
         pass
 
 
@@ -122,11 +123,11 @@ def test_the_latest_is_the_one_saved_last_that_has_not_finished(tmp_path: Path) 
         checkpoint.save(tmp_path / name, one(name))
         os.utime(tmp_path / name / NAME, (1e9 - age, 1e9 - age))
     os.utime(tmp_path / "done" / NAME)
-    checkpoint.mark_finished(tmp_path / "done")
-    assert checkpoint.find(tmp_path, "latest").name == "new"
+    output.mark_finished(tmp_path / "done")
+    assert output.find(tmp_path, "latest").name == "new"
     with pytest.raises(UserError, match="this run has finished"):
-        checkpoint.find(tmp_path, "done")
+        output.find(tmp_path, "done")
     with pytest.raises(UserError, match=r"there is no such run in .*those with a checkpoint: done, new, old"):
-        checkpoint.find(tmp_path, "other")
+        output.find(tmp_path, "other")
     with pytest.raises(UserError, match="no unfinished run has a checkpoint"):
-        checkpoint.find(tmp_path / "nowhere", "latest")
+        output.find(tmp_path / "nowhere", "latest")

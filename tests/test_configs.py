@@ -42,10 +42,16 @@ def test_every_option_of_a_group_learns_something_else(composed) -> None:
 
 @pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
 def test_an_experiment_never_falls_back_and_opens_with_its_command(composed, path: Path) -> None:
-    assert composed(f"experiment={path.stem}")["data"]["fallback"] is None
+    assert composed(f"experiment={path.stem}")["data"].get("fallback") is None
     header = path.read_text().split("\ndefaults:")[0]
     assert "python -m mnist_exp.run" in header
     assert f"experiment={path.stem}" in header
+
+
+def test_the_scaled_learning_rate_grows_with_the_batch_size(composed) -> None:
+    for batch_size, lr in ((64, 0.05), (512, 0.4), (2048, 1.6)):
+        config = composed("experiment=batch_size_scaled", f"batch_size={batch_size}")
+        assert config["phases"]["train"]["optimizer"]["lr"] == pytest.approx(lr)
 
 
 WRONG = {

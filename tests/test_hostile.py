@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp import ROOT, checkpoint
-from mnist_exp.checkpoint import NAME, Checkpoint
+from mnist_exp.checkpoint import Checkpoint
 from mnist_exp.config import resolve
 from mnist_exp.data import load_mnist
 from mnist_exp.errors import UserError
+from mnist_exp.output import NAME
 
 pytestmark = pytest.mark.slow  # 1,440 inputs in a minute
 PATIENT = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

@@ -1,0 +1,87 @@
+"""A run's folder under output_dir: finding it, keeping other processes off it, writing into it safely."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from mnist_exp.errors import UserError
+
+NAME = "checkpoint.pt"
+PREVIOUS = "checkpoint.previous.pt"
+FINISHED = "finished"
+LOCK = "lock"
+
+
+def make_folder(folder: Path) -> Path:
+    """Create `folder` and show that it can be written; raises UserError if not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        try:
+            probe.write_bytes(bytes(4096))
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    return folder
+
+
+def find(output_dir: Path, run: str) -> Path:
+    """Return the folder of the run with id `run`; `latest` is the one saved last that has not finished. Raises UserError."""
+    if run == "latest":
+        saved = [path for path in output_dir.glob(f"*/{NAME}*") if not (path.parent / FINISHED).exists()]
+        if not saved:
+            raise UserError(f"resume=latest: no unfinished run has a checkpoint in output_dir={output_dir}. Start a new one.")
+        return max(saved, key=lambda path: path.stat().st_mtime).parent
+    folder = output_dir / run
+    if (folder / FINISHED).exists():
+        raise UserError(f"resume={run}: this run has finished, so that nothing is left to do. Start a new one.")
+    if not folder.is_dir():
+        there = ", ".join(sorted(path.parent.name for path in output_dir.glob(f"*/{NAME}"))[:5]) or "none"
+        raise UserError(f"resume={run}: there is no such run in output_dir={output_dir}; those with a checkpoint: {there}.")
+    return folder
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep every other process off the run in `folder`, until the block is left or this process dies. Raises UserError."""
+    make_folder(folder)
+    try:
+        with FileLock(folder / LOCK, timeout=1):  # not 0: `is_held` takes the lock for a moment
+            yield
+    except Timeout as error:
+        raise UserError(f"Run {folder.name} is being worked on by another process. Wait for it, or stop it first.") from error
+
+
+def is_held(folder: Path) -> bool:
+    """Return whether a living process works on the run in `folder`, as far as this machine can see."""
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def mark_finished(folder: Path) -> None:
+    """Note that nothing is left to do for the run in `folder`."""
+    (folder / FINISHED).touch()
+
+
+def sync(path: Path) -> None:
+    """Have the disk take what was written to a file, or which files a folder holds."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def unwritable(folder: Path, error: Exception) -> UserError:
+    """Return what to say of an output folder that refused a write."""
+    return UserError(
+        f"output_dir: {folder} cannot be written: {error}. Allowed is a folder with write permission and free space: "
+        "make room there, or choose another with output_dir=/path."
+    )

@@ -1,0 +1,181 @@
+"""Jobs in parallel on this machine: one process for each core, each with a thread of its own, torch imported once."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+import cloudpickle  # type: ignore[import-untyped]  # has no annotations
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+GRACE = 60.0  # seconds that a worker has to write down how its job ended
+
+
+class WorkerDiedError(Exception):
+    """A worker process was killed."""
+
+
+class WorkersLauncher(Launcher):
+    """Runs jobs in worker processes, which outlive a job and are replaced when they die.
+
+    processes: as many jobs at once; null: one for each core that this process may use.
+    """
+
+    stops_on_failure = True
+
+    def __init__(self, processes: int | None = None) -> None:
+        self.processes = processes
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Take what Hydra hands over."""
+        self.context, self.task_function, self.config = hydra_context, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs; those that `sweep.on_failure=stop` keeps from starting come back as UNKNOWN."""
+        setup_globals()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = min(self.processes or cores, len(job_overrides))
+        threads = max(1, cores // count)
+        payload = cloudpickle.dumps((self.context, self.config, self.task_function, Singleton.get_state()))
+        stop_on_failure = self.config.sweep.on_failure == "stop"
+        waiting = deque(enumerate(map(list, job_overrides), initial_job_idx))
+        results = {number: JobReturn() for number, _ in waiting}
+        workers: list[Worker] = []
+        try:
+            while waiting or any(worker.job is not None for worker in workers):
+                while waiting and len(workers) < count:
+                    workers.append(Worker(payload, threads))
+                for worker in workers:
+                    if worker.job is None and waiting:
+                        worker.send(*waiting.popleft())
+                for worker in ready(workers):
+                    number = worker.job
+                    result = worker.receive()
+                    if result is None:
+                        workers.remove(worker)
+                        result = worker.died()
+                    if number is not None:
+                        results[number] = result
+                        if result.status == JobStatus.FAILED and stop_on_failure:
+                            waiting.clear()
+        finally:
+            for worker in workers:
+                worker.stop()
+            for worker in workers:
+                worker.join()
+        return list(results.values())
+
+
+def ready(workers: list["Worker"]) -> list["Worker"]:
+    """Wait until a worker has something to say, or has died; return those."""
+    heard = wait([item for worker in workers for item in (worker.connection, worker.process.sentinel)])
+    return [worker for worker in workers if worker.connection in heard or worker.process.sentinel in heard]
+
+
+class Worker:
+    """A process that runs one job after the other; job: the number of the one that it runs now."""
+
+    process: SpawnProcess
+    connection: "Connection[Any, Any]"
+
+    def __init__(self, payload: bytes, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(theirs, payload))
+        self.job: int | None = None
+        before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is imported
+        try:
+            self.process.start()
+        finally:
+            os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+        theirs.close()
+
+    def send(self, number: int, overrides: list[str]) -> None:
+        """Have the worker run a job."""
+        self.job = number
+        with suppress(OSError):  # it died, which `receive` will tell
+            self.connection.send((number, overrides))
+
+    def receive(self) -> JobReturn | None:
+        """Return what became of the job; None if the process died."""
+        self.job = None
+        try:
+            result: JobReturn = cloudpickle.loads(self.connection.recv_bytes())
+        except (EOFError, OSError):
+            return None
+        return result
+
+    def died(self) -> JobReturn:
+        """Return the result of a job whose worker died."""
+        self.process.join()
+        code = self.process.exitcode or 0
+        how = signal.Signals(-code).name if code < 0 else f"status {code}"
+        result = JobReturn()
+        result.return_value = WorkerDiedError(f"its process died ({how}); the system may have lacked memory")
+        result.status = JobStatus.FAILED
+        return result
+
+    def stop(self) -> None:
+        """Have the process end; a job that it runs ends as on SIGTERM."""
+        self.connection.close()
+        if self.job is not None:
+            self.process.terminate()
+
+    def join(self) -> None:
+        """Wait for the end of the process, and enforce it after a while."""
+        self.process.join(GRACE)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def work(connection: "Connection[Any, Any]", payload: bytes) -> None:
+    """Run the jobs that come through `connection`, until it is closed or the parent dies."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
+    context, config, task_function, state = cloudpickle.loads(payload)
+    with suppress(EOFError, KeyboardInterrupt):  # the end of the sweep, in peace or by a signal
+        while True:
+            number, overrides = connection.recv()
+            setup_globals()
+            Singleton.set_state(state)
+            composed = context.config_loader.load_sweep_config(config, overrides)
+            with open_dict(composed):
+                composed.hydra.job.id = composed.hydra.job.num = number
+            HydraConfig.instance().set_config(composed)
+            result = run_job(
+                hydra_context=context,
+                task_function=task_function,
+                config=composed,
+                job_dir_key="hydra.sweep.dir",
+                job_subdir_key="hydra.sweep.subdir",
+            )
+            connection.send_bytes(_dumped(result))
+
+
+def _follow(sentinel: int) -> None:
+    """End this process when its parent has died, so that nothing is left behind."""
+    wait([sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _dumped(result: JobReturn) -> bytes:
+    """Return the result as bytes; an exception that cannot be sent is sent in words."""
+    try:
+        return bytes(cloudpickle.dumps(result))
+    except Exception:  # a foreign exception may hold anything
+        result.return_value = WorkerDiedError(str(result._return_value))
+        return bytes(cloudpickle.dumps(result))

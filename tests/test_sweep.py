@@ -1,0 +1,189 @@
+"""Sweeps through the real command line: parent, children, failures, resume, rerun, other launchers."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import CommandLine
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from mnist_exp.sweep import short
+from mnist_exp.tracking import Record, read_runs
+
+SHORT = ("-m", "data=digits", "~phases.train", "phases.finetune.epochs=1")
+FAILING = "phases.finetune.optimizer.lr=0.001,1e29"  # the second ends with a loss that is not finite
+
+
+def parent_and_children(store: str) -> tuple[Run, list[Record]]:
+    client = MlflowClient(store)
+    records = read_runs(client, "1")
+    (parent,) = [record for record in records if "sweep_jobs" in record.tags]
+    children = [record for record in records if record.tags.get("sweep_id") == parent.run_id]
+    return client.get_run(parent.run_id), sorted(children, key=lambda child: int(child.tags["job_num"]))
+
+
+def results(parent: Run, store: str, tmp_path: Path) -> list[dict[str, str]]:
+    text = Path(MlflowClient(store).download_artifacts(parent.info.run_id, "results.csv", str(tmp_path))).read_text()
+    return list(csv.DictReader(text.splitlines()))
+
+
+def test_a_sweep_has_a_parent_and_a_child_for_every_job(command_line: CommandLine, store: str, tmp_path: Path) -> None:
+    done = command_line(*SHORT, "model=se_cnn,plain_cnn", FAILING)
+    assert done.returncode == 1
+    assert "2 of 4 jobs did not finish; the first of them, job 1: The loss became" in done.stderr
+    assert "Traceback" not in done.stderr
+    parent, children = parent_and_children(store)
+    assert [child.status for child in children] == ["FINISHED", "FAILED", "FINISHED", "FAILED"]
+    assert parent.info.status == "FAILED"
+    assert parent.info.run_name == "sweep model by phases.finetune.optimizer.lr"
+    assert [child.name for child in children][:2] == ["se_cnn digits lr=0.001", "se_cnn digits lr=1e+29"]
+    for number, child in enumerate(children):
+        assert child.tags["mlflow.parentRunId"] == child.tags["sweep_id"] == parent.info.run_id
+        assert child.tags["job_num"] == str(number)
+        assert child.tags["differs"] == f"model={child.params['model']} {child.tags['overrides'].split()[-2]}"
+    assert len({child.tags["config_hash"] for child in children}) == 4
+    rows = results(parent, store, tmp_path)
+    assert [(row["status"], row["run"]) for row in rows] == [(child.status, child.run_id) for child in children]
+    note = parent.data.tags["mlflow.note.content"]
+    assert "4 jobs: 2 FINISHED, 2 FAILED." in note
+    assert "| 3 | plain_cnn digits lr=1e+29 | FAILED |" in note
+    for row in rows:
+        assert row["status"] in done.stdout
+
+    again = command_line("-m", "sweep.resume=latest", FAILING.replace("1e29", "1e28"))
+    assert again.returncode == 1
+    assert "this is not what the sweep was begun with" in again.stderr
+    assert "jobs are new" in again.stderr
+    assert "sweep.insist=true" in again.stderr
+    assert parent_and_children(store) == (parent, children), "a refusal changes nothing"
+
+
+def test_names_are_short() -> None:
+    choices = {"optimizer": "adam", "model": "se_cnn"}
+    shown = {"optimizer=adam": "adam", "batch_size=64": "bs=64", "seed=3": "seed=3", "optimizer.lr=0.1": "lr=0.1"}
+    assert {override: short(override, choices) for override in shown} == shown
+
+
+def test_resume_without_m_says_what_is_missing(in_process: CommandLine, store: str) -> None:
+    done = in_process("sweep.resume=latest")
+    assert done.returncode == 1
+    assert "goes on with a sweep: put -m before it" in done.stderr
+
+
+def test_a_sweep_with_a_mistake_in_one_job_does_not_begin(in_process: CommandLine, store: str) -> None:
+    done = in_process(*SHORT, "batch_size=64,0")
+    assert done.returncode == 1
+    assert "batch_size=0 is not valid" in done.stderr
+    assert not MlflowClient(store).search_experiments(filter_string="name = 'mnist_exp'")
+
+
+def test_a_sweep_that_is_not_there(in_process: CommandLine, store: str) -> None:
+    assert "there is no such sweep" in in_process("-m", "sweep.resume=latest").stderr
+
+
+@pytest.mark.slow
+def test_stop_starts_nothing_after_a_failure(command_line: CommandLine, store: str, tmp_path: Path) -> None:
+    seeds = "seed=range(0,3)"
+    done = command_line(*SHORT, "phases.finetune.optimizer.lr=1e29", seeds, "sweep.on_failure=stop", "hydra.launcher.processes=1")
+    assert done.returncode == 1
+    parent, children = parent_and_children(store)
+    assert [child.status for child in children] == ["FAILED"]
+    assert [row["status"] for row in results(parent, store, tmp_path)] == ["FAILED", "NOT STARTED", "NOT STARTED"]
+
+
+@pytest.mark.slow
+def test_a_job_that_failed_is_tried_again_in_the_same_run(command_line: CommandLine, store: str) -> None:
+    done = command_line(*SHORT, FAILING, "sweep.retries=2")
+    assert done.returncode == 1
+    _, children = parent_and_children(store)
+    assert [child.status for child in children] == ["FINISHED", "FAILED"]
+    assert "resumed" in children[1].tags
+
+
+LONG = ("-m", "data=digits", "~phases.train", "phases.finetune.epochs=60", "seed=range(0,4)")
+
+
+def begin(store: str, tmp_path: Path, *overrides: str, jobs: int) -> subprocess.Popen[str]:
+    """Start a sweep and wait until `jobs` of its jobs have reported something."""
+    command = [sys.executable, "-m", "mnist_exp.run", *overrides, f"output_dir={tmp_path}/outputs"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    client = MlflowClient(store)
+    deadline = time.monotonic() + 120
+    while True:
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        running = [run for run in client.search_runs(experiments) if run.data.metrics and run.info.status == "RUNNING"]
+        if len(running) >= jobs:
+            return process
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_that_is_stopped_says_so_and_goes_on(
+    command_line: CommandLine, store: str, tmp_path: Path, signum: signal.Signals
+) -> None:
+    process = begin(store, tmp_path, *LONG, jobs=2)
+    process.send_signal(signum)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum
+    assert f"Stopped by {signum.name}" in error
+    assert "Traceback" not in error
+    parent, children = parent_and_children(store)
+    assert parent.info.status == "KILLED"
+    assert {child.status for child in children} == {"KILLED"}
+    assert command_line("-m", "sweep.resume=latest").returncode == 0
+    resumed_parent, resumed = parent_and_children(store)
+    assert resumed_parent.info.run_id == parent.info.run_id
+    assert resumed_parent.info.status == "FINISHED"
+    assert [child.status for child in resumed] == ["FINISHED"] * 4
+    assert {child.run_id for child in children} <= {child.run_id for child in resumed}
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_replaced_and_its_job_tried_again(store: str, tmp_path: Path) -> None:
+    process = begin(store, tmp_path, *LONG, "sweep.retries=1", jobs=2)
+    _, children = parent_and_children(store)
+    os.kill(int(children[0].tags["pid"]), signal.SIGKILL)
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    parent, children = parent_and_children(store)
+    assert parent.info.status == "FINISHED"
+    assert [child.status for child in children] == ["FINISHED"] * 4
+
+
+@pytest.mark.slow
+def test_a_parent_that_is_killed_leaves_nothing_running(store: str, tmp_path: Path) -> None:
+    process = begin(store, tmp_path, *LONG, jobs=2)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 60
+    while any(child.status == "RUNNING" for child in parent_and_children(store)[1]):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    listed = subprocess.run([sys.executable, "-m", "mnist_exp.runs", "list"], capture_output=True, text=True, check=True)
+    assert "its process is dead, now KILLED" in listed.stdout
+    parent, children = parent_and_children(store)
+    assert parent.info.status == "KILLED"
+    assert {child.status for child in children} == {"KILLED"}
+
+
+@pytest.mark.slow
+def test_a_run_that_lives_is_not_reaped_and_a_run_is_run_again_identically(store: str, tmp_path: Path) -> None:
+    process = begin(store, tmp_path, *LONG[1:-1], jobs=1)
+    reaped = subprocess.run([sys.executable, "-m", "mnist_exp.runs", "reap"], capture_output=True, text=True, check=True)
+    assert reaped.stdout == "0 reaped\n"
+    assert process.communicate(timeout=120)[1] is not None
+    assert process.returncode == 0
+    (record,) = read_runs(MlflowClient(store), "1")
+    again = [sys.executable, "-m", "mnist_exp.run", f"rerun={record.run_id}", f"output_dir={tmp_path}/outputs"]
+    done = subprocess.run(again, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"came out identical to run {record.run_id} in every metric" in done.stdout
