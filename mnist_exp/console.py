@@ -100,14 +100,16 @@ class SweepDisplay:
         )
         bar = progress.add_task("", total=self.jobs, failed=0, best="-")
 
+        def update() -> None:
+            with suppress(Exception):  # a store that does not answer now may answer the next time
+                finished, failed, best = look()
+                progress.update(bar, completed=finished, failed=failed, best="-" if best is None else f"{best:.2%}")
+
         def follow() -> None:
             pause = 1.0
             while not left.wait(pause):
                 began = time.monotonic()
-                with suppress(Exception):  # a store that does not answer now may answer the next time
-                    finished, failed, best = look()
-                    shown = "-" if best is None else f"{best:.2%}"
-                    progress.update(bar, completed=finished, failed=failed, best=shown)
+                update()
                 pause = max(1.0, 20 * (time.monotonic() - began))
 
         thread = threading.Thread(target=follow, daemon=True)
@@ -118,6 +120,7 @@ class SweepDisplay:
             finally:
                 left.set()
                 thread.join(timeout=5)
+                update()
 
     def results(self, rows: list[dict[str, str]], how_to_open: str | None) -> None:
         """Show the table of all jobs, and how the sweep is opened in the UI."""

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-RECIPE = ["data=digits", "~phases.train", "phases.finetune.epochs=1"]
+RECIPE = ["hydra/launcher=basic", "data=digits", "~phases.train", "phases.finetune.epochs=1"]  # basic: all in one process
 
 
 def usage(pid: int) -> tuple[float, int]:

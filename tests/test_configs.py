@@ -11,6 +11,7 @@ from mnist_exp.models import count_parameters
 from mnist_exp.training import fit, plan
 
 CONF = ROOT / "conf"
+CLUSTERS = {"ray_cluster": "hydra_plugins.hydra_ray_launcher", "slurm": "hydra_plugins.hydra_submitit_launcher"}
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.name != "config.yaml")
 
 
@@ -19,6 +20,8 @@ def test_every_file_composes_and_runs(
     composed, path: Path, short_digits: Dataset, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     group, option = str(path.parent), path.stem
+    if option in CLUSTERS:
+        pytest.importorskip(CLUSTERS[option])
     override = f"+phase@phases.more={option}" if group == "phase" else f"{group}={option}"
     config = composed(override)
     model = build(config["model"], "model")

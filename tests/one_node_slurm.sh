@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# A SLURM cluster of this one machine, from Debian's slurmctld, slurmd, slurm-client and munge, without systemd. Takes root.
+# one_node_slurm.sh start | stop
+set -euo pipefail
+if [ "$1" = stop ]; then
+    scontrol shutdown
+    kill "$(cat /run/munge/munged.pid)"
+    exit
+fi
+host=$(hostname)
+mkdir -p /run/munge /var/spool/slurmd /var/spool/slurmctld
+[ -f /etc/munge/munge.key ] || mungekey
+chown -R munge /run/munge /etc/munge
+su -s /bin/sh munge -c /usr/sbin/munged
+cat >/etc/slurm/slurm.conf <<CONF
+ClusterName=one
+SlurmctldHost=$host
+SlurmUser=root
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+StateSaveLocation=/var/spool/slurmctld
+SlurmdSpoolDir=/var/spool/slurmd
+ReturnToService=2
+NodeName=$host CPUs=$(nproc) State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+CONF
+slurmctld
+slurmd
+for _ in $(seq 60); do
+    sinfo --noheader --states=idle | grep -q idle && exit
+    sleep 0.5
+done
+sinfo
+exit 1
