@@ -1,5 +1,9 @@
-"""The one exception whose message is all that the user gets to see."""
+"""The exceptions whose message is all that the user gets to see."""
 
 
 class UserError(Exception):
     """Something the user can put right: names the key, its value, what is allowed, and the remedy."""
+
+
+class PrunedError(UserError):
+    """A search has stopped this run early, because others do better."""

@@ -190,6 +190,7 @@ def run(
     from mnist_exp.data import derive_seed
     from mnist_exp.evaluation import evaluate
     from mnist_exp.models import count_parameters
+    from mnist_exp.search import follow
     from mnist_exp.training import choose_device, choose_precision, fit, plan
 
     seed, sweep = config["seed"], config["sweep"]
@@ -278,6 +279,7 @@ def run(
 
         if not saved:
             save(None)
+        told_search = follow(sweep["study"], sweep["job"]) if sweep["study"] else None
         with display:
             for report in fit(
                 model, stages, data, seed=seed, precision=precision, save_every=config["save_every"], resume_from=state
@@ -289,6 +291,8 @@ def run(
                 if report.state:
                     save(report.state)
                     tracked.flush()
+                if told_search:
+                    told_search(report.examples_seen, report.metrics)
         tracked.file(folder / output.NAME)
 
         # The test set is scored once, here. Without one (data=mnist_tuning) the pictures show the validation split.

@@ -8,12 +8,13 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
@@ -59,6 +60,36 @@ def short(override: str, choices: dict[str, str]) -> str:
     return f"{'bs' if key == 'batch_size' else key.rpartition('.')[2]}={value}" if value else override
 
 
+@dataclass
+class Sweep:
+    """A sweep while it runs.
+
+    where: the overrides that say where things lie, which a resumed job is given again; told: what every job is told beside its
+    own overrides; folder: of the parent; returns: what the launcher has said of jobs, by number.
+    """
+
+    tracked: "NoTracker"
+    jobs: list[Job]
+    varied: list[str]
+    overrides: list[str]
+    where: list[str]
+    told: list[str]
+    folder: Path
+    software: dict[str, str]
+    insist: bool
+    returns: dict[int, JobReturn] = field(default_factory=dict)
+
+    def store_definition(self, sweeper: str) -> None:
+        """Leave in the parent what `sweep.resume` needs."""
+        jobs = [vars(job) for job in self.jobs]
+        definition = {"sweeper": sweeper, "overrides": self.overrides, "software": self.software, "jobs": jobs}
+        self.tracked.text(json.dumps(definition, indent=1), "sweep.json")
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return the table of the jobs."""
+        return table(self.jobs, self.tracked.children(), self.returns)
+
+
 class GridSweeper(Sweeper):
     """Runs every combination of a command line's choices, each once; what a sweep lacks when it is resumed, and no more.
 
@@ -72,7 +103,7 @@ class GridSweeper(Sweeper):
         """Take what Hydra hands over."""
         from hydra.core.plugins import Plugins
 
-        self.context, self.task_function, self.composed = hydra_context, task_function, config
+        self.loader, self.composed = hydra_context.config_loader, config
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -83,155 +114,155 @@ class GridSweeper(Sweeper):
         from mnist_exp.console import SweepDisplay
 
         raise_interrupted()
-        config = resolve(_without_hydra(self.composed))
+        self.recipe = config = resolve(_without_hydra(self.composed))
         wishes = config["sweep"]
         if wishes["on_failure"] == "stop" and not hasattr(self.launcher, "stops_on_failure"):
             raise UserError("sweep.on_failure=stop needs hydra/launcher=workers: other launchers start all jobs at once.")
         tracker = build(config["tracking"], "tracking")
         output_dir = output.make_folder(Path(config["output_dir"]))
-        overrides = [override for override in arguments if not key_of(override).startswith("sweep.")]
-        where = [override for override in overrides if re.match(r"(output_dir|tracking(\..*)?)=", override)]
+        given = [override for override in arguments if not key_of(override).startswith("sweep.")]
+        where = [override for override in given if re.match(r"(output_dir|tracking(\..*)?)=", override)]
+        overrides = [f"{key}={value}" for key, value in self.params.items()]
+        overrides += [override for override in given if override not in where]
         software = provenance.software()
         sweep_id = None
         if wishes["resume"]:
             tracker.reap()
             parent, definition = tracker.find_sweep(wishes["resume"])
-            sweep_id, jobs = parent.run_id, [Job(**job) for job in definition["jobs"]]
-            self._refuse_changes(jobs, definition["software"], overrides if overrides != where else None, software, wishes)
+            if not wishes["insist"]:
+                self._refuse_changes(definition, overrides, software)
+            sweep_id, overrides, jobs = parent.run_id, definition["overrides"], [Job(**job) for job in definition["jobs"]]
         else:
-            jobs = self._jobs(overrides)
-        varied = _varied(jobs)
-        tags = {
-            **provenance.git_tags(),
-            **software,
-            **provenance.owner_tags(output_dir),
-            "overrides": " ".join([*(f"{key}={value}" for key, value in self.params.items()), *overrides]),
-            "sweep_jobs": str(len(jobs)),
-        }
+            jobs = self.define(overrides, where)
+        varied = self.varied(jobs, overrides)
+        owner = provenance.owner_tags(output_dir)
+        tags = provenance.git_tags() | software | owner | {"overrides": " ".join(overrides)}
+        tags["sweep_jobs"] = str(self.total(jobs))
         with ExitStack() as held:
             if sweep_id:
                 held.enter_context(output.hold(output_dir / sweep_id))
             tracked = held.enter_context(tracker.start(f"sweep {' by '.join(varied) or 'of one'}", tags, sweep_id))
+            folder = output_dir / tracked.run_id
+            told = [f"sweep.id={tracked.run_id}", f"sweep.varied={json.dumps(varied)}"]
+            sweep = Sweep(tracked, jobs, varied, overrides, where, told, folder, software, wishes["insist"])
             if sweep_id:
-                tracked.tags(provenance.owner_tags(output_dir))
+                tracked.tags(owner)
             else:
-                held.enter_context(output.hold(output_dir / tracked.run_id))
+                held.enter_context(output.hold(folder))
                 tracked.reap()
-                stored = {"jobs": [vars(job) for job in jobs], "software": software}
-                tracked.text(json.dumps(stored, indent=1), "sweep.json")
-            returns: dict[int, JobReturn] = {}
-            display = SweepDisplay(len(jobs))
+                sweep.store_definition(type(self).__name__)
+            display = SweepDisplay(self.total(jobs))
             try:
                 with display.following(lambda: progress(tracked.children())):
-                    for _ in range(1 + wishes["retries"]):
-                        todo = self._todo(jobs, tracked, returns, varied, where, output_dir, insist=wishes["insist"])
-                        if todo:
-                            self._launch(todo, returns)
+                    self.run_jobs(sweep)
             finally:
-                rows = table(jobs, tracked.children(), returns)
-                self._record(tracked, rows, varied)
-                display.results(rows, tracked.how_to_open())
-            failed = [row for row in rows if row["status"] != "FINISHED"]
+                rows = sweep.rows()
+                if rows:
+                    tracked.text(as_csv(rows), "results.csv")
+                    tracked.tags({"mlflow.note.content": description(rows, tracked)})
+                    display.results(rows, tracked.how_to_open())
+            failed = [row for row in rows if row["status"] not in ("FINISHED", "PRUNED")]
             if failed:
                 first = failed[0]
                 raise UserError(
-                    f"{len(failed)} of {len(jobs)} jobs did not finish; the first of them, job {first['job']}: "
+                    f"{len(failed)} of {len(rows)} jobs did not finish; the first of them, job {first['job']}: "
                     f"{first['error'] or first['status']}\n"
                     f"Once the cause is mended, `python -m mnist_exp.run -m sweep.resume={tracked.run_id}` does the rest."
                 )
-        return
 
-    def _jobs(self, overrides: list[str]) -> list[Job]:
+    def define(self, overrides: list[str], where: list[str]) -> list[Job]:
         """Return every combination of the choices in `overrides`, composed and checked before any of them runs."""
-        arguments = [*(f"{key}={value}" for key, value in self.params.items()), *overrides]
-        parsed = OverridesParser.create(config_loader=self.context.config_loader).parse_overrides(arguments)
-        (combinations,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+        (combinations,) = BasicSweeper.split_arguments(self.parse([*overrides, *where]), max_batch_size=None)
         jobs: dict[str, Job] = {}
         for combination in combinations:
-            composed = self.context.config_loader.load_sweep_config(self.composed, combination)
-            config_hash = digest(resolve(_without_hydra(composed)))
-            if config_hash not in jobs:  # two combinations can come to the same
-                jobs[config_hash] = Job(len(jobs), list(combination), config_hash)
+            job = self.job(len(jobs), combination)
+            jobs.setdefault(job.config_hash, job)  # two combinations can come to the same
         return list(jobs.values())
 
-    def _refuse_changes(
-        self,
-        jobs: list[Job],
-        software_then: dict[str, str],
-        overrides: list[str] | None,
-        software: dict[str, str],
-        wishes: dict[str, Any],
-    ) -> None:
-        """Raise UserError if what the sweep was defined by has changed since."""
-        if wishes["insist"]:
-            return
-        changed = [f"{key} was {software_then[key]}, is {now}" for key, now in software.items() if software_then[key] != now]
-        if overrides is not None:
-            now, then = ({job.config_hash: job for job in some} for some in (self._jobs(overrides), jobs))
-            new, gone = ([some[key].overrides for key in some if key not in other] for some, other in ((now, then), (then, now)))
-            changed += [f"{len(new)} jobs are new ({' '.join(new[0])}, ...)"] if new else []
-            changed += [f"{len(gone)} jobs are gone ({' '.join(gone[0])}, ...)"] if gone else []
-        for job in jobs if overrides is None else []:
-            composed = resolve(_without_hydra(self.context.config_loader.load_sweep_config(self.composed, job.overrides)))
-            if digest(composed) != job.config_hash:
-                changed.append(f"the configuration of job {job.number} ({' '.join(job.overrides)}) was {job.config_hash}")
-                break
-        if changed:
-            raise UserError(
-                f"sweep.resume={wishes['resume']}: this is not what the sweep was begun with: {'; '.join(changed)}. "
-                "Start a new sweep, or go on all the same, by the stored definition, with sweep.insist=true."
-            )
+    def parse(self, overrides: list[str]) -> list[Override]:
+        """Return what Hydra makes of a command line."""
+        return OverridesParser.create(config_loader=self.loader).parse_overrides(overrides)
 
-    def _todo(
-        self,
-        jobs: list[Job],
-        tracked: "NoTracker",
-        returns: dict[int, JobReturn],
-        varied: list[str],
-        where: list[str],
-        output_dir: Path,
-        *,
-        insist: bool,
-    ) -> list[tuple[int, list[str]]]:
-        """Return number and overrides of the jobs that have not finished: to go on from a checkpoint, or from the start."""
-        wait_for_orphans(tracked)
-        children = tracked.children()
+    def job(self, number: int, overrides: list[str]) -> Job:
+        """Return a job, composed and checked; raises UserError."""
+        composed = self.loader.load_sweep_config(self.composed, overrides)
+        return Job(number, list(overrides), digest(resolve(_without_hydra(composed))))
+
+    def total(self, jobs: list[Job]) -> int:
+        """Return how many jobs there will be."""
+        return len(jobs)
+
+    def varied(self, jobs: list[Job], overrides: list[str]) -> list[str]:
+        """Return the keys that not all jobs override with the same value, in the order of the command line."""
+        values: dict[str, set[str]] = {}
+        for job in jobs:
+            for override in job.overrides:
+                values.setdefault(key_of(override), set()).add(override)
+        return [key for key, seen in values.items() if len(seen) > 1]
+
+    def run_jobs(self, sweep: Sweep) -> None:
+        """Run the jobs, and those again that did not finish, as often as `sweep.retries` says."""
+        for _ in range(1 + self.recipe["sweep"]["retries"]):
+            self.launch_missing(sweep)
+
+    def launch_missing(self, sweep: Sweep) -> None:
+        """Have the launcher run what has not finished: from its last checkpoint, where it has one, else from the start."""
+        wait_for_orphans(sweep.tracked)
+        children = sweep.tracked.children()
         latest = by_job(children)
         data = {child.tags["data"] for child in children if child.status == "FINISHED"}
-        expected = [f"sweep.data={data.pop()}"] if len(data) == 1 and not insist else []
-        todo = []
-        for job in jobs:
-            child, returned = latest.get(job.number), returns.get(job.number)
-            if child.status == "FINISHED" if child else returned and returned.status == JobStatus.COMPLETED:
+        expected = [f"sweep.data={data.pop()}"] if len(data) == 1 and not sweep.insist else []
+        todo: dict[int, list[str]] = {}
+        for job in sweep.jobs:
+            child, returned = latest.get(job.number), sweep.returns.get(job.number)
+            if _is_done(child) if child else returned and returned.status == JobStatus.COMPLETED:
                 continue
-            told = [f"sweep.id={tracked.run_id}", f"sweep.job={job.number}", f"sweep.varied={json.dumps(varied)}"]
             overrides = job.overrides
-            if child and list((output_dir / child.run_id).glob(f"{output.NAME}*")):
-                overrides = [f"resume={child.run_id}", *where]
+            if child and list((sweep.folder.parent / child.run_id).glob(f"{output.NAME}*")):
+                overrides = [f"resume={child.run_id}", *sweep.where]
             elif child:
-                tracked.delete(child.run_id)
-            todo.append((job.number, [*overrides, *told, *expected]))
-        return todo
-
-    def _launch(self, todo: list[tuple[int, list[str]]], returns: dict[int, JobReturn]) -> None:
-        """Have the launcher run the jobs; what became of them is in MLflow, and, as far as the launcher tells, in `returns`."""
-        jobs = [overrides for _, overrides in todo]
+                sweep.tracked.delete(child.run_id)
+            todo[job.number] = [*overrides, *sweep.told, *expected, f"sweep.job={job.number}"]
+        if not todo:
+            return
         try:
-            results = self.launcher.launch(jobs, initial_job_idx=todo[0][0])
+            results = self.launcher.launch(list(todo.values()), initial_job_idx=min(todo))
         except UserError:
             raise
         except Exception as error:  # some launchers raise what their first job raised, after all have run
             results = [_failed(error) for _ in todo]
-        returns |= dict(zip((number for number, _ in todo), results, strict=True))
+        sweep.returns |= dict(zip(todo, results, strict=True))
 
-    def _record(self, tracked: "NoTracker", rows: list[dict[str, str]], varied: list[str]) -> None:
-        """Leave the results table in the parent, as an artifact and in its description."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-        tracked.text(text.getvalue(), "results.csv")
-        tracked.tags({"mlflow.note.content": description(rows, tracked)})
+    def _refuse_changes(self, definition: dict[str, Any], overrides: list[str], software: dict[str, str]) -> None:
+        """Raise UserError if what the sweep was defined by has changed since."""
+        then = definition["software"]
+        changed = [f"{key} was {then[key]}, is {value}" for key, value in software.items() if then[key] != value]
+        if type(self).__name__ != definition["sweeper"]:
+            changed.append(f"the sweeper was {definition['sweeper'].lower()}: hydra/sweeper={definition['sweeper'].lower()}")
+        if overrides and overrides != definition["overrides"]:
+            changed.append(f"the command line was {' '.join(definition['overrides'])}, is {' '.join(overrides)}")
+        for stored in definition["jobs"]:
+            if self.job(stored["number"], stored["overrides"]).config_hash != stored["config_hash"]:
+                changed.append(f"the configuration of job {stored['number']} ({' '.join(stored['overrides'])}) is another")
+                break
+        if changed:
+            raise UserError(
+                f"sweep.resume: this is not what the sweep was begun with: {'; '.join(changed)}. "
+                "Start a new sweep, or go on all the same, by the stored definition, with sweep.insist=true."
+            )
+
+
+def as_csv(rows: list[dict[str, str]]) -> str:
+    """Return a table as comma-separated values."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _is_done(child: "Record") -> bool:
+    return child.status == "FINISHED" or "pruned" in child.tags
 
 
 def _failed(error: Exception) -> JobReturn:
@@ -245,15 +276,6 @@ def _without_hydra(composed: DictConfig) -> DictConfig:
     with open_dict(config):
         config.pop("hydra", None)
     return config
-
-
-def _varied(jobs: list[Job]) -> list[str]:
-    """Return the keys that not all jobs override with the same value, in the order of the command line."""
-    values: dict[str, set[str]] = {}
-    for job in jobs:
-        for override in job.overrides:
-            values.setdefault(key_of(override), set()).add(override)
-    return [key for key, seen in values.items() if len(seen) > 1]
 
 
 def by_job(children: list["Record"]) -> dict[int, "Record"]:
@@ -294,7 +316,8 @@ def table(jobs: list[Job], children: list["Record"], returns: dict[int, JobRetur
         value = returned._return_value if returned else None
         error = str(value).splitlines()[0] if isinstance(value, BaseException) and str(value) else ""
         if child:
-            status, error = child.status, child.tags.get("error", "") if child.status != "FINISHED" else ""
+            status = "PRUNED" if "pruned" in child.tags else child.status
+            error = child.tags.get("error", "") if status != "FINISHED" else ""
         elif returned and returned.status == JobStatus.COMPLETED:
             status = "FINISHED"
         else:

@@ -23,7 +23,7 @@ from uuid import uuid4
 from filelock import FileLock
 
 from mnist_exp import ROOT, exported, output
-from mnist_exp.errors import UserError
+from mnist_exp.errors import PrunedError, UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -208,8 +208,11 @@ class MLflowTracker(NoTracker):
         self.client.update_run(run_id, status="RUNNING")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        status = "FINISHED" if error is None else "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        if error is not None:
+        stopped = isinstance(error, KeyboardInterrupt | PrunedError)
+        status = "FINISHED" if error is None else "KILLED" if stopped else "FAILED"
+        if isinstance(error, PrunedError):
+            self.tags({"pruned": str(error), "error": str(error)})
+        elif error is not None:
             self.text("".join(traceback.format_exception(error)), "traceback.txt")
             self.tags({"error": (str(error).strip() or type(error).__name__).splitlines()[0][:250]})
         self._queue_points()
@@ -475,6 +478,7 @@ def open_store(uri: str, experiment: str) -> tuple["MlflowClient", str]:
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default of 7 waits four minutes for a dead server
     import mlflow
     from mlflow.exceptions import MlflowException

@@ -44,9 +44,8 @@ class WorkersLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; those that `sweep.on_failure=stop` keeps from starting come back as UNKNOWN."""
         setup_globals()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        count = min(self.processes or cores, len(job_overrides))
-        threads = max(1, cores // count)
+        count = min(self.processes or cores(), len(job_overrides))
+        threads = max(1, cores() // count)
         payload = cloudpickle.dumps((self.context, self.config, self.task_function, Singleton.get_state()))
         stop_on_failure = self.config.sweep.on_failure == "stop"
         waiting = deque(enumerate(map(list, job_overrides), initial_job_idx))
@@ -75,6 +74,11 @@ class WorkersLauncher(Launcher):
             for worker in workers:
                 worker.join()
         return list(results.values())
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ready(workers: list["Worker"]) -> list["Worker"]:
@@ -163,6 +167,7 @@ def work(connection: "Connection[Any, Any]", payload: bytes) -> None:
                 job_dir_key="hydra.sweep.dir",
                 job_subdir_key="hydra.sweep.subdir",
             )
+            result.cfg = result.hydra_cfg = None  # half a megabyte a job, that nobody reads
             connection.send_bytes(_dumped(result))
 
 

@@ -2,9 +2,9 @@
 
     python scripts/soak.py [--runs 500] [--processes 1]
 
-Each process is the real command line with a Hydra sweep over seeds on `digits`; all write to one new SQLite store. Every 10
-seconds the memory and the open files of each are noted. At the end every run must be FINISHED, the database must pass
-`PRAGMA integrity_check`, and memory and files must not have grown between the first fifth of the time and the last.
+The real command line sweeps over seeds on `digits`, in as many worker processes, into a new SQLite store. Every 10 seconds the
+memory and the open files of each process are noted. At the end every run must be FINISHED, the database must pass
+`PRAGMA integrity_check`, and neither may have grown by more than a tenth between the second fifth of the time and the last.
 """
 
 import argparse
@@ -15,13 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from contextlib import closing
+from collections import Counter, defaultdict
+from contextlib import closing, suppress
 from pathlib import Path
 
-from mlflow import MlflowClient
+from kill_sweeps import workers
 
-RECIPE = ["hydra/launcher=basic", "data=digits", "~phases.train", "phases.finetune.epochs=1"]  # basic: all in one process
+RECIPE = ["-m", "data=digits", "~phases.train", "phases.finetune.epochs=1"]
 
 
 def usage(pid: int) -> tuple[float, int]:
@@ -36,53 +36,39 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=500)
     parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
-    share = arguments.runs // arguments.processes
     with tempfile.TemporaryDirectory() as folder:
-        database = Path(folder) / "mlflow.db"
+        database, errors = Path(folder) / "mlflow.db", Path(folder) / "errors"
+        command = [sys.executable, "-m", "mnist_exp.run", *RECIPE, f"seed=range(0,{arguments.runs})"]
+        command += [f"output_dir={folder}/outputs", f"hydra.launcher.processes={arguments.processes}"]
         environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{database}"}
-        if arguments.processes > 1:
-            environment["OMP_NUM_THREADS"] = "1"
-        processes = []
-        for number in range(arguments.processes):
-            seeds = f"seed=range({number * share},{(number + 1) * share})"
-            command = [sys.executable, "-m", "mnist_exp.run", "-m", *RECIPE, seeds, f"output_dir={folder}/outputs"]
-            with (Path(folder) / f"{number}.err").open("wb") as errors:
-                processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors))
+        with errors.open("wb") as said:
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=said)
         began = time.monotonic()
-        seen: dict[int, list[tuple[float, int]]] = {process.pid: [] for process in processes}
-        while any(process.poll() is None for process in processes):
+        seen = defaultdict[int, list[tuple[float, int]]](list)
+        while process.poll() is None:
             time.sleep(10)
-            for process in processes:
-                if process.poll() is None:
-                    seen[process.pid].append(usage(process.pid))
+            for pid in [process.pid, *workers(process.pid)]:
+                with suppress(OSError):
+                    seen[pid].append(usage(pid))
         seconds = time.monotonic() - began
-
-        runs = []
-        client, token = MlflowClient(f"sqlite:///{database}"), None
-        while token is not None or not runs:
-            page = client.search_runs(["1"], max_results=1000, page_token=token)
-            runs += page
-            token = page.token
-        statuses = Counter(run.info.status for run in runs)
         with closing(sqlite3.connect(database)) as connection:
             (intact,) = connection.execute("PRAGMA integrity_check").fetchone()
-        said = "\n".join(path.read_text()[-2000:] for path in sorted(Path(folder).glob("*.err")))
+            statuses = Counter(status for (status,) in connection.execute("SELECT status FROM runs"))
+        last_words = errors.read_text()[-2000:]
 
-    print(
-        f"{len(runs)} runs in {seconds:.0f} s by {arguments.processes} process(es): {dict(statuses)}; integrity_check: {intact}"
-    )
+    print(f"{arguments.runs} runs in {seconds:.0f} s by {arguments.processes} process(es); with the parent: {dict(statuses)}")
+    print(f"  integrity_check: {intact}")
     grew = False
-    for number, samples in enumerate(seen.values()):
+    for pid, samples in seen.items():
         fifth = max(1, len(samples) // 5)
-        # The first sample is of a process that still imports.
-        early, late = samples[1 : 1 + fifth], samples[-fifth:]
+        early, late = samples[fifth : 2 * fifth], samples[-fifth:]  # the first fifth warms up
         memory = [statistics.median(sample[0] for sample in part) for part in (early, late)]
         files = [statistics.median(sample[1] for sample in part) for part in (early, late)]
-        print(f"  process {number}: memory {memory[0]:.0f} -> {memory[1]:.0f} MiB, open files {files[0]:.0f} -> {files[1]:.0f}")
-        grew |= memory[1] > memory[0] * 1.1 or files[1] > files[0] + 2
-    failed = any(process.returncode for process in processes) or statuses != {"FINISHED": share * arguments.processes}
-    if failed or grew or intact != "ok":
-        sys.exit(f"lost, broken or grown:\n{said}")
+        name = "parent" if pid == process.pid else "worker"
+        print(f"  {name}: memory {memory[0]:.0f} -> {memory[1]:.0f} MiB, open files {files[0]:.0f} -> {files[1]:.0f}")
+        grew |= memory[1] > memory[0] * 1.1 or files[1] > files[0] * 1.1 + 1
+    if process.returncode or grew or intact != "ok" or statuses != {"FINISHED": arguments.runs + 1}:
+        sys.exit(f"lost, broken or grown:\n{last_words}")
 
 
 if __name__ == "__main__":

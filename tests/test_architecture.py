@@ -3,7 +3,12 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "mnist_exp"
 ENTRY_POINTS = {"run", "runs"}
-ONLY = {"mlflow": {"tracking"}, "hydra": {"run", "config", "sweep", "workers"}, "rich": {"console"}}
+ONLY = {
+    "mlflow": {"tracking"},
+    "hydra": {"run", "config", "sweep", "workers", "search"},
+    "optuna": {"search"},
+    "rich": {"console"},
+}
 
 
 def imports(path: Path) -> set[str]:

@@ -293,3 +293,50 @@ def test_a_clock_that_jumps_changes_nothing_but_the_times(jump: str, store: str,
     (run,) = MlflowClient(store).search_runs(["1"])
     assert run.info.end_time >= run.info.start_time
     assert 0 < run.data.metrics["time/total_seconds"] < 240
+
+
+WRITER = """
+import sys
+from mnist_exp.tracking import MLflowTracker
+with MLflowTracker(sys.argv[1], "shared").start(sys.argv[2], {"writer": sys.argv[2]}) as tracker:
+    for step in range(500):
+        tracker.metrics({"value": step, "square": step * step}, step)
+        if step % 10 == 9:
+            tracker.flush()
+    tracker.params({"writer": sys.argv[2]})
+    tracker.text("x" * 1000, "text.txt")
+"""
+
+
+def assert_eight_writers_lose_nothing(address: str) -> None:
+    """Eight processes log 1,000 points each, in 50 batches each, to one store that is new."""
+    command = [sys.executable, "-c", WRITER, address]
+    writers = [
+        subprocess.Popen([*command, str(number)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for number in range(8)
+    ]
+    for writer in writers:
+        _, error = writer.communicate(timeout=300)
+        assert writer.returncode == 0, error
+        assert "locked" not in error
+    client = MlflowClient(address)
+    runs = client.search_runs([client.get_experiment_by_name("shared").experiment_id])
+    assert sorted(run.data.params["writer"] for run in runs) == [str(number) for number in range(8)]
+    for run in runs:
+        assert run.info.status == "FINISHED"
+        for key, power in (("value", 1), ("square", 2)):
+            points = client.get_metric_history(run.info.run_id, key)
+            assert [(point.step, point.value) for point in sorted(points, key=lambda point: point.step)] == [
+                (step, step**power) for step in range(500)
+            ]
+        assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["text.txt"]
+
+
+@pytest.mark.slow
+def test_eight_processes_share_a_new_database(tmp_path: Path) -> None:
+    assert_eight_writers_lose_nothing(f"sqlite:///{tmp_path}/mlflow.db")
+
+
+@pytest.mark.slow
+def test_eight_processes_share_a_server(server) -> None:
+    assert_eight_writers_lose_nothing(server[0])

@@ -56,12 +56,13 @@ def test_a_sweep_has_a_parent_and_a_child_for_every_job(command_line: CommandLin
     for row in rows:
         assert row["status"] in done.stdout
 
-    again = command_line("-m", "sweep.resume=latest", FAILING.replace("1e29", "1e28"))
+    again = command_line("-m", "sweep.resume=latest", *SHORT[1:], "model=se_cnn")
     assert again.returncode == 1
     assert "this is not what the sweep was begun with" in again.stderr
-    assert "jobs are new" in again.stderr
+    assert "the command line was data=digits ~phases.train" in again.stderr
     assert "sweep.insist=true" in again.stderr
-    assert parent_and_children(store) == (parent, children), "a refusal changes nothing"
+    unchanged, same = parent_and_children(store)
+    assert (unchanged.data.tags, same) == (parent.data.tags, children), "a refusal changes nothing"
 
 
 def test_names_are_short() -> None:
@@ -187,3 +188,24 @@ def test_a_run_that_lives_is_not_reaped_and_a_run_is_run_again_identically(store
     done = subprocess.run(again, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"came out identical to run {record.run_id} in every metric" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_search_proposes_prunes_and_goes_on(command_line: CommandLine, store: str, mnist_root: Path) -> None:
+    pytest.importorskip("optuna")
+    search = ("-m", "hydra/sweeper=optuna", "data=mnist_tuning", "phases.train.epochs=3", "~phases.finetune", "batch_size=2048")
+    space = ("optimizer.lr=tag(log,interval(0.0001,0.4))", "model=choice(se_cnn,plain_cnn)")
+    refused = command_line(*search[:2], "data=mnist", *space)
+    assert "A search must not see the test set: add data=mnist_tuning" in refused.stderr
+    done = command_line(*search, *space, "hydra.sweeper.n_trials=7")
+    assert done.returncode == 0, done.stderr
+    parent, children = parent_and_children(store)
+    assert parent.info.status == "FINISHED"
+    assert len(children) == 7
+    assert not any(key.startswith("test/") for child in children for key in child.metrics)
+    more = command_line(*search[:2], "sweep.resume=" + parent.info.run_id, "hydra.sweeper.n_trials=9")
+    assert more.returncode == 0, more.stderr
+    _, children = parent_and_children(store)
+    assert [child.tags["job_num"] for child in children] == [str(number) for number in range(9)]
+    assert all(child.status == "FINISHED" or "pruned" in child.tags for child in children)
+    assert any("pruned" in child.tags for child in children)
