@@ -19,6 +19,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+RENEW_AFTER = 100  # jobs of a worker: torch.export keeps half a megabyte of each
 GRACE = 60.0  # seconds that a worker has to write down how its job ended
 
 
@@ -64,6 +65,10 @@ class WorkersLauncher(Launcher):
                     if result is None:
                         workers.remove(worker)
                         result = worker.died()
+                    elif worker.jobs_done == RENEW_AFTER:
+                        workers.remove(worker)
+                        worker.stop()
+                        worker.join()
                     if number is not None:
                         results[number] = result
                         if result.status == JobStatus.FAILED and stop_on_failure:
@@ -98,6 +103,7 @@ class Worker:
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(theirs, payload))
         self.job: int | None = None
+        self.jobs_done = 0
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is imported
         try:
@@ -115,6 +121,7 @@ class Worker:
     def receive(self) -> JobReturn | None:
         """Return what became of the job; None if the process died."""
         self.job = None
+        self.jobs_done += 1
         try:
             result: JobReturn = cloudpickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError):
