@@ -6,6 +6,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +176,7 @@ def _labels(folder: Path, name: str) -> Tensor:
     return torch.from_numpy(_read(folder, name)[8:]).long()
 
 
+@cache  # for the jobs of a sweep
 def _read(folder: Path, name: str) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
     """Return a file's bytes, its header of 8 (labels) or 16 bytes (images) included, checked against MNIST's own."""
     path = _find(folder, name)

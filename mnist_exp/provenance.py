@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,7 @@ def uncommitted() -> str:
         return _git("diff", "--binary", "--no-color", "--no-ext-diff", "HEAD", index=index)
 
 
+@cache
 def packages() -> str:
     """Return every installed distribution as name==version, a line each."""
     installed = {f"{dist.metadata['Name']}=={dist.version}" for dist in importlib.metadata.distributions()}
