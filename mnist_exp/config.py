@@ -159,6 +159,7 @@ def digest(config: dict[str, Any]) -> str:
     """Return a short hash of what, in a resolved configuration, decides the outcome of a run."""
     elsewhere = ("output_dir", "save_every", "resume", "rerun", "sweep", "tracking")
     recipe = {key: value for key, value in config.items() if key not in elsewhere}
+    recipe["data"] = {key: value for key, value in config["data"].items() if key != "root"}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
 
 

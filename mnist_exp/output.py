@@ -32,7 +32,8 @@ def make_folder(folder: Path) -> Path:
 def find(output_dir: Path, run: str) -> Path:
     """Return the folder of the run with id `run`; `latest` is the one saved last that has not finished. Raises UserError."""
     if run == "latest":
-        saved = [path for path in output_dir.glob(f"*/{NAME}*") if not (path.parent / FINISHED).exists()]
+        saved = [path for name in (NAME, PREVIOUS) for path in output_dir.glob(f"*/{name}")]
+        saved = [path for path in saved if not (path.parent / FINISHED).exists()]
         if not saved:
             raise UserError(f"resume=latest: no unfinished run has a checkpoint in output_dir={output_dir}. Start a new one.")
         return max(saved, key=lambda path: path.stat().st_mtime).parent
@@ -50,19 +51,30 @@ def hold(folder: Path) -> Iterator[None]:
     """Keep every other process off the run in `folder`, until the block is left or this process dies. Raises UserError."""
     make_folder(folder)
     try:
-        with FileLock(folder / LOCK, timeout=1):  # not 0: `is_held` takes the lock for a moment
+        with FileLock(folder / LOCK, timeout=1):  # not 0: `idle` takes the lock for a moment
             yield
     except Timeout as error:
         raise UserError(f"Run {folder.name} is being worked on by another process. Wait for it, or stop it first.") from error
 
 
-def is_held(folder: Path) -> bool:
-    """Return whether a living process works on the run in `folder`, as far as this machine can see."""
+@contextmanager
+def idle(folder: Path) -> Iterator[bool]:
+    """Yield whether no living process works on the run in `folder`, as far as this machine can see; none begins meanwhile."""
+    lock = FileLock(folder / LOCK)
     try:
-        with FileLock(folder / LOCK, timeout=0):
-            return False
-    except Timeout:
-        return True
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):  # held, or another user's
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Return whether the run in `folder` can be gone on with."""
+    return (folder / NAME).exists() or (folder / PREVIOUS).exists()
 
 
 def mark_finished(folder: Path) -> None:

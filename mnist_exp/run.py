@@ -23,7 +23,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from mnist_exp import ROOT, output
 from mnist_exp.config import build, check, did_you_mean, digest, nodes, resolve
-from mnist_exp.errors import UserError
+from mnist_exp.errors import PrunedError, UserError
 from mnist_exp.signals import Interrupted, raise_interrupted
 from mnist_exp.sweep import differing, short
 
@@ -130,7 +130,7 @@ def resume(config: dict[str, Any], overrides: list[str]) -> "Outcome":
     check(saved.config)
     stored = saved.config | {"output_dir": config["output_dir"]}
     stored["sweep"] = saved.config["sweep"] | {"data": config["sweep"]["data"]}
-    if any(override.startswith("tracking") for override in overrides):
+    if config["sweep"]["id"] or any(override.startswith("tracking") for override in overrides):
         stored["tracking"] = config["tracking"]
     return run(stored, saved.choices, saved.overrides, saved, threads=int(saved.software["threads"]))
 
@@ -152,6 +152,8 @@ def rerun(config: dict[str, Any], overrides: list[str]) -> "Outcome":
 
     only_places(f"rerun={config['rerun']}", overrides)
     original = build(config["tracking"], "tracking").read(config["rerun"])
+    if original.record.status != "FINISHED":
+        raise UserError(f"rerun={config['rerun']}: the run is {original.record.status}; only a FINISHED one can be compared.")
     stored = original.config | {key: config[key] for key in ("output_dir", "tracking", "sweep", "resume", "rerun")}
     check(stored)
     now = provenance.software() | provenance.git_tags()
@@ -194,7 +196,8 @@ def run(
     from mnist_exp.training import choose_device, choose_precision, fit, plan
 
     seed, sweep = config["seed"], config["sweep"]
-    torch.set_num_threads(threads or default_threads())
+    usual = default_threads()
+    torch.set_num_threads(threads or usual)
     device = choose_device(config["device"])
     precision = choose_precision(config["precision"], device)
     with torch.device("meta"):  # counted before any memory is taken
@@ -250,13 +253,13 @@ def run(
     history = list(saved.history) if saved else []
     seconds = defaultdict(float, saved.seconds if saved else {})
     run_id = saved.run_id if saved else None
-    with ExitStack() as held:
+    with ExitStack() as lock, ExitStack() as held:  # the lock is let go when the run's end is written, not before
         if run_id:
-            held.enter_context(output.hold(output_dir / run_id))
+            lock.enter_context(output.hold(output_dir / run_id))
         tracked = held.enter_context(tracker.start(run_name(choices, told, data.name), tags, run_id))
         folder = output_dir / tracked.run_id
         if not run_id:
-            held.enter_context(output.hold(folder))
+            lock.enter_context(output.hold(folder))
         if not sweep["id"]:
             tracked.reap()
         actual = {"precision": str(precision).removeprefix("torch."), "device": device.type, "data": data.name}
@@ -291,8 +294,9 @@ def run(
                 if report.state:
                     save(report.state)
                     tracked.flush()
-                if told_search:
-                    told_search(report.examples_seen, report.metrics)
+                if told_search and told_search(report.examples_seen, report.metrics):
+                    output.mark_finished(folder)
+                    raise PrunedError(f"pruned at {report.examples_seen:,} examples: others do better by validation")
         tracked.file(folder / output.NAME)
 
         # The test set is scored once, here. Without one (data=mnist_tuning) the pictures show the validation split.

@@ -1,12 +1,12 @@
 """A search: Optuna proposes the jobs of a sweep by the results of those before, and stops the hopeless ones early."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import IntervalSweep
 
-from mnist_exp.errors import PrunedError, UserError
-from mnist_exp.sweep import RANKED_BY, GridSweeper, Job, Sweep, by_job
+from mnist_exp.errors import UserError
+from mnist_exp.sweep import RANKED_BY, GridSweeper, Job, Sweep, by_job, quoted
 from mnist_exp.workers import cores
 
 if TYPE_CHECKING:
@@ -24,18 +24,27 @@ class OptunaSweeper(GridSweeper):
     (Bergstra et al. 2011), and a trial whose validation accuracy lies below the median at the same step is pruned.
     """
 
+    chosen = " hydra/sweeper=optuna"
+
     def __init__(self, n_trials: int, at_once: int | None, params: dict[str, str] | None = None) -> None:
         super().__init__(params)
+        if n_trials < 1 or (at_once is not None and at_once < 1):
+            raise UserError(f"hydra.sweeper: n_trials={n_trials} and at_once={at_once} must be at least 1.")
         self.n_trials, self.at_once = n_trials, at_once
 
-    def total(self, jobs: list[Job]) -> int:
-        """Return how many jobs there will be."""
-        return self.n_trials
+    def total(self, jobs: list[Job], definition: dict[str, Any]) -> int:
+        """Return how many jobs there will be: as many as the search was begun with, unless the command line says otherwise."""
+        told = any(override.startswith("hydra.sweeper.n_trials=") for override in self.composed.hydra.overrides.hydra)
+        return self.n_trials if told else int(definition.get("total", self.n_trials))
 
-    def define(self, overrides: list[str], where: list[str]) -> list[Job]:
-        """Return no job: they are proposed one after the other; raises UserError where a search could see the test set."""
-        if not self.recipe["data"].get("validation_size"):
+    def check(self, config: dict[str, Any]) -> None:
+        """Raise UserError where a search could see the test set."""
+        if not config["data"].get("validation_size"):
             raise UserError("A search must not see the test set: add data=mnist_tuning, which validates on training images.")
+
+    def define(self, overrides: list[str]) -> list[Job]:
+        """Return no job: they are proposed one after the other."""
+        self.check(self.recipe)
         return []
 
     def varied(self, jobs: list[Job], overrides: list[str]) -> list[str]:
@@ -44,20 +53,25 @@ class OptunaSweeper(GridSweeper):
 
     def run_jobs(self, sweep: Sweep) -> None:
         """Propose, run and judge until there are n_trials jobs."""
-        uri = f"sqlite:///{sweep.folder.absolute()}/optuna.db"
-        study = open_study(uri, self.recipe["seed"])
-        sweep.told.append(f"sweep.study={uri}")
+        database = sweep.folder.absolute() / "optuna.db"
+        if sweep.jobs and not database.exists():
+            raise UserError(f"The study of this search is not in {database}: name the output_dir that it was begun with.")
+        study = open_study(f"sqlite:///{database}", self.recipe["seed"])
+        sweep.told.append(f"sweep.study={quoted(f'sqlite:///{database}')}")
         space = self._space(sweep.overrides)
+        jobs = sweep.jobs
         while True:
-            super().run_jobs(sweep)
+            self.launch_missing(sweep, jobs)
             judge(study, sweep)
-            missing = min(self.at_once or cores(), self.n_trials - len(sweep.jobs))
-            if missing <= 0:
+            missing = min(self.at_once or cores(), sweep.total - len(sweep.jobs))
+            failed = any(child.status != "FINISHED" and "pruned" not in child.tags for child in sweep.tracked.children())
+            if missing <= 0 or (failed and self.recipe["sweep"]["on_failure"] == "stop"):
                 return
+            jobs = []
             for _ in range(missing):
                 trial = study.ask()
-                proposed = [f"{key}={suggest(trial, key, value)}" for key, value in space.items()]
-                sweep.jobs.append(self.job(trial.number, [*proposed, *sweep.where]))
+                jobs.append(self.job(trial.number, [f"{key}={suggest(trial, key, value)}" for key, value in space.items()]))
+            sweep.jobs += jobs
             sweep.store_definition(type(self).__name__)
 
     def _space(self, overrides: list[str]) -> dict[str, Any]:
@@ -85,14 +99,11 @@ def open_study(uri: str, seed: int) -> "Study":
     except ImportError as error:
         raise UserError("hydra/sweeper=optuna needs Optuna: pip install -e '.[search]'.") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(
-        study_name=STUDY,
-        storage=uri,
-        load_if_exists=True,
-        direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=seed),
-        pruner=optuna.pruners.MedianPruner(),
+    study = optuna.create_study(
+        study_name=STUDY, storage=uri, load_if_exists=True, direction="maximize", pruner=optuna.pruners.MedianPruner()
     )
+    study.sampler = optuna.samplers.TPESampler(seed=seed + 1000 * len(study.trials))  # or it would propose the first ones again
+    return study
 
 
 def suggest(trial: "Trial", key: str, value: Any) -> object:
@@ -115,24 +126,22 @@ def judge(study: "Study", sweep: Sweep) -> None:
             study.tell(trial.number, child.metrics[RANKED_BY])
         elif child and "pruned" in child.tags:
             study.tell(trial.number, state=TrialState.PRUNED)
-        else:
+        elif child:
             study.tell(trial.number, state=TrialState.FAIL)
 
 
-def follow(uri: str, number: int) -> Callable[[int, dict[str, float]], None]:
-    """Return what a job calls with examples seen and metrics of a report; it raises PrunedError when the trial is hopeless."""
+def follow(uri: str, number: int) -> Callable[[int, Mapping[str, float]], bool]:
+    """Return what a job calls with examples seen and metrics of each report, to learn whether its trial is hopeless."""
     import optuna
 
     study = open_study(uri, seed=0)
-    (trial_id,) = [trial._trial_id for trial in study.get_trials() if trial.number == number]
-    trial = optuna.trial.Trial(study, trial_id)
+    (frozen,) = [trial for trial in study.get_trials() if trial.number == number]
+    trial = optuna.trial.Trial(study, frozen._trial_id)
 
-    def report(examples_seen: int, metrics: dict[str, float]) -> None:
-        if RANKED_BY in metrics:
-            trial.report(metrics[RANKED_BY], examples_seen)
-            if trial.should_prune():
-                raise PrunedError(
-                    f"pruned at {examples_seen:,} examples: {RANKED_BY} {metrics[RANKED_BY]:.2%} is below the median"
-                )
+    def hopeless(examples_seen: int, metrics: Mapping[str, float]) -> bool:
+        if RANKED_BY not in metrics or frozen.state.is_finished():  # finished: it has failed once, and is tried again
+            return False
+        trial.report(metrics[RANKED_BY], examples_seen)
+        return trial.should_prune()
 
-    return report
+    return hopeless

@@ -7,7 +7,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,12 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
+def quoted(value: str) -> str:
+    """Return a text as Hydra reads it back from a command line, whatever it holds."""
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
 def differing(overrides: Sequence[str], varied: Sequence[str]) -> list[str]:
     """Return those overrides whose keys are `varied` over a sweep."""
     return [override for override in overrides if key_of(override) in varied]
@@ -70,6 +76,7 @@ class Sweep:
 
     tracked: "NoTracker"
     jobs: list[Job]
+    total: int
     varied: list[str]
     overrides: list[str]
     where: list[str]
@@ -82,12 +89,14 @@ class Sweep:
     def store_definition(self, sweeper: str) -> None:
         """Leave in the parent what `sweep.resume` needs."""
         jobs = [vars(job) for job in self.jobs]
-        definition = {"sweeper": sweeper, "overrides": self.overrides, "software": self.software, "jobs": jobs}
+        definition = {
+            "sweeper": sweeper,
+            "total": self.total,
+            "overrides": self.overrides,
+            "software": self.software,
+            "jobs": jobs,
+        }
         self.tracked.text(json.dumps(definition, indent=1), "sweep.json")
-
-    def rows(self) -> list[dict[str, str]]:
-        """Return the table of the jobs."""
-        return table(self.jobs, self.tracked.children(), self.returns)
 
 
 class GridSweeper(Sweeper):
@@ -95,6 +104,8 @@ class GridSweeper(Sweeper):
 
     params: choices by key, as on the command line, for presets.
     """
+
+    chosen = ""  # what the command line needs to have this sweeper
 
     def __init__(self, params: dict[str, str] | None = None) -> None:
         self.params = params or {}
@@ -125,58 +136,73 @@ class GridSweeper(Sweeper):
         overrides = [f"{key}={value}" for key, value in self.params.items()]
         overrides += [override for override in given if override not in where]
         software = provenance.software()
-        sweep_id = None
+        sweep_id, definition = None, {}
         if wishes["resume"]:
             tracker.reap()
             parent, definition = tracker.find_sweep(wishes["resume"])
+            if not any(key_of(override) == "output_dir" for override in where):
+                output_dir = output.make_folder(Path(parent.tags["output_dir"]))
+                where.append(f"output_dir={quoted(str(output_dir))}")
             if not wishes["insist"]:
                 self._refuse_changes(definition, overrides, software)
             sweep_id, overrides, jobs = parent.run_id, definition["overrides"], [Job(**job) for job in definition["jobs"]]
         else:
-            jobs = self.define(overrides, where)
+            jobs = self.define(overrides)
         varied = self.varied(jobs, overrides)
         owner = provenance.owner_tags(output_dir)
         tags = provenance.git_tags() | software | owner | {"overrides": " ".join(overrides)}
-        tags["sweep_jobs"] = str(self.total(jobs))
-        with ExitStack() as held:
+        total = self.total(jobs, definition)
+        tags["sweep_jobs"] = str(total)
+        with ExitStack() as lock, ExitStack() as held:  # the lock is let go when the sweep's end is written, not before
             if sweep_id:
-                held.enter_context(output.hold(output_dir / sweep_id))
+                lock.enter_context(output.hold(output_dir / sweep_id))
             tracked = held.enter_context(tracker.start(f"sweep {' by '.join(varied) or 'of one'}", tags, sweep_id))
             folder = output_dir / tracked.run_id
             told = [f"sweep.id={tracked.run_id}", f"sweep.varied={json.dumps(varied)}"]
-            sweep = Sweep(tracked, jobs, varied, overrides, where, told, folder, software, wishes["insist"])
+            sweep = Sweep(tracked, jobs, total, varied, overrides, where, told, folder, software, wishes["insist"])
             if sweep_id:
                 tracked.tags(owner)
             else:
-                held.enter_context(output.hold(folder))
+                lock.enter_context(output.hold(folder))
                 tracked.reap()
                 sweep.store_definition(type(self).__name__)
-            display = SweepDisplay(self.total(jobs))
+            display = SweepDisplay(total)
+            again = f"python -m mnist_exp.run -m{self.chosen} sweep.resume={tracked.run_id}"
+
+            def conclude() -> list[dict[str, str]]:
+                tracked.reap()
+                rows = table(sweep.jobs, tracked.children(), sweep.returns)
+                if rows:
+                    tracked.text(as_csv(rows), "results.csv")
+                    tracked.tags({"mlflow.note.content": description(rows, tracked, again)})
+                    display.results(rows, tracked.how_to_open())
+                return rows
+
             try:
                 with display.following(lambda: progress(tracked.children())):
                     self.run_jobs(sweep)
-            finally:
-                rows = sweep.rows()
-                if rows:
-                    tracked.text(as_csv(rows), "results.csv")
-                    tracked.tags({"mlflow.note.content": description(rows, tracked)})
-                    display.results(rows, tracked.how_to_open())
+            except BaseException:
+                with suppress(Exception):  # what ended the sweep is to be told, not that the store is gone, too
+                    conclude()
+                raise
+            rows = conclude()
             failed = [row for row in rows if row["status"] not in ("FINISHED", "PRUNED")]
             if failed:
                 first = failed[0]
                 raise UserError(
                     f"{len(failed)} of {len(rows)} jobs did not finish; the first of them, job {first['job']}: "
                     f"{first['error'] or first['status']}\n"
-                    f"Once the cause is mended, `python -m mnist_exp.run -m sweep.resume={tracked.run_id}` does the rest."
+                    f"Once the cause is mended, `{again}` does the rest."
                 )
 
-    def define(self, overrides: list[str], where: list[str]) -> list[Job]:
+    def define(self, overrides: list[str]) -> list[Job]:
         """Return every combination of the choices in `overrides`, composed and checked before any of them runs."""
-        (combinations,) = BasicSweeper.split_arguments(self.parse([*overrides, *where]), max_batch_size=None)
-        jobs: dict[str, Job] = {}
+        (combinations,) = BasicSweeper.split_arguments(self.parse(overrides), max_batch_size=None)
+        jobs: dict[tuple[str, ...], Job] = {}
         for combination in combinations:
             job = self.job(len(jobs), combination)
-            jobs.setdefault(job.config_hash, job)  # two combinations can come to the same
+            runs = (override for override in combination if key_of(override) in ("resume", "rerun"))
+            jobs.setdefault((job.config_hash, *runs), job)  # two combinations can come to the same
         return list(jobs.values())
 
     def parse(self, overrides: list[str]) -> list[Override]:
@@ -185,11 +211,15 @@ class GridSweeper(Sweeper):
 
     def job(self, number: int, overrides: list[str]) -> Job:
         """Return a job, composed and checked; raises UserError."""
-        composed = self.loader.load_sweep_config(self.composed, overrides)
-        return Job(number, list(overrides), digest(resolve(_without_hydra(composed))))
+        config = resolve(_without_hydra(self.loader.load_sweep_config(self.composed, overrides)))
+        self.check(config)
+        return Job(number, list(overrides), digest(config))
 
-    def total(self, jobs: list[Job]) -> int:
-        """Return how many jobs there will be."""
+    def check(self, config: dict[str, Any]) -> None:
+        """Raise UserError on the configuration of a job that this sweeper must not run."""
+
+    def total(self, jobs: list[Job], definition: dict[str, Any]) -> int:
+        """Return how many jobs there will be; definition: of the sweep that is gone on with, or empty."""
         return len(jobs)
 
     def varied(self, jobs: list[Job], overrides: list[str]) -> list[str]:
@@ -202,27 +232,33 @@ class GridSweeper(Sweeper):
 
     def run_jobs(self, sweep: Sweep) -> None:
         """Run the jobs, and those again that did not finish, as often as `sweep.retries` says."""
-        for _ in range(1 + self.recipe["sweep"]["retries"]):
-            self.launch_missing(sweep)
+        self.launch_missing(sweep, sweep.jobs)
 
-    def launch_missing(self, sweep: Sweep) -> None:
+    def launch_missing(self, sweep: Sweep, jobs: list[Job]) -> None:
+        """Run those of `jobs` that have not finished, and again, as often as `sweep.retries` says."""
+        for _ in range(1 + self.recipe["sweep"]["retries"]):
+            self._launch_missing(sweep, jobs)
+
+    def _launch_missing(self, sweep: Sweep, jobs: list[Job]) -> None:
         """Have the launcher run what has not finished: from its last checkpoint, where it has one, else from the start."""
-        wait_for_orphans(sweep.tracked)
+        if not sweep.insist:
+            wait_for_orphans(sweep.tracked)
         children = sweep.tracked.children()
         latest = by_job(children)
         data = {child.tags["data"] for child in children if child.status == "FINISHED"}
-        expected = [f"sweep.data={data.pop()}"] if len(data) == 1 and not sweep.insist else []
+        one_data = len(data) == 1 and not any(re.match(r"data\b", key) for key in sweep.varied)
+        expected = [f"sweep.data={data.pop()}"] if one_data and not sweep.insist else []
         todo: dict[int, list[str]] = {}
-        for job in sweep.jobs:
+        for job in jobs:
             child, returned = latest.get(job.number), sweep.returns.get(job.number)
             if _is_done(child) if child else returned and returned.status == JobStatus.COMPLETED:
                 continue
             overrides = job.overrides
-            if child and list((sweep.folder.parent / child.run_id).glob(f"{output.NAME}*")):
-                overrides = [f"resume={child.run_id}", *sweep.where]
+            if child and output.has_checkpoint(sweep.folder.parent / child.run_id):
+                overrides = [f"resume={child.run_id}"]
             elif child:
                 sweep.tracked.delete(child.run_id)
-            todo[job.number] = [*overrides, *sweep.told, *expected, f"sweep.job={job.number}"]
+            todo[job.number] = [*overrides, *sweep.where, *sweep.told, *expected, f"sweep.job={job.number}"]
         if not todo:
             return
         try:
@@ -232,6 +268,9 @@ class GridSweeper(Sweeper):
         except Exception as error:  # some launchers raise what their first job raised, after all have run
             results = [_failed(error) for _ in todo]
         sweep.returns |= dict(zip(todo, results, strict=True))
+        for number, child in by_job(sweep.tracked.children()).items():
+            if number in todo and child.status == "RUNNING":  # wherever it ran, its launcher has returned without it
+                sweep.tracked.close(child.run_id, "its process died")
 
     def _refuse_changes(self, definition: dict[str, Any], overrides: list[str], software: dict[str, str]) -> None:
         """Raise UserError if what the sweep was defined by has changed since."""
@@ -294,8 +333,9 @@ def wait_for_orphans(tracked: "NoTracker", patience: float = 60.0) -> None:
             return
         if time.monotonic() > deadline:
             raise UserError(
-                f"Run {alive[0].run_id} of this sweep is still worked on, by process {alive[0].tags.get('pid')} on "
-                f"{alive[0].tags.get('host')}. Stop it, or wait for it, before the sweep is resumed."
+                f"Run {alive[0].run_id} of this sweep is still worked on, as far as can be seen, by process "
+                f"{alive[0].tags.get('pid')} on {alive[0].tags.get('host')}. Wait for it or stop it; if it is dead, "
+                "`python -m mnist_exp.runs reap` on that machine says so, or go on with sweep.insist=true."
             )
         time.sleep(1)
 
@@ -317,7 +357,7 @@ def table(jobs: list[Job], children: list["Record"], returns: dict[int, JobRetur
         error = str(value).splitlines()[0] if isinstance(value, BaseException) and str(value) else ""
         if child:
             status = "PRUNED" if "pruned" in child.tags else child.status
-            error = child.tags.get("error", "") if status != "FINISHED" else ""
+            error = (child.tags.get("error") or error) if status != "FINISHED" else ""
         elif returned and returned.status == JobStatus.COMPLETED:
             status = "FINISHED"
         else:
@@ -332,7 +372,7 @@ def table(jobs: list[Job], children: list["Record"], returns: dict[int, JobRetur
     return rows
 
 
-def description(rows: list[dict[str, str]], tracked: "NoTracker") -> str:
+def description(rows: list[dict[str, str]], tracked: "NoTracker", again: str) -> str:
     """Return the parent's description in Markdown: counts by status, the best by validation, the table."""
     counts = ", ".join(f"{count} {status}" for status, count in Counter(row["status"] for row in rows).most_common())
     scored = [row for row in rows if row["status"] == "FINISHED" and row[RANKED_BY]]
@@ -344,5 +384,5 @@ def description(rows: list[dict[str, str]], tracked: "NoTracker") -> str:
     shown = ("job", "name", "status", *SHOWN)
     lines += ["", f"| {' | '.join(shown)} |", f"|{' --- |' * len(shown)}"]
     lines += [f"| {' | '.join(row[key] for key in shown)} |" for row in rows[:200]]
-    lines += ["", f"Once more: `python -m mnist_exp.run -m sweep.resume={tracked.run_id}` does what has not finished."]
+    lines += ["", f"`{again}` does what has not finished."]
     return "\n".join(lines)

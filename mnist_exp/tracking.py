@@ -129,6 +129,10 @@ class NoTracker:
     def delete(self, run_id: str) -> None:
         """Remove a run that another takes the place of."""
 
+    def close(self, run_id: str, why: str) -> bool:
+        """Set another run, whose process is known to be dead, to KILLED; return whether it was RUNNING."""
+        return False
+
     def reap(self) -> list[Record]:
         """Set the runs to KILLED that are RUNNING in the store though their process is dead, and return them."""
         return []
@@ -216,7 +220,7 @@ class MLflowTracker(NoTracker):
             self.text("".join(traceback.format_exception(error)), "traceback.txt")
             self.tags({"error": (str(error).strip() or type(error).__name__).splitlines()[0][:250]})
         self._queue_points()
-        self._outbox.append(partial(self._terminate, status))
+        self._outbox.append(partial(self._terminate, status, self.run_id))
         deadline = time.monotonic() + PATIENCE
         while lost := self._send():
             if time.monotonic() > deadline:
@@ -227,9 +231,9 @@ class MLflowTracker(NoTracker):
                 ) from error
             time.sleep(1)
 
-    def _terminate(self, status: str) -> None:
-        began = self.client.get_run(self.run_id).info.start_time
-        self.client.set_terminated(self.run_id, status, max(began, int(time.time() * 1000)))  # a clock can be set back
+    def _terminate(self, status: str, run_id: str) -> None:
+        began = self.client.get_run(run_id).info.start_time
+        self.client.set_terminated(run_id, status, max(began, int(time.time() * 1000)))  # a clock can be set back
 
     def _queue(self, operation: Callable[[], object]) -> None:
         """Have the store do `operation`, now or, while it is gone, later; operations keep their order."""
@@ -337,11 +341,23 @@ class MLflowTracker(NoTracker):
     def reap(self) -> list[Record]:
         self._open()
         running = read_runs(self.client, self.experiment_id, "attributes.status = 'RUNNING'")
-        dead = [record for record in running if _is_dead(record)]
-        for record in dead:
-            self.client.set_tag(record.run_id, "error", "its process died, and another noticed")
-            self.client.set_terminated(record.run_id, "KILLED")
-        return dead
+        return [record for record in running if self._reap_if_dead(record)]
+
+    def _reap_if_dead(self, record: Record) -> bool:
+        if record.tags.get("host") != platform.node() or not {"pid", "output_dir"} <= record.tags.keys():
+            return False
+        folder = Path(record.tags["output_dir"]) / record.run_id
+        if not (folder / output.LOCK).exists():  # killed, or about to create its folder
+            return not _lives(int(record.tags["pid"])) and self.close(record.run_id, "its process died")
+        with output.idle(folder) as idle:
+            return idle and self.close(record.run_id, "its process died")
+
+    def close(self, run_id: str, why: str) -> bool:
+        if self.client.get_run(run_id).info.status != "RUNNING":  # it has ended since it was looked for
+            return False
+        self.client.set_tag(run_id, "error", why)
+        self._terminate("KILLED", run_id)
+        return True
 
     def read(self, run_id: str) -> Original:
         from mlflow.exceptions import MlflowException
@@ -364,15 +380,15 @@ class MLflowTracker(NoTracker):
     def find_sweep(self, sweep: str) -> tuple[Record, dict[str, Any]]:
         self._open()
         sweeps = read_runs(self.client, self.experiment_id, "tags.sweep_jobs LIKE '%'")
-        unfinished = [record for record in sweeps if record.status != "FINISHED"]
-        found = max(unfinished, key=lambda record: record.started, default=None) if sweep == "latest" else None
-        found = next((record for record in sweeps if record.run_id == sweep), found)
-        if found is None:
-            known = ", ".join(f"{record.run_id} ({record.status})" for record in sweeps[:5]) or "none"
-            raise UserError(f"sweep.resume={sweep}: there is no such sweep that has not finished in {self.uri}; there: {known}.")
-        with TemporaryDirectory() as folder:
-            text = Path(self.client.download_artifacts(found.run_id, "sweep.json", folder)).read_text()
-        return found, json.loads(text)
+        wanted = [record for record in sweeps if record.run_id == sweep or (sweep == "latest" and record.status != "FINISHED")]
+        for record in sorted(wanted, key=lambda record: record.started, reverse=True):
+            if any(item.path == "sweep.json" for item in self.client.list_artifacts(record.run_id)):
+                with TemporaryDirectory() as folder:
+                    return record, json.loads(
+                        Path(self.client.download_artifacts(record.run_id, "sweep.json", folder)).read_text()
+                    )
+        known = ", ".join(f"{record.run_id} ({record.status})" for record in sweeps[:5]) or "none"
+        raise UserError(f"sweep.resume={sweep}: there is no such sweep that could be gone on with in {self.uri}; there: {known}.")
 
     def link(self, run_id: str) -> str:
         return run_path(self.client, run_id).removeprefix("/")
@@ -401,20 +417,14 @@ def _record(run: "Run") -> Record:
     return Record(*texts, info.start_time, info.end_time, dict(data.params), dict(data.metrics), dict(data.tags))
 
 
-def _is_dead(record: Record) -> bool:
-    """Return whether no process works on a run any more; False where that cannot be seen from here."""
-    if record.tags.get("host") != platform.node() or not {"pid", "output_dir"} <= record.tags.keys():
-        return False
-    folder = Path(record.tags["output_dir"]) / record.run_id
-    if (folder / output.LOCK).exists():
-        return not output.is_held(folder)
-    try:  # killed, or about to create its folder
-        os.kill(int(record.tags["pid"]), 0)
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
     except ProcessLookupError:
-        return True
+        return False
     except PermissionError:
         pass
-    return False
+    return True
 
 
 def export(model: "nn.Module", example: Any, folder: Path) -> None:

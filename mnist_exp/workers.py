@@ -19,6 +19,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from mnist_exp.errors import PrunedError, UserError
+
 RENEW_AFTER = 100  # jobs of a worker: torch.export keeps half a megabyte of each
 GRACE = 60.0  # seconds that a worker has to write down how its job ended
 
@@ -36,6 +38,8 @@ class WorkersLauncher(Launcher):
     stops_on_failure = True
 
     def __init__(self, processes: int | None = None) -> None:
+        if processes is not None and processes < 1:
+            raise UserError(f"hydra.launcher.processes={processes}: allowed is an integer of at least 1, or null for all cores.")
         self.processes = processes
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -45,8 +49,9 @@ class WorkersLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; those that `sweep.on_failure=stop` keeps from starting come back as UNKNOWN."""
         setup_globals()
-        count = min(self.processes or cores(), len(job_overrides))
-        threads = max(1, cores() // count)
+        wanted = self.processes or cores()
+        count = min(wanted, len(job_overrides))
+        threads = max(1, cores() // wanted)  # whatever the number of jobs: a job that is resumed alone must come out the same
         payload = cloudpickle.dumps((self.context, self.config, self.task_function, Singleton.get_state()))
         stop_on_failure = self.config.sweep.on_failure == "stop"
         waiting = deque(enumerate(map(list, job_overrides), initial_job_idx))
@@ -71,7 +76,8 @@ class WorkersLauncher(Launcher):
                         worker.join()
                     if number is not None:
                         results[number] = result
-                        if result.status == JobStatus.FAILED and stop_on_failure:
+                        failed = result.status == JobStatus.FAILED and not isinstance(result._return_value, PrunedError)
+                        if failed and stop_on_failure:
                             waiting.clear()
         finally:
             for worker in workers:
@@ -187,7 +193,9 @@ def _follow(sentinel: int) -> None:
 def _dumped(result: JobReturn) -> bytes:
     """Return the result as bytes; an exception that cannot be sent is sent in words."""
     try:
-        return bytes(cloudpickle.dumps(result))
+        dumped = bytes(cloudpickle.dumps(result))
+        cloudpickle.loads(dumped)
+        return dumped
     except Exception:  # a foreign exception may hold anything
         result.return_value = WorkerDiedError(str(result._return_value))
         return bytes(cloudpickle.dumps(result))

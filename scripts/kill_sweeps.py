@@ -75,8 +75,7 @@ def trial(template: Path, folder: Path, chance: random.Random, longest: float) -
             _, error = process.communicate(timeout=chance.uniform(0, 0.8 * longest))
             if process.returncode == 0:
                 return killed
-            if not (killed and killed[-1] == "worker"):
-                raise SystemExit(f"a sweep that was not killed ended with {process.returncode}:\n{error.decode()}")
+            raise SystemExit(f"a sweep that was not killed ended with {process.returncode}:\n{error.decode()}")
         except subprocess.TimeoutExpired:
             jobs = workers(process.pid)
             victim = chance.choice(["parent", "worker", "all"]) if jobs else "parent"

@@ -193,19 +193,19 @@ def test_a_run_that_lives_is_not_reaped_and_a_run_is_run_again_identically(store
 @pytest.mark.slow
 def test_a_search_proposes_prunes_and_goes_on(command_line: CommandLine, store: str, mnist_root: Path) -> None:
     pytest.importorskip("optuna")
-    search = ("-m", "hydra/sweeper=optuna", "data=mnist_tuning", "phases.train.epochs=3", "~phases.finetune", "batch_size=2048")
+    search = ("-m", "hydra/sweeper=optuna", "data=mnist_tuning", "phases.train.epochs=2", "~phases.finetune", "augmentation=none")
     space = ("optimizer.lr=tag(log,interval(0.0001,0.4))", "model=choice(se_cnn,plain_cnn)")
     refused = command_line(*search[:2], "data=mnist", *space)
     assert "A search must not see the test set: add data=mnist_tuning" in refused.stderr
-    done = command_line(*search, *space, "hydra.sweeper.n_trials=7")
+    done = command_line(*search, *space, "hydra.sweeper.n_trials=6")
     assert done.returncode == 0, done.stderr
     parent, children = parent_and_children(store)
     assert parent.info.status == "FINISHED"
-    assert len(children) == 7
+    assert len(children) == 6
     assert not any(key.startswith("test/") for child in children for key in child.metrics)
-    more = command_line(*search[:2], "sweep.resume=" + parent.info.run_id, "hydra.sweeper.n_trials=9")
+    more = command_line(*search[:2], "sweep.resume=" + parent.info.run_id, "hydra.sweeper.n_trials=8")
     assert more.returncode == 0, more.stderr
     _, children = parent_and_children(store)
-    assert [child.tags["job_num"] for child in children] == [str(number) for number in range(9)]
+    assert [child.tags["job_num"] for child in children] == [str(number) for number in range(8)]
     assert all(child.status == "FINISHED" or "pruned" in child.tags for child in children)
     assert any("pruned" in child.tags for child in children)
