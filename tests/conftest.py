@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from mnist_exp import ROOT
@@ -22,7 +23,8 @@ CommandLine = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(autouse=True)
 def apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the tests apart from the run of an `mlflow run` that started them, and from each other's experiments."""
+    """Keep the tests apart from the run of an `mlflow run` that started them, and from each other's experiments and draws."""
+    torch.manual_seed(0)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
     for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
         monkeypatch.delenv(name, raising=False)
