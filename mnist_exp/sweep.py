@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mnist_exp.tracking import NoTracker, Record
 
 RANKED_BY = "val/accuracy"  # never the test set's
+ROWS_SHOWN = 50  # MLflow cuts a description at 8,000 characters
 SHOWN = ("val/accuracy", "test/accuracy", "test/loss", "time/total_seconds")
 
 
@@ -383,6 +384,7 @@ def description(rows: list[dict[str, str]], tracked: "NoTracker", again: str) ->
         lines.append(f"Best by {RANKED_BY}: [{best['name']}]({link}), {float(best[RANKED_BY]):.2%}.")
     shown = ("job", "name", "status", *SHOWN)
     lines += ["", f"| {' | '.join(shown)} |", f"|{' --- |' * len(shown)}"]
-    lines += [f"| {' | '.join(row[key] for key in shown)} |" for row in rows[:200]]
+    lines += [f"| {' | '.join(row[key] for key in shown)} |" for row in rows[:ROWS_SHOWN]]
+    lines += [f"\n... and {len(rows) - ROWS_SHOWN} more, in `results.csv`."] if len(rows) > ROWS_SHOWN else []
     lines += ["", f"`{again}` does what has not finished."]
     return "\n".join(lines)

@@ -4,7 +4,8 @@
 
 The real command line sweeps over seeds on `digits`, in as many worker processes, into a new SQLite store. Every 10 seconds the
 memory and the open files of each process are noted. At the end every run must be FINISHED, the database must pass
-`PRAGMA integrity_check`, and neither may have grown by more than a tenth between the second fifth of the time and the last.
+`PRAGMA integrity_check`, and neither may have grown by more than a tenth between the second fifth of the time and the last,
+by the median over the workers, which are renewed now and then.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -44,12 +45,12 @@ def main() -> None:
         with errors.open("wb") as said:
             process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=said)
         began = time.monotonic()
-        seen = defaultdict[int, list[tuple[float, int]]](list)
+        seen: dict[str, list[tuple[float, int]]] = {"parent": [], "worker": []}
         while process.poll() is None:
             time.sleep(10)
             for pid in [process.pid, *workers(process.pid)]:
                 with suppress(OSError):
-                    seen[pid].append(usage(pid))
+                    seen["parent" if pid == process.pid else "worker"].append(usage(pid))
         seconds = time.monotonic() - began
         with closing(sqlite3.connect(database)) as connection:
             (intact,) = connection.execute("PRAGMA integrity_check").fetchone()
@@ -59,12 +60,11 @@ def main() -> None:
     print(f"{arguments.runs} runs in {seconds:.0f} s by {arguments.processes} process(es); with the parent: {dict(statuses)}")
     print(f"  integrity_check: {intact}")
     grew = False
-    for pid, samples in seen.items():
+    for name, samples in seen.items():
         fifth = max(1, len(samples) // 5)
         early, late = samples[fifth : 2 * fifth], samples[-fifth:]  # the first fifth warms up
         memory = [statistics.median(sample[0] for sample in part) for part in (early, late)]
         files = [statistics.median(sample[1] for sample in part) for part in (early, late)]
-        name = "parent" if pid == process.pid else "worker"
         print(f"  {name}: memory {memory[0]:.0f} -> {memory[1]:.0f} MiB, open files {files[0]:.0f} -> {files[1]:.0f}")
         grew |= memory[1] > memory[0] * 1.1 or files[1] > files[0] * 1.1 + 1
     if process.returncode or grew or intact != "ok" or statuses != {"FINISHED": arguments.runs + 1}:
