@@ -515,7 +515,7 @@ def _open_experiment(mlflow: Any, uri: str, experiment: str, artifact_location: 
     client = mlflow.MlflowClient(uri)
     found = client.get_experiment_by_name(experiment)
     if found is None:
-        experiment_id = client.create_experiment(experiment, artifact_location)
+        experiment_id = _create_experiment(client, experiment, artifact_location)
     elif found.lifecycle_stage == "deleted":
         raise UserError(
             f"tracking.experiment={experiment} was deleted in {uri}. Restore it with "
@@ -526,6 +526,18 @@ def _open_experiment(mlflow: Any, uri: str, experiment: str, artifact_location: 
     if found is None or f"mlflow.sharedViewState.{LEADERBOARD}" not in found.tags:
         client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{LEADERBOARD}", leaderboard_view())
     return client, experiment_id
+
+
+def _create_experiment(client: "MlflowClient", experiment: str, artifact_location: str | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(client.create_experiment(experiment, artifact_location))
+    except MlflowException:  # a server has no lock file: another process may have been first
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            raise
+        return str(found.experiment_id)
 
 
 def leaderboard_view() -> str:
