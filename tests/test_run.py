@@ -191,6 +191,7 @@ def test_without_mnist_the_run_says_loudly_that_it_uses_digits(
     assert "USING THE EMBEDDED digits INSTEAD" in run.data.tags["mlflow.note.content"]
 
 
+@pytest.mark.slow
 def test_a_signal_kills_the_run_truly(store: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mnist_exp.run", "data=digits", "~phases.train", "phases.finetune.epochs=100000"]
     processes = {
@@ -356,6 +357,7 @@ def test_the_console_script_completes_in_bash() -> None:
     assert "sgd_nesterov" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_as_an_mlflow_project(store: str, tmp_path: Path) -> None:
     mlflow = Path(sys.executable).with_name("mlflow")
     overrides = f"data=digits ~phases.train model=plain_cnn 'phases.finetune.optimizer.betas=[0.8, 0.9]' output_dir={tmp_path}"
