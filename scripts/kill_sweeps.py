@@ -85,6 +85,9 @@ def trial(template: Path, folder: Path, chance: random.Random, longest: float) -
                     os.kill(pid, signal.SIGKILL)
             killed.append(victim)
             process.communicate()
+        parents = MlflowClient(f"sqlite:///{folder}/mlflow.db").search_runs(["1"], "tags.sweep_jobs LIKE '%'")
+        if any(run.info.status == "FINISHED" for run in parents):
+            return killed  # after its end
         if "sweep.json" not in [path.name for path in (folder / "mlartifacts").glob("*/artifacts/*")]:
             shutil.rmtree(folder)
             return killed + trial(template, folder, chance, longest)  # killed before the sweep was defined
