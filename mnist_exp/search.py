@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.types import IntervalSweep
 
 from mnist_exp.errors import UserError
-from mnist_exp.sweep import RANKED_BY, GridSweeper, Job, Sweep, by_job, quoted
+from mnist_exp.sweep import RANKED_BY, GridSweeper, Job, Sweep, by_job, is_done, quoted
 from mnist_exp.workers import cores
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class OptunaSweeper(GridSweeper):
             self.launch_missing(sweep, jobs)
             judge(study, sweep)
             missing = min(self.at_once or cores(), sweep.total - len(sweep.jobs))
-            failed = any(child.status != "FINISHED" and "pruned" not in child.tags for child in sweep.tracked.children())
+            failed = not all(map(is_done, sweep.tracked.children()))
             if missing <= 0 or (failed and self.recipe["sweep"]["on_failure"] == "stop"):
                 return
             jobs = []

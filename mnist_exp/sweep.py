@@ -252,7 +252,7 @@ class GridSweeper(Sweeper):
         todo: dict[int, list[str]] = {}
         for job in jobs:
             child, returned = latest.get(job.number), sweep.returns.get(job.number)
-            if _is_done(child) if child else returned and returned.status == JobStatus.COMPLETED:
+            if is_done(child) if child else returned and returned.status == JobStatus.COMPLETED:
                 continue
             overrides = job.overrides
             if child and output.has_checkpoint(sweep.folder.parent / child.run_id):
@@ -301,7 +301,8 @@ def as_csv(rows: list[dict[str, str]]) -> str:
     return text.getvalue()
 
 
-def _is_done(child: "Record") -> bool:
+def is_done(child: "Record") -> bool:
+    """Return whether nothing is left to do for a job: it has finished, or a search has given it up."""
     return child.status == "FINISHED" or "pruned" in child.tags
 
 

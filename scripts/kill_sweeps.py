@@ -57,8 +57,8 @@ def workers(parent: int) -> list[int]:
     for folder in Path("/proc").iterdir():
         with suppress(OSError):
             if folder.name.isdigit() and int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(int(folder.name))
-    return [pid for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+                found += [int(folder.name)] if b"spawn_main" in (folder / "cmdline").read_bytes() else []
+    return found
 
 
 def trial(template: Path, folder: Path, chance: random.Random, longest: float) -> list[str]:
