@@ -106,11 +106,11 @@ class SweepDisplay:
                 progress.update(bar, completed=finished, failed=failed, best="-" if best is None else f"{best:.2%}")
 
         def follow() -> None:
-            pause = 1.0
+            pause = 2.0
             while not left.wait(pause):
                 began = time.monotonic()
                 update()
-                pause = max(1.0, 20 * (time.monotonic() - began))
+                pause = max(2.0, 100 * (time.monotonic() - began))  # what looks takes from the jobs
 
         thread = threading.Thread(target=follow, daemon=True)
         with progress:

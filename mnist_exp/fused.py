@@ -101,12 +101,12 @@ def _channel_sum(tensor: Tensor) -> Tensor:
 
 
 def _per_channel(tensor: Tensor, slope: Tensor, intercept: Tensor | None = None) -> Tensor:
-    """Return slope * tensor + intercept, each of one value per channel, in the tensor's dtype and layout."""
+    """Return slope * tensor + intercept, each of one value per channel, in the tensor's dtype and layout, rounded once."""
     wide = _wide(tensor)
-    slope = slope.repeat(wide.shape[1] // tensor.shape[1])
-    if intercept is None:
-        result = wide * slope.to(tensor.dtype)
-    else:  # rounded once: the two terms may cancel
-        result = torch.addcmul(intercept.repeat(len(slope) // len(intercept)), wide, slope).to(tensor.dtype)
+    times = wide.shape[1] // tensor.shape[1]
+    slope = slope.repeat(times)
+    intercept = torch.zeros_like(slope) if intercept is None else intercept.repeat(times)
+    # Batch norm in evaluation mode is this map: it keeps float32 statistics beside bf16 values without a float32 copy of them.
+    result = torch.batch_norm(wide, slope, intercept, torch.zeros_like(slope), torch.ones_like(slope), False, 0.0, 0.0, False)
     n, c, h, w = tensor.shape
     return result.view(n, h, w, c).permute(0, 3, 1, 2)

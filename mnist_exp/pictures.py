@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from torch import Tensor
 
 from mnist_exp.evaluation import Evaluation
@@ -41,10 +42,13 @@ def learning_curves(history: History) -> Figure:
             points = [(seen, metrics[f"{part}/{metric}"]) for seen, metrics in history if f"{part}/{metric}" in metrics]
             if points:
                 axes.plot(*zip(*points, strict=True), label=f"{part}/{metric}", **style)  # type: ignore[arg-type]
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if metric == "loss":
             axes.set_yscale("log")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend()
+            axes.yaxis.set_major_formatter("{x:g}")  # powers of ten would take the parser of formulas, most of a second
+            axes.yaxis.set_minor_formatter("")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper right" if metric == "loss" else "lower right")
     return figure
 
 
@@ -54,6 +58,7 @@ def learning_rate(history: History) -> Figure:
     figure.subplots_adjust(left=0.18, right=0.97, bottom=0.15, top=0.9)
     axes = figure.add_subplot(xlabel="examples seen", title="train/lr")
     axes.plot([seen for seen, _ in history], [metrics["train/lr"] for _, metrics in history], marker=".")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     return figure
 

@@ -33,6 +33,7 @@ def user() -> str:
         return "unknown"
 
 
+@cache  # of the code that this process has imported
 def git_tags() -> dict[str, str]:
     """Return commit, branch and whether the tree differs from the commit; empty outside of a git checkout."""
     commit = _git("rev-parse", "HEAD").strip()
@@ -53,6 +54,7 @@ def software() -> dict[str, str]:
     return {"code": digest.hexdigest()[:12], "torch": importlib.metadata.version("torch")}
 
 
+@cache
 def uncommitted() -> str:
     """Return what differs from the commit as a patch for `git apply`, untracked files included, non-UTF-8 bytes escaped."""
     with tempfile.TemporaryDirectory() as folder:

@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -193,9 +194,10 @@ def run(
     from mnist_exp.evaluation import evaluate
     from mnist_exp.models import count_parameters
     from mnist_exp.search import follow
-    from mnist_exp.training import choose_device, choose_precision, fit, plan
+    from mnist_exp.training import choose_device, choose_precision, fit, hold_freed_memory, plan
 
     seed, sweep = config["seed"], config["sweep"]
+    hold_freed_memory()
     usual = default_threads()
     torch.set_num_threads(threads or usual)
     device = choose_device(config["device"])
@@ -300,6 +302,7 @@ def run(
         tracked.file(folder / output.NAME)
 
         # The test set is scored once, here. Without one (data=mnist_tuning) the pictures show the validation split.
+        # The jobs of a sweep share most of their recipe: it is not drawn again for each.
         judge = "test" if "test" in data.splits else data.validation
         evaluation = evaluate(model, data.splits[judge])
         results = {f"time/{phase}_seconds": spent for phase, spent in seconds.items()}
@@ -307,8 +310,8 @@ def run(
         if judge == "test":
             tracked.dataset(data, "test", "test")
             results |= {"test/accuracy": evaluation.accuracy, "test/loss": evaluation.loss}
-        for name, figure in draw(evaluation, judge, data, stages, history, seed).items():
-            tracked.figure(figure, f"pictures/{name}.png")
+        for name, drawing in drawings(evaluation, judge, data, stages, history, seed, recipe=not sweep["id"]).items():
+            tracked.figure(drawing, f"pictures/{name}.png")
         tracked.model(model.eval(), data.splits[judge].images[:2].cpu().numpy(), folder / "model", config)
 
         results["time/total_seconds"] = time.perf_counter() - started
@@ -352,22 +355,26 @@ class Outcome:
         return points
 
 
-def draw(
-    evaluation: "Evaluation", judge: str, data: "Dataset", stages: "list[Stage]", history: "History", seed: int
-) -> "dict[str, Figure]":
-    """Return the pictures of a run by name."""
+def drawings(
+    evaluation: "Evaluation", judge: str, data: "Dataset", stages: "list[Stage]", history: "History", seed: int, *, recipe: bool
+) -> "dict[str, Callable[[], Figure]]":
+    """Return what draws each picture of a run, by name: those of its result, and, if asked for, those of its `recipe`."""
     from mnist_exp import pictures
     from mnist_exp.data import generator
 
     first = stages[0].phase
     sample = data.splits[first.split].images[:8]
-    return {
-        "confusion_matrix": pictures.confusion_matrix(evaluation, f"{judge}, accuracy {evaluation.accuracy:.2%}"),
-        "worst_mistakes": pictures.worst_mistakes(evaluation, data.splits[judge].images),
-        "learning_curves": pictures.learning_curves(history),
-        "learning_rate": pictures.learning_rate(history),
-        "augmented_digits": pictures.augmented_digits(sample, first.augmentation, generator(seed, "picture")),
+    title = f"{judge}, accuracy {evaluation.accuracy:.2%}"
+    of_result: dict[str, Callable[[], Figure]] = {
+        "confusion_matrix": lambda: pictures.confusion_matrix(evaluation, title),
+        "worst_mistakes": lambda: pictures.worst_mistakes(evaluation, data.splits[judge].images),
+        "learning_curves": lambda: pictures.learning_curves(history),
     }
+    of_recipe: dict[str, Callable[[], Figure]] = {
+        "learning_rate": lambda: pictures.learning_rate(history),
+        "augmented_digits": lambda: pictures.augmented_digits(sample, first.augmentation, generator(seed, "picture")),
+    }
+    return of_result | of_recipe if recipe else of_result
 
 
 def run_name(choices: dict[str, str], told: list[str], data: str) -> str:

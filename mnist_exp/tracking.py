@@ -12,6 +12,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
     from torch import Tensor, nn
+    from torch.export import ExportedProgram
 
     from mnist_exp.data import Dataset
 
@@ -41,6 +43,9 @@ LEADERBOARD_COLUMNS = (
     "tags.`overrides`",
 )
 BATCH_LIMIT = 1000  # of metrics in one MLflow request
+GRAPH = Path("data") / "model.pt2"  # where MLflow keeps a model's graph
+# By architecture and example: the graph, and the files around it.
+_traced: "dict[tuple[str, bytes], tuple[ExportedProgram, dict[Path, bytes]]]" = {}
 RETRY_AFTER = 10.0  # seconds until a store that did not answer is tried again, while training goes on
 PATIENCE = 30.0  # seconds to wait for it at the end of the run
 
@@ -110,8 +115,8 @@ class NoTracker:
     def text(self, text: str, path: str) -> None:
         """Record `text` as the artifact `path`."""
 
-    def figure(self, figure: "Figure", path: str) -> None:
-        """Record a picture as the artifact `path`."""
+    def figure(self, draw: Callable[[], "Figure"], path: str) -> None:
+        """Record the picture that `draw` returns as the artifact `path`."""
 
     def file(self, file: Path) -> None:
         """Record a file as an artifact of its own name."""
@@ -285,8 +290,9 @@ class MLflowTracker(NoTracker):
     def text(self, text: str, path: str) -> None:
         self._queue(lambda: self.client.log_text(self.run_id, text, path))
 
-    def figure(self, figure: "Figure", path: str) -> None:
-        self._queue(lambda: self.client.log_figure(self.run_id, figure, path, save_kwargs={"dpi": 110}))
+    def figure(self, draw: Callable[[], "Figure"], path: str) -> None:
+        form = {"dpi": 80, "pil_kwargs": {"compress_level": 1}}
+        self._queue(lambda: self.client.log_figure(self.run_id, draw(), path, save_kwargs=form))
 
     def file(self, file: Path) -> None:
         self._queue(lambda: self.client.log_artifact(self.run_id, str(file)))
@@ -313,7 +319,7 @@ class MLflowTracker(NoTracker):
         self._queue(lambda: self.client.log_inputs(self.run_id, inputs))
 
     def model(self, model: "nn.Module", example: Any, folder: Path, config: dict[str, Any]) -> None:
-        exported.save(folder, config, partial(export, model, example))
+        exported.save(folder, config, partial(export, model, example, architecture=json.dumps(config["model"])))
         self._queue(lambda: self._log_model(folder))
 
     def _log_model(self, folder: Path) -> None:
@@ -427,8 +433,37 @@ def _lives(pid: int) -> bool:
     return True
 
 
-def export(model: "nn.Module", example: Any, folder: Path) -> None:
-    """Write the model as an MLflow model, a graph that loads without this code; example: an array of two images."""
+def export(model: "nn.Module", example: Any, folder: Path, architecture: str) -> None:
+    """Write the model as an MLflow model, a graph that loads without this code.
+
+    example: an array of two images; architecture: what tells the graph of this model from others. Tracing a graph takes most of
+    the time, and torch never gives all of its memory back: models of one architecture share the graph of the first.
+    """
+    import torch
+
+    key = architecture, example.tobytes()
+    if key not in _traced:
+        _trace(model, example, folder)
+        files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        _traced[key] = torch.export.load(folder / GRAPH), files
+        return
+    from mlflow.models import Model
+
+    program, files = _traced[key]
+    weights = model.state_dict()
+    with torch.no_grad():
+        for name, value in program.state_dict.items():
+            value.copy_(weights[name])
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    torch.export.save(program, folder / GRAPH)
+    described = Model.load(folder)
+    described.model_uuid, described.utc_time_created = uuid4().hex, str(datetime.now(UTC).replace(tzinfo=None))
+    described.save(folder / "MLmodel")
+
+
+def _trace(model: "nn.Module", example: Any, folder: Path) -> None:
     import mlflow.pytorch
     import numpy as np
     import torch
@@ -439,7 +474,7 @@ def export(model: "nn.Module", example: Any, folder: Path) -> None:
 
     mlflow.pytorch.save_model(
         # torch.export warns of every weight that is laid out channels_last
-        copy.deepcopy(model).to(memory_format=torch.contiguous_format),
+        copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format),
         folder,
         input_example=example,
         signature=ModelSignature(

@@ -1,14 +1,18 @@
-"""Jobs in parallel on this machine: one process for each core, each with a thread of its own, torch imported once."""
+"""Jobs in parallel on this machine: one process for each core, each with its share of the threads.
+
+All are forked from one server process, which imports what they need, once, while the sweep is still being composed.
+"""
 
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]  # has no annotations
@@ -21,8 +25,13 @@ from omegaconf import DictConfig, open_dict
 
 from mnist_exp.errors import PrunedError, UserError
 
-RENEW_AFTER = 100  # jobs of a worker: torch.export keeps half a megabyte of each
 GRACE = 60.0  # seconds that a worker has to write down how its job ended
+FORKS = multiprocessing.get_context("forkserver")
+# What a job imports, for the server to have; torch takes its dynamo with any optimizer. Not run.py: a worker imports it as main.
+NEEDED = [f"mnist_exp.{module}" for module in ("checkpoint", "console", "models", "search", "tracking", "training")]
+NEEDED += ["torch._dynamo"]
+NEEDED_TO_TRACK = ["mnist_exp.pictures", "mlflow.pytorch", "mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store"]
+NEEDED_TO_TRACK += ["alembic.command", "matplotlib.backends.backend_agg", "torch.export._trace"]
 
 
 class WorkerDiedError(Exception):
@@ -43,15 +52,21 @@ class WorkersLauncher(Launcher):
         self.processes = processes
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take what Hydra hands over."""
+        """Take what Hydra hands over, and have the server of the workers begin its imports."""
         self.context, self.task_function, self.config = hydra_context, task_function, config
+        wanted = self.processes or cores()
+        self.threads = max(
+            1, cores() // wanted
+        )  # whatever the number of jobs: a job that is resumed alone must come out the same
+        tracks = str(config.tracking.get("_target_", "")).endswith("MLflowTracker")
+        FORKS.set_forkserver_preload(NEEDED + NEEDED_TO_TRACK if tracks else NEEDED)
+        with environment(OMP_NUM_THREADS=str(self.threads), MLFLOW_DISABLE_TELEMETRY="true"):  # read when the two are imported
+            forkserver.ensure_running()
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; those that `sweep.on_failure=stop` keeps from starting come back as UNKNOWN."""
         setup_globals()
-        wanted = self.processes or cores()
-        count = min(wanted, len(job_overrides))
-        threads = max(1, cores() // wanted)  # whatever the number of jobs: a job that is resumed alone must come out the same
+        count = min(self.processes or cores(), len(job_overrides))
         payload = cloudpickle.dumps((self.context, self.config, self.task_function, Singleton.get_state()))
         stop_on_failure = self.config.sweep.on_failure == "stop"
         waiting = deque(enumerate(map(list, job_overrides), initial_job_idx))
@@ -60,7 +75,7 @@ class WorkersLauncher(Launcher):
         try:
             while waiting or any(worker.job is not None for worker in workers):
                 while waiting and len(workers) < count:
-                    workers.append(Worker(payload, threads))
+                    workers.append(Worker(payload))
                 for worker in workers:
                     if worker.job is None and waiting:
                         worker.send(*waiting.popleft())
@@ -70,10 +85,6 @@ class WorkersLauncher(Launcher):
                     if result is None:
                         workers.remove(worker)
                         result = worker.died()
-                    elif worker.jobs_done == RENEW_AFTER:
-                        workers.remove(worker)
-                        worker.stop()
-                        worker.join()
                     if number is not None:
                         results[number] = result
                         failed = result.status == JobStatus.FAILED and not isinstance(result._return_value, PrunedError)
@@ -92,6 +103,18 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Set environment variables for the processes that are started within the block."""
+    before = os.environ.copy()
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def ready(workers: list["Worker"]) -> list["Worker"]:
     """Wait until a worker has something to say, or has died; return those."""
     heard = wait([item for worker in workers for item in (worker.connection, worker.process.sentinel)])
@@ -101,21 +124,14 @@ def ready(workers: list["Worker"]) -> list["Worker"]:
 class Worker:
     """A process that runs one job after the other; job: the number of the one that it runs now."""
 
-    process: SpawnProcess
+    process: ForkServerProcess
     connection: "Connection[Any, Any]"
 
-    def __init__(self, payload: bytes, threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, payload))
+    def __init__(self, payload: bytes) -> None:
+        self.connection, theirs = FORKS.Pipe()
+        self.process = FORKS.Process(target=work, args=(theirs, payload))
         self.job: int | None = None
-        self.jobs_done = 0
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is imported
-        try:
-            self.process.start()
-        finally:
-            os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+        self.process.start()
         theirs.close()
 
     def send(self, number: int, overrides: list[str]) -> None:
@@ -127,7 +143,6 @@ class Worker:
     def receive(self) -> JobReturn | None:
         """Return what became of the job; None if the process died."""
         self.job = None
-        self.jobs_done += 1
         try:
             result: JobReturn = cloudpickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError):

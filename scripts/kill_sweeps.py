@@ -52,12 +52,17 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def workers(parent: int) -> list[int]:
-    """Return the processes that run jobs for `parent` (Linux)."""
+    """Return the processes that run jobs for `parent`: the children of the server that forks them (Linux)."""
+    return [worker for server in children(parent) for worker in children(server)]
+
+
+def children(parent: int) -> list[int]:
+    """Return the children of a process."""
     found = []
     for folder in Path("/proc").iterdir():
         with suppress(OSError):
             if folder.name.isdigit() and int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                found += [int(folder.name)] if b"spawn_main" in (folder / "cmdline").read_bytes() else []
+                found.append(int(folder.name))
     return found
 
 

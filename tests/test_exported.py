@@ -25,7 +25,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = resolve(compose("config"))
     model = build(config["model"], "model").eval()
     images = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
-    exported.save(folder, config, partial(export, model, images.numpy()))
+    exported.save(folder, config, partial(export, model, images.numpy(), architecture="original"))
     torch.save(model.state_dict(), folder.with_name("weights.pt"))
     return folder
 
@@ -46,6 +46,17 @@ def test_an_exported_model_predicts_the_same_and_knows_its_configuration(origina
     images = torch.randint(0, 256, (7, 1, 28, 28), dtype=torch.uint8)
     torch.testing.assert_close(load_model(str(original))(images), model(images))
     assert [path.name for path in original.parent.iterdir() if "partial" in path.name] == []
+
+
+def test_models_of_one_architecture_share_a_graph_but_not_their_weights(original: Path, tmp_path: Path) -> None:
+    node = exported.verify(original)["model"]
+    images = torch.randint(0, 256, (7, 1, 28, 28), dtype=torch.uint8)
+    models = [build(node, "model").eval() for _ in range(3)]
+    for number, model in enumerate(models):
+        model.blocks[0].norm.running_mean.add_(number)  # a buffer that training moves
+        exported.save(tmp_path / str(number), {}, partial(export, model, images[:2].numpy(), architecture="shared"))
+    for number, model in enumerate(models):
+        torch.testing.assert_close(load_model(str(tmp_path / str(number)))(images), model(images))
 
 
 def test_a_failed_export_leaves_the_one_before(folder: Path) -> None:
