@@ -104,7 +104,7 @@ def _per_channel(tensor: Tensor, slope: Tensor, intercept: Tensor | None = None)
     """Return slope * tensor + intercept, each of one value per channel, in the tensor's dtype and layout, rounded once."""
     wide = _wide(tensor)
     times = wide.shape[1] // tensor.shape[1]
-    slope = slope.repeat(times)
+    slope = slope.to(torch.promote_types(tensor.dtype, torch.float32)).repeat(times)
     intercept = torch.zeros_like(slope) if intercept is None else intercept.repeat(times)
     # Batch norm in evaluation mode is this map: it keeps float32 statistics beside bf16 values without a float32 copy of them.
     result = torch.batch_norm(wide, slope, intercept, torch.zeros_like(slope), torch.ones_like(slope), False, 0.0, 0.0, False)
