@@ -12,7 +12,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mnist_exp import ROOT
 from mnist_exp.errors import UserError
+
+OmegaConf.register_new_resolver("root", lambda path: str(ROOT / path), replace=True)
+OmegaConf.register_new_resolver("scaled", lambda value, at, to: value * to / at, replace=True)
 
 KEYS = {
     "seed", "batch_size", "precision", "device", "output_dir", "save_every", "resume", "rerun", "sweep", "phases",
@@ -113,18 +117,23 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def resolve(composed: DictConfig) -> dict[str, Any]:
-    """Return the configuration as plain dicts and values, interpolations resolved and everything checked.
+    """Return a run's configuration as plain dicts and values, interpolations resolved and everything checked.
 
     Raises UserError on unknown or missing keys, values out of range, and targets outside the allowed modules.
     """
+    config = as_dict(composed)
+    check(config)
+    return config
+
+
+def as_dict(composed: DictConfig) -> dict[str, Any]:
+    """Return a configuration as plain dicts and values, interpolations resolved; raises UserError where they cannot be."""
     try:
         config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
     assert isinstance(config, dict)
-    plain = {str(key): value for key, value in config.items()}
-    check(plain)
-    return plain
+    return {str(key): value for key, value in config.items()}
 
 
 def check(config: dict[str, Any]) -> None:
@@ -135,11 +144,7 @@ def check(config: dict[str, Any]) -> None:
         if not config.get(key) and config.get(key) != 0:
             raise UserError(f"{key} is missing: give it a value, or do not delete it (~{key}) on the command line.")
     for key, value in nodes({key: config[key] for key in sorted(config, key=lambda key: key == "phases")}):
-        if key.endswith("_target_") and not (isinstance(value, str) and TARGET.fullmatch(value)):
-            raise UserError(
-                f"{key}={value} is not allowed: a target is a class or function of mnist_exp's own modules, of torch.nn, "
-                "torch.optim or torch.optim.lr_scheduler. To use another, wrap it in a function in mnist_exp."
-            )
+        check_target(key, value)
         for pattern, (valid, allowed) in RULES.items():
             if fnmatch(key, pattern) and not valid(value):
                 raise UserError(f"{key}={value} is not valid: allowed is {allowed}. Set it with {key}=... on the command line.")
@@ -153,6 +158,15 @@ def check(config: dict[str, Any]) -> None:
     for key in ("data", "model", "tracking"):
         if not isinstance(config[key], dict) or "_target_" not in config[key]:
             raise UserError(f"{key}={config[key]} is not valid: allowed is an option of the group conf/{key}/.")
+
+
+def check_target(key: str, value: Any) -> None:
+    """Raise UserError if `key` names what is to be called, and `value` is not among what may be."""
+    if key.endswith("_target_") and not (isinstance(value, str) and TARGET.fullmatch(value)):
+        raise UserError(
+            f"{key}={value} is not allowed: a target is a class or function of mnist_exp's own modules, of torch.nn, "
+            "torch.optim or torch.optim.lr_scheduler. To use another, wrap it in a function in mnist_exp."
+        )
 
 
 def digest(config: dict[str, Any]) -> str:

@@ -137,6 +137,16 @@ def show_jobs(rows: list[dict[str, str]], console: Console | None = None) -> Non
     for key in shown:
         table.add_column(key, no_wrap=key == "run")
     for row in rows:
-        style = None if row["status"] == "FINISHED" else "red"
+        style = None if row.get("status", "FINISHED") == "FINISHED" else "red"
         table.add_row(*(Text(row[key], overflow="fold") for key in shown), style=style)
     console.print(table if rows else "There are no runs yet.")
+
+
+def show_comparison(rows: list[dict[str, str]], answer: str, notes: list[str], report: str) -> None:
+    """Show the answer, the numbers behind it, what is to be borne in mind, and where the report lies."""
+    console = Console()
+    show_jobs(rows, console)
+    console.print(Text(answer, style="bold"))
+    for note in notes:
+        console.print(Text(f"- {note}"))
+    console.print(f"Report: {report}", markup=False, highlight=False, soft_wrap=True)

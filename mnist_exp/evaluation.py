@@ -35,6 +35,13 @@ class Evaluation:
         cells = self.labels * CLASSES + self.logits.argmax(1)
         return torch.bincount(cells, minlength=CLASSES**2).view(CLASSES, CLASSES)
 
+    @property
+    def mistakes(self) -> list[tuple[int, int, int]]:
+        """The images that were not given their label, as (index, label, prediction)."""
+        predictions = self.logits.argmax(1)
+        wrong = (predictions != self.labels).nonzero().flatten()
+        return list(zip(wrong.tolist(), self.labels[wrong].tolist(), predictions[wrong].tolist(), strict=True))
+
     def worst_mistakes(self, count: int) -> Tensor:
         """Return the indices of at most `count` wrongly classified images, largest loss first."""
         losses = F.cross_entropy(self.logits, self.labels, reduction="none")

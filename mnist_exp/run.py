@@ -13,19 +13,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from mnist_exp import ROOT, output
-from mnist_exp.config import build, check, did_you_mean, digest, nodes, resolve
+from mnist_exp.command_line import answer
+from mnist_exp.config import build, check, digest, nodes, resolve
 from mnist_exp.errors import PrunedError, UserError
-from mnist_exp.signals import Interrupted, raise_interrupted
+from mnist_exp.signals import raise_interrupted
 from mnist_exp.sweep import differing, short
 
 if TYPE_CHECKING:
@@ -37,68 +35,13 @@ if TYPE_CHECKING:
     from mnist_exp.pictures import History
     from mnist_exp.training import Stage, State
 
-OmegaConf.register_new_resolver("root", lambda path: str(ROOT / path), replace=True)
-OmegaConf.register_new_resolver("scaled", lambda value, at, to: value * to / at, replace=True)
-
 ELSEWHERE = re.compile(r"(output_dir|save_every|tracking(\..*)?)=|hydra[./]")  # overrides that do not change the outcome
 MEASURED = ("time/", "train/examples_per_second")  # metrics that differ from run to run
 
 
 def main() -> None:
     """Run the command line; a user's mistake ends with a message and status 1, a signal with 128 + its number."""
-    wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # has Hydra hand over exceptions; its own messages offer the wrong remedies
-    try:
-        task()
-    except Interrupted as interrupted:
-        print(f"\n{interrupted}", file=sys.stderr)
-        sys.exit(interrupted.exit_status)
-    except Exception as error:
-        if wants_trace or not (isinstance(error, UserError) or _out_of_memory(error) or _while_composing(error)):
-            raise
-        print(f"{explain(error)}\n\nHYDRA_FULL_ERROR=1 shows the stack trace.", file=sys.stderr)
-        sys.exit(1)
-    finally:
-        if not wants_trace:
-            del os.environ["HYDRA_FULL_ERROR"]
-
-
-def _while_composing(error: Exception) -> bool:
-    """Return whether `error` came before our own code began, out of Hydra's reading of the command line."""
-    return not any(
-        frame.f_code.co_filename == __file__ and frame.f_code.co_name == "task" for frame, _ in walk_tb(error.__traceback__)
-    )
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Return whether `error` is Python's, or torch's on a CPU or a GPU, of having no memory."""
-    refused = ("can't allocate memory", "out of memory")
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(text in str(error) for text in refused))
-
-
-def explain(error: Exception) -> str:
-    """Return what the user can do about `error`: the message of a UserError, or of another's with the likely remedy."""
-    if _out_of_memory(error):
-        return (
-            f"The memory does not suffice: {str(error).strip() or type(error).__name__}\nChoose a smaller batch_size or model, "
-            "or stop other programs; what has a checkpoint goes on with `python -m mnist_exp.run resume=latest`."
-        )
-    cause = error.__cause__
-    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
-        shared = re.match(r"phases\.\w+\.((optimizer|scheduler|augmentation)\..+)", cause.full_key)
-        if shared:
-            return f"{cause.full_key} follows the key at the top: override {shared[1]} instead."
-        if isinstance(cause.parent_node, DictConfig):
-            known = {str(key) for key in cause.parent_node}
-            hint = did_you_mean(str(cause.key), known)
-            return f"{cause.full_key} is not a key of the configuration{hint}. Allowed here: {', '.join(sorted(known))}."
-    if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
-        return f"{error}\n{cause}"
-    return (
-        str(error)
-        if isinstance(error, UserError | HydraException)
-        else f"{error}\nThe command line was: {' '.join(sys.argv[1:])}"
-    )
+    answer(task)
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
@@ -163,7 +106,7 @@ def rerun(config: dict[str, Any], overrides: list[str]) -> "Outcome":
     if changed:
         print(f"Not all is as it was: {'; '.join(changed)}.", file=sys.stderr)
     threads = int(before.get("threads", 0)) or None
-    outcome = run(stored, original.choices, original.overrides, digests=original.digests, threads=threads)
+    outcome = run(stored, original.choices, original.overrides, digests=original.record.digests, threads=threads)
     differ = [key for key, points in original.points.items() if not key.startswith(MEASURED) and points != outcome.points[key]]
     if differ:
         raise UserError(f"Run {outcome.run_id} differs from run {config['rerun']} in {', '.join(sorted(differ))}.")
@@ -194,6 +137,7 @@ def run(
     from mnist_exp.evaluation import evaluate
     from mnist_exp.models import count_parameters
     from mnist_exp.search import follow
+    from mnist_exp.tracking import OUTCOME
     from mnist_exp.training import choose_device, choose_precision, fit, hold_freed_memory, plan
 
     seed, sweep = config["seed"], config["sweep"]
@@ -249,7 +193,7 @@ def run(
     if sweep["id"]:
         told = differing(told, sweep["varied"])
         tags |= {"mlflow.parentRunId": sweep["id"], "sweep_id": sweep["id"], "job_num": str(sweep["job"])}
-        tags["differs"] = " ".join(told)
+        tags |= {"differs": " ".join(told), "mlflow.runColor": sweep["colour"]}
     if config["rerun"]:
         tags["rerun_of"] = config["rerun"]
     history = list(saved.history) if saved else []
@@ -312,6 +256,7 @@ def run(
             results |= {"test/accuracy": evaluation.accuracy, "test/loss": evaluation.loss}
         for name, drawing in drawings(evaluation, judge, data, stages, history, seed, recipe=not sweep["id"]).items():
             tracked.figure(drawing, f"pictures/{name}.png")
+        tracked.text(json.dumps({"split": judge, "history": history, "mistakes": evaluation.mistakes}), OUTCOME)
         tracked.model(model.eval(), data.splits[judge].images[:2].cpu().numpy(), folder / "model", config)
 
         results["time/total_seconds"] = time.perf_counter() - started

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from mnist_exp.tracking import NoTracker, Record
 
 RANKED_BY = "val/accuracy"  # never the test set's
+CLOCKS_DIFFER = 60_000  # ms, at most, between the machines of a cluster
 ROWS_SHOWN = 50  # MLflow cuts a description at 8,000 characters
+# Colours that colour-blind people tell apart (Okabe and Ito, 2008).
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 SHOWN = ("val/accuracy", "test/accuracy", "test/loss", "time/total_seconds")
 
 
@@ -140,7 +143,7 @@ class GridSweeper(Sweeper):
         sweep_id, definition = None, {}
         if wishes["resume"]:
             tracker.reap()
-            parent, definition = tracker.find_sweep(wishes["resume"])
+            parent, definition = tracker.find_sweep(wishes["resume"], finished_too=False)
             if not any(key_of(override) == "output_dir" for override in where):
                 output_dir = output.make_folder(Path(parent.tags["output_dir"]))
                 where.append(f"output_dir={quoted(str(output_dir))}")
@@ -180,7 +183,7 @@ class GridSweeper(Sweeper):
                 return rows
 
             try:
-                with display.following(lambda: progress(tracked.children())):
+                with display.following(Progress(tracked).look):
                     self.run_jobs(sweep)
             except BaseException:
                 with suppress(Exception):  # what ended the sweep is to be told, not that the store is gone, too
@@ -249,6 +252,7 @@ class GridSweeper(Sweeper):
         data = {child.tags["data"] for child in children if child.status == "FINISHED"}
         one_data = len(data) == 1 and not any(re.match(r"data\b", key) for key in sweep.varied)
         expected = [f"sweep.data={data.pop()}"] if one_data and not sweep.insist else []
+        painted = colours(sweep.jobs)
         todo: dict[int, list[str]] = {}
         for job in jobs:
             child, returned = latest.get(job.number), sweep.returns.get(job.number)
@@ -259,7 +263,8 @@ class GridSweeper(Sweeper):
                 overrides = [f"resume={child.run_id}"]
             elif child:
                 sweep.tracked.delete(child.run_id)
-            todo[job.number] = [*overrides, *sweep.where, *sweep.told, *expected, f"sweep.job={job.number}"]
+            place = [f"sweep.job={job.number}", f"sweep.colour={quoted(painted[job.number])}"]
+            todo[job.number] = [*overrides, *sweep.where, *sweep.told, *expected, *place]
         if not todo:
             return
         try:
@@ -290,6 +295,13 @@ class GridSweeper(Sweeper):
                 f"sweep.resume: this is not what the sweep was begun with: {'; '.join(changed)}. "
                 "Start a new sweep, or go on all the same, by the stored definition, with sweep.insist=true."
             )
+
+
+def colours(jobs: Sequence[Job]) -> dict[int, str]:
+    """Return each job's colour in the UI's charts, by number: the same for jobs that differ in the seed alone."""
+    arms = {job.number: tuple(override for override in job.overrides if key_of(override) != "seed") for job in jobs}
+    places = {arm: place for place, arm in enumerate(dict.fromkeys(arms.values()))}
+    return {number: COLOURS[places[arm] % len(COLOURS)] for number, arm in arms.items()}
 
 
 def as_csv(rows: list[dict[str, str]]) -> str:
@@ -342,11 +354,22 @@ def wait_for_orphans(tracked: "NoTracker", patience: float = 60.0) -> None:
         time.sleep(1)
 
 
-def progress(children: list["Record"]) -> tuple[int, int, float | None]:
-    """Return how many jobs have finished, how many have failed, and the best validation accuracy of the finished ones."""
-    statuses = Counter(child.status for child in children)
-    best = [child.metrics[RANKED_BY] for child in children if child.status == "FINISHED" and RANKED_BY in child.metrics]
-    return statuses["FINISHED"], statuses["FAILED"] + statuses["KILLED"], max(best, default=None)
+@dataclass
+class Progress:
+    """What has become of a sweep's jobs so far; ended: status and validation accuracy by run; until: ms, when the last ended."""
+
+    tracked: "NoTracker"
+    ended: dict[str, tuple[str, float | None]] = field(default_factory=dict)
+    until: int = 0
+
+    def look(self) -> tuple[int, int, float | None]:
+        """Read what has ended since the last look: return jobs finished, jobs failed, and the best validation accuracy."""
+        for child in self.tracked.children(ended_after=self.until - CLOCKS_DIFFER if self.until else 1):
+            self.ended[child.run_id] = child.status, child.metrics.get(RANKED_BY)
+            self.until = max(self.until, child.ended or 0)
+        statuses = Counter(status for status, _ in self.ended.values())
+        best = [accuracy for status, accuracy in self.ended.values() if status == "FINISHED" and accuracy is not None]
+        return statuses["FINISHED"], statuses["FAILED"] + statuses["KILLED"], max(best, default=None)
 
 
 def table(jobs: list[Job], children: list["Record"], returns: dict[int, JobReturn]) -> list[dict[str, str]]:

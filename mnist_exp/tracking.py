@@ -11,6 +11,7 @@ import traceback
 import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -43,6 +44,7 @@ LEADERBOARD_COLUMNS = (
     "tags.`overrides`",
 )
 BATCH_LIMIT = 1000  # of metrics in one MLflow request
+OUTCOME = "outcome.json"  # a run's history and mistakes, for comparisons
 GRAPH = Path("data") / "model.pt2"  # where MLflow keeps a model's graph
 # By architecture and example: the graph, and the files around it.
 _traced: "dict[tuple[str, bytes], tuple[ExportedProgram, dict[Path, bytes]]]" = {}
@@ -52,7 +54,10 @@ PATIENCE = 30.0  # seconds to wait for it at the end of the run
 
 @dataclass(frozen=True)
 class Record:
-    """A run as the store holds it; started and ended: milliseconds since 1970, ended None while it is on."""
+    """A run as the store holds it; started and ended: milliseconds since 1970, ended None while it is on.
+
+    digests: of the data's splits; artifacts: the address of the folder of its files.
+    """
 
     run_id: str
     experiment_id: str
@@ -63,6 +68,8 @@ class Record:
     params: dict[str, str]
     metrics: dict[str, float]
     tags: dict[str, str]
+    digests: dict[str, str]
+    artifacts: str
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,6 @@ class Original:
     config: dict[str, Any]
     choices: dict[str, str]
     overrides: list[str]
-    digests: dict[str, str]
     points: dict[str, dict[int, float]]
 
 
@@ -127,8 +133,8 @@ class NoTracker:
     def model(self, model: "nn.Module", example: Any, folder: Path, config: dict[str, Any]) -> None:
         """Export the model to `folder`, sealed with its configuration, and record it; example: an input array of two images."""
 
-    def children(self) -> list[Record]:
-        """Return the runs of the sweep that this run is the parent of."""
+    def children(self, sweep_id: str | None = None, ended_after: int = 0) -> list[Record]:
+        """Return the runs of a sweep: the one that this run is the parent of, unless told; ended_after: ms, leaves out others."""
         return []
 
     def delete(self, run_id: str) -> None:
@@ -146,9 +152,17 @@ class NoTracker:
         """Return what the store holds of a run; raises UserError where that does not suffice to run it again."""
         raise UserError("tracking=none holds no runs: name the store that does with MLFLOW_TRACKING_URI.")
 
-    def find_sweep(self, sweep: str) -> tuple[Record, dict[str, Any]]:
-        """Return a sweep's parent and definition by its id, `latest` for the newest that has not finished. Raises UserError."""
-        raise UserError("sweep.resume needs a store that holds the sweep, and tracking=none has none.")
+    def find_sweep(self, sweep: str, *, finished_too: bool) -> tuple[Record, dict[str, Any]]:
+        """Return a sweep's parent and definition by its id, or `latest` for the newest, finished or not. Raises UserError."""
+        raise UserError("tracking=none holds no sweeps: name the store that does with MLFLOW_TRACKING_URI.")
+
+    def outcomes(self, records: list[Record]) -> list[dict[str, Any] | None]:
+        """Return the outcome.json of each run, None where there is none that could be read."""
+        return [None for _ in records]
+
+    def publish(self, run_id: str, file: Path, tags: Mapping[str, str]) -> str:
+        """Add a file and tags to a run that has ended, and return where the file lies."""
+        return ""
 
     def link(self, run_id: str) -> str:
         """Return the link to another run, for a description that the UI shows."""
@@ -338,8 +352,9 @@ class MLflowTracker(NoTracker):
         self.client.log_model_artifacts(model.model_id, str(folder))
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
-    def children(self) -> list[Record]:
-        return read_runs(self.client, self.experiment_id, f"tags.sweep_id = '{self.run_id}'")
+    def children(self, sweep_id: str | None = None, ended_after: int = 0) -> list[Record]:
+        ended = f" and attributes.end_time > {ended_after}" if ended_after else ""
+        return read_runs(self.client, self.experiment_id, f"tags.sweep_id = '{sweep_id or self.run_id}'{ended}")
 
     def delete(self, run_id: str) -> None:
         self.client.delete_run(run_id)
@@ -377,16 +392,15 @@ class MLflowTracker(NoTracker):
             config, choices, overrides = dict(recipe["config"]), dict(recipe["choices"]), list(recipe["overrides"])
         except (MlflowException, OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"Run {run_id} does not hold its recipe.json as it should: {str(error).splitlines()[0]}") from error
-        inputs = run.inputs.dataset_inputs if run.inputs else []
-        digests = {item.dataset.name.rpartition("-")[2]: item.dataset.digest for item in inputs}
         histories = {key: self.client.get_metric_history(run_id, key) for key in run.data.metrics}
         points = {key: {point.step: point.value for point in history} for key, history in histories.items()}
-        return Original(_record(run), config, choices, overrides, digests, points)
+        return Original(_record(run), config, choices, overrides, points)
 
-    def find_sweep(self, sweep: str) -> tuple[Record, dict[str, Any]]:
+    def find_sweep(self, sweep: str, *, finished_too: bool) -> tuple[Record, dict[str, Any]]:
         self._open()
         sweeps = read_runs(self.client, self.experiment_id, "tags.sweep_jobs LIKE '%'")
-        wanted = [record for record in sweeps if record.run_id == sweep or (sweep == "latest" and record.status != "FINISHED")]
+        allowed = [record for record in sweeps if finished_too or record.status != "FINISHED"]
+        wanted = allowed if sweep == "latest" else [record for record in sweeps if record.run_id == sweep]
         for record in sorted(wanted, key=lambda record: record.started, reverse=True):
             if any(item.path == "sweep.json" for item in self.client.list_artifacts(record.run_id)):
                 with TemporaryDirectory() as folder:
@@ -394,7 +408,29 @@ class MLflowTracker(NoTracker):
                         Path(self.client.download_artifacts(record.run_id, "sweep.json", folder)).read_text()
                     )
         known = ", ".join(f"{record.run_id} ({record.status})" for record in sweeps[:5]) or "none"
-        raise UserError(f"sweep.resume={sweep}: there is no such sweep that could be gone on with in {self.uri}; there: {known}.")
+        what = "" if finished_too else " that could be gone on with"
+        raise UserError(f"sweep {sweep}: there is no such sweep{what} in {self.uri}; those there: {known}.")
+
+    def outcomes(self, records: list[Record]) -> list[dict[str, Any] | None]:
+        from mlflow.artifacts import download_artifacts
+
+        def read(record: Record) -> dict[str, Any] | None:
+            with TemporaryDirectory() as folder:
+                try:
+                    path = download_artifacts(f"{record.artifacts}/{OUTCOME}", dst_path=folder)
+                    outcome = json.loads(Path(path).read_text())
+                except Exception:  # a run that ended early has none; a server or a disk may refuse it
+                    return None
+            return outcome if isinstance(outcome, dict) else None
+
+        with ThreadPoolExecutor(8) as pool:  # over a network, waiting takes the time
+            return list(pool.map(read, records))
+
+    def publish(self, run_id: str, file: Path, tags: Mapping[str, str]) -> str:
+        self.client.log_artifact(run_id, str(file))
+        for key, value in tags.items():
+            self.client.set_tag(run_id, key, value)
+        return f"{self.client.get_run(run_id).info.artifact_uri}/{file.name}".removeprefix("file://")
 
     def link(self, run_id: str) -> str:
         return run_path(self.client, run_id).removeprefix("/")
@@ -420,7 +456,10 @@ def read_runs(client: "MlflowClient", experiment_id: str, where: str = "") -> li
 def _record(run: "Run") -> Record:
     info, data = run.info, run.data
     texts = (info.run_id, info.experiment_id, info.run_name, info.status)
-    return Record(*texts, info.start_time, info.end_time, dict(data.params), dict(data.metrics), dict(data.tags))
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    digests = {item.dataset.name.rpartition("-")[2]: item.dataset.digest for item in inputs}
+    held = dict(data.params), dict(data.metrics), dict(data.tags), digests
+    return Record(*texts, info.start_time, info.end_time, *held, info.artifact_uri)
 
 
 def _lives(pid: int) -> bool:

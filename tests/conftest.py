@@ -21,6 +21,11 @@ Compose = Callable[..., dict[str, Any]]
 CommandLine = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def chromium() -> str | None:
+    """Return the browser that pages are looked at in."""
+    return next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+
+
 @pytest.fixture(autouse=True)
 def apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the tests apart from the run of an `mlflow run` that started them, and from each other's experiments and draws."""

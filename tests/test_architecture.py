@@ -2,10 +2,10 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "mnist_exp"
-ENTRY_POINTS = {"run", "runs"}
+ENTRY_POINTS = {"run", "runs", "compare"}
 ONLY = {
     "mlflow": {"tracking"},
-    "hydra": {"run", "config", "sweep", "workers", "search"},
+    "hydra": {"run", "compare", "command_line", "config", "sweep", "workers", "search"},
     "optuna": {"search"},
     "rich": {"console"},
 }

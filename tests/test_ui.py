@@ -1,5 +1,5 @@
 import os
-import shutil
+import re
 import socket
 import subprocess
 import sys
@@ -10,13 +10,16 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from benchmark_compare import make_sweep
+from conftest import chromium
+from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
 from mnist_exp import ROOT
 from mnist_exp.run import description
 from mnist_exp.tracking import MLflowTracker, run_path
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = chromium()
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="the UI is looked at in chromium, which is not installed"),
@@ -30,6 +33,7 @@ HOSTILE = "<img src=x onerror=\"document.title='it ran'\"><script>document.title
 def ui(store: str) -> Iterator[str]:
     """`scripts/ui` on a store with one run: the link that it prints."""
     with MLflowTracker(store, "mnist_exp").start("se_cnn mnist seed=7", {"overrides": "seed=7"}) as tracker:
+        tracker.figure(lambda: Figure(), "pictures/confusion_matrix.png")
         tracker.tags({"mlflow.note.content": description({}, [f"output_dir={HOSTILE}"], HOSTILE)})
         tracker.metrics({"test/accuracy": 0.9876, "test/loss": 0.0432, "model/parameters": 19_674}, step=60_000)
     with socket.socket() as probe:
@@ -65,6 +69,27 @@ def test_the_printed_link_opens_on_the_leaderboard(ui: str, tmp_path: Path) -> N
     shown = page(ui, tmp_path)
     for part in ("se_cnn mnist seed=7", "test/accuracy", "0.9876", "0.0432", "19674", "overrides", "seed=7"):
         assert part in shown, f"{part} is not in the leaderboard"
+
+
+def test_a_sweep_reads_well(ui: str, store: str, tmp_path: Path) -> None:
+    parent = make_sweep(store, ("se_cnn", "plain_cnn"), seeds=2)
+    subprocess.run([sys.executable, "-m", "mnist_exp.compare", f"sweep={parent}"], check=True, capture_output=True)
+    table = page(ui, tmp_path)
+    names = [f"{arm} seed={seed}" for arm in ("se_cnn", "plain_cnn") for seed in (0, 1)]
+    for part in ("sweep model by seed", "test/accuracy", "model/parameters", *names):
+        assert part in table, f"{part} is not in the leaderboard"
+    charts = page(f"{ui}&compareRunsMode=CHART", tmp_path)
+    for part in ("Search metric charts", "test", "train", "model", 'class="main-svg"'):
+        assert part in charts, f"{part} is not among the charts"
+    front, client = ui.split("#")[0], MlflowClient(store)
+    overview = page(f"{front}{run_path(client, parent)}", tmp_path)
+    for part in ("Answer", "In test/accuracy, against model=se_cnn", "4 jobs: 4 FINISHED", "Child runs", *names):
+        assert part in overview, f"{part} is not on the parent's page"
+    (single,) = client.search_runs(["1"], "tags.overrides = 'seed=7'")
+    place = run_path(client, single.info.run_id).split("?")[0]
+    artifact = page(f"{front}{place}/artifacts/pictures/confusion_matrix.png", tmp_path)
+    assert "confusion_matrix.png" in artifact
+    assert re.search(r"<img[^>]*(blob:|get-artifact)[^>]*>", artifact), re.findall(r"<img[^>]*>", artifact)
 
 
 def test_html_in_a_description_does_not_run(ui: str, store: str, tmp_path: Path) -> None:

@@ -1,0 +1,246 @@
+"""Which runs of a sweep may be set against each other, and what they say in words: arms of one factor, paired by all else."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mnist_exp.errors import UserError
+from mnist_exp.statistics import Comparison, compare, holm, pairs_needed
+
+if TYPE_CHECKING:
+    from mnist_exp.tracking import Record
+
+SIGNIFICANCE = 0.05
+Setting = tuple[tuple[str, str], ...]  # (key, value) of whatever varied beside the factor, the seed among it
+
+
+@dataclass(frozen=True)
+class Arms:
+    """The finished runs of a sweep by the value of one factor, the baseline's first, and by setting; flags: what was left out."""
+
+    factor: str
+    baseline: str
+    runs: dict[str, dict[Setting, "Record"]]
+    flags: list[str]
+
+    def pairs(self, arm: str) -> list[Setting]:
+        """Return the settings that both `arm` and the baseline were run in."""
+        return sorted(self.runs[arm].keys() & self.runs[self.baseline].keys())
+
+    @property
+    def others(self) -> list[str]:
+        """The arms that are set against the baseline."""
+        return [arm for arm in self.runs if arm != self.baseline]
+
+    @property
+    def records(self) -> list["Record"]:
+        """All runs."""
+        return [record for runs in self.runs.values() for record in runs.values()]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm against the baseline in one metric; p_t and p_sign_flip: adjusted by Holm over the arms."""
+
+    metric: str
+    arm: str
+    baseline: str
+    values: Comparison
+    p_t: float
+    p_sign_flip: float
+
+    @property
+    def difference(self) -> str:
+        """The difference with its interval, in words."""
+        low, high = self.values.interval.low, self.values.interval.high
+        bounds = f"{amount(self.metric, low, signed=True, bare=True)} to {amount(self.metric, high, signed=True, bare=True)}"
+        return f"{amount(self.metric, self.values.difference, signed=True, is_difference=True)} ({bounds})"
+
+    @property
+    def is_detected(self) -> bool:
+        """Whether the difference is more than chance, at 5 % over all arms; one that is the same in every pair is."""
+        if self.values.difference_std == 0:
+            return self.values.difference != 0
+        return self.p_t <= SIGNIFICANCE
+
+
+def arrange(records: "Sequence[Record]", jobs: Mapping[int, Mapping[str, str]], factor: str | None, baseline: str | None) -> Arms:
+    """Sort a sweep's runs into arms.
+
+    records: of its children; jobs: what each job was given, values by key; factor: the key that makes the arms, None for the
+    only one that varied beside the seed; baseline: the value that makes the baseline, None for the first.
+    Raises UserError that names what there is, also where the runs saw different data.
+    """
+    varied = [key for key in _keys(jobs) if len({job.get(key) for job in jobs.values()}) > 1]
+    factor, values = _factor(varied, jobs, factor)
+    if baseline is not None and baseline not in values:
+        raise UserError(f"baseline={baseline} is not an arm of {factor}: its arms are {', '.join(values)}.")
+    baseline = values[0] if baseline is None else baseline
+    arms: dict[str, dict[Setting, Record]] = {value: {} for value in (baseline, *values)}
+    flags = []
+    for record in sorted(records, key=lambda record: record.started):
+        number = int(record.tags.get("job_num", -1))
+        if record.status != "FINISHED":
+            flags.append(f"unfinished: {record.name} is {record.status}")
+        elif number not in jobs:
+            flags.append(f"unknown: {record.name} is not of the sweep's definition")
+        else:
+            setting = tuple((key, jobs[number].get(key, "")) for key in varied if key != factor)
+            runs = arms[jobs[number].get(factor, "")]
+            if setting in runs:
+                flags.append(f"duplicated: {record.name} was run more than once, the last one counts")
+            runs[setting] = record
+    done = {int(record.tags.get("job_num", -1)) for record in records}
+    flags += [f"missing: job {number} ({_words(job, varied)}) has no run" for number, job in jobs.items() if number not in done]
+    result = Arms(factor, baseline, arms, flags)
+    _check_data(result)
+    for arm in result.others:
+        for setting in sorted(arms[arm].keys() ^ arms[baseline].keys()):
+            alone = arm if setting in arms[arm] else baseline
+            flags.append(f"unpaired: {factor}={alone} {_words(dict(setting), varied)} has no partner")
+    return result
+
+
+def _keys(jobs: Mapping[int, Mapping[str, str]]) -> list[str]:
+    return list(dict.fromkeys(key for job in jobs.values() for key in job))
+
+
+def _words(job: Mapping[str, str], keys: Sequence[str]) -> str:
+    return " ".join(f"{key}={job[key]}" for key in keys if key in job)
+
+
+def _factor(varied: list[str], jobs: Mapping[int, Mapping[str, str]], factor: str | None) -> tuple[str, list[str]]:
+    """Return the factor and its values, in the order of the jobs; raises UserError."""
+    candidates = [key for key in varied if key != "seed"]
+    there = ", ".join(candidates) or "none"
+    if factor is None:
+        if len(candidates) != 1:
+            raise UserError(f"factor must be named: beside the seed, the sweep varied {there}. Add factor=KEY.")
+        factor = candidates[0]
+    if factor == "seed":
+        raise UserError(f"factor=seed cannot be compared: seeds pair the runs of the arms. Varied beside it: {there}.")
+    if factor not in varied:
+        raise UserError(f"factor={factor} did not vary in this sweep: those that did are {there}.")
+    return factor, list(dict.fromkeys(job.get(factor, "") for job in jobs.values()))
+
+
+def _check_data(arms: Arms) -> None:
+    """Raise UserError if runs were scored on different data."""
+    seen: dict[tuple[str, str], str] = {}
+    for record in arms.records:
+        judge = "test" if "test" in record.digests else "validation"
+        key = record.tags.get("data", ""), record.digests.get(judge, "")
+        seen.setdefault(key, record.name)
+    if len(seen) > 1:
+        found = "; ".join(f"{data} ({digest or 'no digest'}): {name}" for (data, digest), name in seen.items())
+        raise UserError(f"The runs were scored on different data and cannot be compared: {found}. Sweep on one data set.")
+
+
+def choose_metrics(arms: Arms, wanted: Sequence[str] | None) -> list[str]:
+    """Return the metrics to compare, the wanted or the usual ones; raises UserError on one that a run lacks or has as NaN."""
+    there = sorted(set.intersection(*(set(record.metrics) for record in arms.records))) if arms.records else []
+    if wanted is None:
+        judge = "test" if "test/accuracy" in there else "val"
+        usual = (f"{judge}/accuracy", f"{judge}/loss", "time/train_seconds", "time/total_seconds", "model/parameters")
+        wanted = [metric for metric in usual if metric in there]
+    for metric in wanted:
+        if metric not in there:
+            raise UserError(f"metrics: not every run has {metric}; what all have is {', '.join(there) or 'nothing'}.")
+        broken = [record.name for record in arms.records if not math.isfinite(record.metrics[metric])]
+        if broken:
+            raise UserError(
+                f"metrics: {metric} is not a finite number in {len(broken)} of {len(arms.records)} runs, such as {broken[0]}: "
+                f"their mean says nothing. Compare another of {', '.join(there)}, or sweep again without what diverged."
+            )
+    return list(wanted)
+
+
+def rows(arms: Arms, metrics: Sequence[str]) -> list[Row]:
+    """Return every arm against the baseline in every metric; raises UserError where too few pairs are there."""
+    result = []
+    for metric in metrics:
+        compared = [compare(values(arms, arm, metric), values(arms, arms.baseline, metric, arm)) for arm in arms.others]
+        p_t = holm([pairs.p_t for pairs in compared])
+        p_sign_flip = holm([pairs.p_sign_flip for pairs in compared])
+        for arm, pairs, p, p_flip in zip(arms.others, compared, p_t, p_sign_flip, strict=True):
+            result.append(Row(metric, arm, arms.baseline, pairs, p, p_flip))
+    return result
+
+
+def values(arms: Arms, arm: str, metric: str, partner: str | None = None) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+    """Return a metric's values in an arm, in the order of its pairs; partner: the arm that the baseline's are paired with."""
+    settings = arms.pairs(partner or arm)
+    if len(settings) < 2:
+        seeds = len({dict(setting).get("seed") for setting in settings})
+        raise UserError(
+            f"{arms.factor}={partner or arm} has {len(settings)} run(s), of {seeds} seed(s), with a partner in {arms.baseline}: "
+            "fewer than two say nothing of the spread. Sweep with 'seed=range(0,5)' or more."
+        )
+    return np.array([arms.runs[arm][setting].metrics[metric] for setting in settings])
+
+
+def amount(metric: str, value: float, *, signed: bool = False, is_difference: bool = False, bare: bool = False) -> str:
+    """Return a value of a metric with its unit, or bare: 98.60 %, a difference of 0.21 points, 3.4 s."""
+    if not math.isfinite(value):
+        return "-"
+    sign = "+" if signed else ""
+    if metric.endswith("accuracy"):
+        number, unit = f"{100 * value:{sign}.2f}", "points" if is_difference else "%"
+    elif metric.startswith("time/"):
+        number, unit = f"{value:{sign}.2f}", "s"
+    else:
+        number, unit = f"{value:{sign},.0f}" if metric == "model/parameters" else f"{value:{sign}.3g}", ""
+    return number if bare else f"{number} {unit}".rstrip()
+
+
+def number(value: float, form: str = ".2g") -> str:
+    """Return a number without a unit, a dash where there is none."""
+    return f"{value:{form}}" if math.isfinite(value) else "-"
+
+
+def answer(arms: Arms, found: Sequence[Row]) -> str:
+    """Return what the first metric says, in one sentence."""
+    first = [row for row in found if row.metric == found[0].metric]
+    parts = []
+    for row in first:
+        higher = "higher by" if row.values.difference > 0 else "lower by"
+        verdict = f"is {higher}" if row.is_detected else "shows no detectable difference:"
+        parts.append(f"{row.arm} {verdict} {row.difference.lstrip('+-') if row.is_detected else row.difference}")
+    pairs = " and ".join(dict.fromkeys(f"{row.values.n}" for row in first))
+    mean = amount(first[0].metric, first[0].values.baseline_mean)
+    about = f"In {first[0].metric}, against {arms.factor}={arms.baseline} ({mean})"
+    corrected = f", verdicts corrected for {len(first)} arms" if len(first) > 1 else ""
+    return f"{about}: {'; '.join(parts)}; 95 % intervals, n = {pairs} pairs{corrected}."
+
+
+def unknowns(arms: Arms, found: Sequence[Row]) -> list[str]:
+    """Return, for each arm, what its runs cannot tell in the first metric, and how many more seeds would."""
+    told = []
+    for row in found:
+        difference, spread = row.values.difference, row.values.difference_std
+        if row.metric != found[0].metric or spread == 0:
+            continue
+        shows = amount(row.metric, row.values.shows, is_difference=True)
+        sentence = f"{row.arm}: n = {row.values.n} pairs can show differences of {shows} or more"
+        if not row.is_detected and difference != 0:
+            pairs_of_a_seed = row.values.n / len({dict(setting).get("seed") for setting in arms.pairs(row.arm)})
+            more = math.ceil((pairs_needed(difference, spread) - row.values.n) / pairs_of_a_seed)
+            seen = amount(row.metric, abs(difference), is_difference=True)
+            sentence += f"; to show the {seen} seen here, run {more:,} more seeds" if more > 0 else ""
+        told.append(f"{sentence} (power 80 %, level 5 %).")
+    return told
+
+
+def differing_params(arms: Arms) -> dict[str, dict[str, str]]:
+    """Return the parameters that are not the same in all arms: their values by arm."""
+    keys = sorted({key for record in arms.records for key in record.params} - {"seed"})
+    table = {
+        key: {
+            arm: ", ".join(sorted({record.params.get(key, "-") for record in runs.values()})) for arm, runs in arms.runs.items()
+        }
+        for key in keys
+    }
+    return {key: by_arm for key, by_arm in table.items() if len(set(by_arm.values())) > 1}
