@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,21 +45,22 @@ def task(composed: DictConfig) -> None:
     jobs = {job["number"]: dict(split(override) for override in job["overrides"]) for job in definition["jobs"]}
     arms = comparison.arrange(tracker.children(parent.run_id), jobs, config["factor"], config["baseline"])
     rows = comparison.rows(arms, comparison.choose_metrics(arms, config["metrics"]))
-    said, unknown = comparison.answer(arms, rows), comparison.unknowns(arms, rows)
+    said = comparison.answer(arms, rows)
+    notes = [*comparison.unknowns(arms, rows), *comparison.cautions(rows), *arms.flags]
     commands = [
         f"python -m mnist_exp.run -m {' '.join(definition['overrides'])}",
         f"python -m mnist_exp.compare sweep={parent.run_id} factor={arms.factor} baseline={arms.baseline}",
     ]
     outcomes = dict(zip((record.run_id for record in arms.records), tracker.outcomes(arms.records), strict=True))
     images = images_of(tracker, arms.records[0].run_id)
-    page = report.render(arms, rows, said, unknown, outcomes, parent, commands, images)
+    page = report.render(arms, rows, said, notes, outcomes, parent, commands, images)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / REPORT
         file.write_text(page, encoding="utf-8")
         note = re.sub(r"\A\*\*Answer\*\*.*?\n\n", "", parent.tags.get("mlflow.note.content", ""), flags=re.DOTALL)
         headline = f"**Answer** {said} The whole of it is in `{REPORT}`, under Artifacts.\n\n"
         lies = tracker.publish(parent.run_id, file, {"answer": said, "mlflow.note.content": headline + note})
-    show_comparison([as_cells(row) for row in rows], said, [*unknown, *arms.flags], lies)
+    show_comparison(as_table(rows), said, notes, lies)
 
 
 def check(config: dict[str, Any]) -> None:
@@ -92,26 +93,29 @@ def split(override: str) -> tuple[str, str]:
     return key_of(override), override.partition("=")[2]
 
 
-def as_cells(row: "Row") -> dict[str, str]:
-    """Return a comparison as the cells of a table."""
+def as_table(rows: "Sequence[Row]") -> list[dict[str, str]]:
+    """Return comparisons as the rows of a table: for each metric the baseline, then every arm."""
     from mnist_exp.comparison import amount, number
 
-    found = row.values
-    before, after = (
-        f"{amount(row.metric, mean)} ({amount(row.metric, std, bare=True)})"
-        for mean, std in ((found.baseline_mean, found.baseline_std), (found.mean, found.std))
-    )
-    return {
-        "metric": row.metric,
-        "arm": row.arm,
-        "n": str(found.n),
-        "mean (sd)": after,
-        f"of {row.baseline}": before,
-        f"difference (95 %, {found.interval.method})": row.difference,
-        "p t / flip": f"{number(row.p_t)} / {number(row.p_sign_flip)}",
-        "effect": number(found.effect_size, "+.2f"),
-        "differs": "yes" if row.is_detected else "not shown",
-    }
+    def line(metric: str, arm: str, n: int, mean: float, std: float) -> dict[str, str]:
+        spread = amount(metric, std, bare=True)
+        return {"metric": metric, "arm": arm, "n": str(n), "mean (sd)": f"{amount(metric, mean)} ({spread})"}
+
+    table: list[dict[str, str]] = []
+    shown = None
+    for row in rows:
+        found = row.values
+        untold = {"difference (95 %)": "", "p: t / flip": "", "differs": ""}
+        if row.metric != shown:
+            table.append(line(row.metric, row.baseline, found.n, found.baseline_mean, found.baseline_std) | untold)
+        shown = row.metric
+        told = {
+            "difference (95 %)": row.difference,
+            "p: t / flip": f"{number(row.p_t)} / {number(row.p_sign_flip)}",
+            "differs": "yes" if row.is_detected else "not shown",
+        }
+        table.append(line(row.metric, row.arm, found.n, found.mean, found.std) | {"metric": ""} | told)
+    return table
 
 
 if __name__ == "__main__":

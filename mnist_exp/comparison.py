@@ -234,6 +234,12 @@ def unknowns(arms: Arms, found: Sequence[Row]) -> list[str]:
     return told
 
 
+def cautions(found: Sequence[Row]) -> list[str]:
+    """Return what is to be borne in mind of the metrics compared."""
+    timed = any(row.metric.startswith("time/") for row in found)
+    return ["Times were taken beside other jobs and in the order of the sweep: they hint, they do not judge."] if timed else []
+
+
 def differing_params(arms: Arms) -> dict[str, dict[str, str]]:
     """Return the parameters that are not the same in all arms: their values by arm."""
     keys = sorted({key for record in arms.records for key in record.params} - {"seed"})

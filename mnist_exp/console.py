@@ -135,7 +135,7 @@ def show_jobs(rows: list[dict[str, str]], console: Console | None = None) -> Non
     table = Table()
     shown = [key for key in rows[0] if any(row[key] for row in rows)] if rows else []
     for key in shown:
-        table.add_column(key, no_wrap=key == "run")
+        table.add_column(key, no_wrap=key in ("run", "metric", "arm"))
     for row in rows:
         style = None if row.get("status", "FINISHED") == "FINISHED" else "red"
         table.add_row(*(Text(row[key], overflow="fold") for key in shown), style=style)

@@ -33,7 +33,7 @@ def render(
     arms: Arms,
     rows: Sequence[Row],
     said: str,
-    unknown: Sequence[str],
+    notes: Sequence[str],
     outcomes: Outcomes,
     parent: "Record",
     commands: Sequence[str],
@@ -41,8 +41,8 @@ def render(
 ) -> str:
     """Return the report as HTML, every text from outside escaped.
 
-    said: the answer; unknown: what remains so; outcomes: None for a run that left none; commands: that repeat the comparison;
-    image: returns the image of an index as uint8 (28, 28), None where the data is not at hand.
+    said: the answer; notes: what is to be known beside it; outcomes: None for a run that left none; commands: that repeat the
+    comparison; image: returns the image of an index as uint8 (28, 28), None where the data is not at hand.
     """
     figures = {
         "differences": differences(rows),
@@ -62,7 +62,7 @@ def render(
         rows=rows,
         by_metric=by_metric,
         said=said,
-        unknown=unknown,
+        notes=notes,
         parent=parent,
         commands=commands,
         figures={name: as_svg(figure) for name, figure in figures.items() if figure},
