@@ -26,7 +26,7 @@ REQUIRED = KEYS - {"optimizer", "scheduler", "augmentation", "save_every", "resu
 
 # A target is one name in one of these modules, so that nothing else can be reached through them (torch.os.system).
 TARGET = re.compile(
-    r"mnist_exp\.(augmentation|data|models|schedules|tracking|training)\.[A-Za-z]\w*"
+    r"mnist_exp\.(augmentation|data|models|optimizers|schedules|tracking|training)\.[A-Za-z]\w*"
     r"|torch\.(nn|optim|optim\.lr_scheduler)\.[A-Z]\w*"
 )
 
@@ -78,9 +78,14 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "*batch_size": (_integer(1), "an integer of at least 1"),
     "*.epochs": (_integer(1), "an integer of at least 1"),
     "*.lr": (_number(lambda value: value > 0), "a number above 0"),
-    "*.max_lr": (_number(lambda value: value > 0), "a number above 0"),
+    "*.adamw_lr": (_number(lambda value: value > 0), "a number above 0"),
+    "*.max_lr": (
+        lambda value: all(map(_number(lambda rate: rate > 0), value if isinstance(value, list) and value else [value])),
+        "a number above 0, or a list with one for each group of parameters",
+    ),
     "*.weight_decay": (_number(lambda value: value >= 0), "a number of at least 0"),
     "*.momentum": (_number(lambda value: 0 <= value < 1), "a number from 0 to below 1"),
+    "*.label_smoothing": (_number(lambda value: 0 <= value < 1), "a number from 0 to below 1"),
     "*.max_grad_norm": (_or_null(_number(lambda value: value > 0)), "a number above 0, or null"),
     "*.split": (_text, "the name of a split of the data, such as train or finetune"),
     "*.div_factor": (_number(lambda value: value > 0), "a number above 0"),
@@ -95,7 +100,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "[smallest, largest], both above 0",
     ),
     "*.translate": (_number(lambda value: 0 <= value < 1), "a number from 0 to below 1, a fraction of the side"),
-    "*.betas": (
+    "*betas": (
         lambda value: _numbers(lambda item: 0 <= item < 1)(value) and len(value) == 2,
         "two numbers from 0 to below 1",
     ),
@@ -107,7 +112,12 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.validation_size": (lambda value: _integer(0)(value) and value < 60_000, "an integer from 0 to below 60000"),
     "data.fallback": (_one_of("digits", None), "digits or null"),
     "model.dropout": (_number(lambda value: 0 <= value < 1), "a number from 0 to below 1"),
-    "model.hidden_features": (_integer(1), "an integer of at least 1"),
+    "model.hidden_features": (_or_null(_integer(1)), "an integer of at least 1, or null for no hidden layer"),
+    "model.kernel_sizes": (
+        lambda value: isinstance(value, list) and len(value) == 3 and all(_integer(1)(size) and size % 2 for size in value),
+        "three odd integers",
+    ),
+    "model.conv_bias": (lambda value: isinstance(value, bool), "true or false"),
     "model.channels": (
         lambda value: isinstance(value, list) and len(value) == 3 and all(map(_integer(1), value)),
         "three integers of at least 1",

@@ -35,11 +35,11 @@ class SqueezeExcite(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """Convolution 3x3, batch norm, 2x2 max pool, leaky ReLU, optional attention: (n, in, h, w) -> (n, out, h/2, w/2)."""
+    """Convolution, batch norm, 2x2 max pool, leaky ReLU, optional attention: (n, in, h, w) -> (n, out, h/2, w/2)."""
 
-    def __init__(self, in_channels: int, out_channels: int, attention: nn.Module | None) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool, attention: nn.Module | None) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
         self.norm = nn.BatchNorm2d(out_channels)
         self.attention = attention
 
@@ -56,27 +56,35 @@ class ConvBlock(nn.Module):
 class CNN(nn.Module):
     """Map (n, 1, 28, 28) images of grey values 0 to 255, any dtype, to (n, 10) logits.
 
-    channels: of the three blocks; se: called with the second block's channels, returns its attention, or None.
+    channels, kernel_sizes: of the three blocks' convolutions, which have a bias only if asked for; hidden_features: None for no
+    hidden layer; se: called with the second block's channels, returns its attention, or None.
     """
 
     def __init__(
-        self, channels: Sequence[int], hidden_features: int, dropout: float, se: Callable[[int], nn.Module] | None = None
+        self,
+        channels: Sequence[int],
+        kernel_sizes: Sequence[int],
+        conv_bias: bool,
+        hidden_features: int | None,
+        dropout: float,
+        se: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         first, second, third = channels
         self.blocks = nn.Sequential(
-            ConvBlock(1, first, None),
-            ConvBlock(first, second, se(second) if se else None),
-            ConvBlock(second, third, None),
+            ConvBlock(1, first, kernel_sizes[0], conv_bias, None),
+            ConvBlock(first, second, kernel_sizes[1], conv_bias, se(second) if se else None),
+            ConvBlock(second, third, kernel_sizes[2], conv_bias, None),
         )
-        self.hidden = nn.Linear(third * 3 * 3, hidden_features)
+        self.hidden = nn.Linear(third * 3 * 3, hidden_features) if hidden_features else None
         self.dropout = nn.Dropout(dropout)
-        self.output = nn.Linear(hidden_features, 10)
+        self.output = nn.Linear(hidden_features or third * 3 * 3, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.blocks(images.float() / 255)  # (n, 1, 28, 28) -> (n, third, 3, 3)
-        hidden = F.leaky_relu(self.hidden(features.flatten(1)), NEGATIVE_SLOPE)
-        logits: Tensor = self.output(self.dropout(hidden))  # (n, 10)
+        features = self.blocks(images.float() / 255).flatten(1)  # (n, 1, 28, 28) -> (n, third * 3 * 3)
+        if self.hidden is not None:
+            features = F.leaky_relu(self.hidden(features), NEGATIVE_SLOPE)
+        logits: Tensor = self.output(self.dropout(features))  # (n, 10)
         return logits
 
 

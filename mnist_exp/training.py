@@ -27,7 +27,8 @@ class Phase:
     """One stretch of training as data: which split, for how long, and with what.
 
     optimizer: called with the parameters; scheduler: called with the optimizer and total_steps, stepped every batch;
-    augmentation: called with (n, 1, 28, 28) images and a generator; max_grad_norm: of the whole gradient, None for no limit.
+    augmentation: called with (n, 1, 28, 28) images and a generator; max_grad_norm: of the whole gradient, None for no limit;
+    label_smoothing: the share of the target that all classes divide (Szegedy et al., 2016).
     """
 
     split: str
@@ -37,6 +38,7 @@ class Phase:
     scheduler: Callable[..., LRScheduler]
     augmentation: Callable[[Tensor, torch.Generator], Tensor]
     max_grad_norm: float | None
+    label_smoothing: float
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,7 @@ def _step(
         torch.manual_seed(derive_seed(*place, "dropout"))  # dropout knows no other source than the global one
         with torch.autocast(labels.device.type, precision, enabled=precision != torch.float32):
             logits = model(images)
-    loss = F.cross_entropy(logits.float(), labels)
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=stage.phase.label_smoothing)
     stage.optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     scaler.unscale_(stage.optimizer)

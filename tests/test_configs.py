@@ -12,7 +12,7 @@ from mnist_exp.training import fit, plan
 
 CONF = ROOT / "conf"
 CLUSTERS = {"ray_cluster": "hydra_plugins.hydra_ray_launcher", "slurm": "hydra_plugins.hydra_submitit_launcher"}
-FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.name != "config.yaml")
+FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.parent != CONF)
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
