@@ -1,28 +1,31 @@
 """Entry point: from a sweep to an answer: python -m mnist_exp.compare sweep=latest factor=model baseline=plain_cnn."""
 
+import os
 import re
+import shlex
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from mnist_exp import ROOT
 from mnist_exp.command_line import answer
 from mnist_exp.config import as_dict, build, check_target, nodes
-from mnist_exp.config import check as check_run
 from mnist_exp.errors import UserError
 from mnist_exp.signals import raise_interrupted
 from mnist_exp.sweep import key_of
 
 if TYPE_CHECKING:
-    import numpy as np
+    from torch import Tensor
 
-    from mnist_exp.comparison import Row
-    from mnist_exp.tracking import NoTracker
+    from mnist_exp.comparison import Arms, Row
+    from mnist_exp.tracking import Record
 
+KEYS = {"sweep", "factor", "baseline", "metrics", "tracking"}
 REPORT = "report.html"
 
 
@@ -40,31 +43,32 @@ def task(composed: DictConfig) -> None:
 
     config = as_dict(composed)
     check(config)
+    # As it was typed: [8,16,20] and null are values of an arm, and not yet a list and nothing.
+    typed = dict(split(override) for override in HydraConfig.get().overrides.task)
     tracker = build(config["tracking"], "tracking")
     parent, definition = tracker.find_sweep(config["sweep"], finished_too=True)
     jobs = {job["number"]: dict(split(override) for override in job["overrides"]) for job in definition["jobs"]}
-    arms = comparison.arrange(tracker.children(parent.run_id), jobs, config["factor"], config["baseline"])
+    arms = comparison.arrange(tracker.children(parent.run_id), jobs, typed.get("factor"), typed.get("baseline"))
     rows = comparison.rows(arms, comparison.choose_metrics(arms, config["metrics"]))
     said = comparison.answer(arms, rows)
     notes = [*comparison.unknowns(arms, rows), *comparison.cautions(rows), *arms.flags]
-    commands = [
-        f"python -m mnist_exp.run -m {' '.join(definition['overrides'])}",
-        f"python -m mnist_exp.compare sweep={parent.run_id} factor={arms.factor} baseline={arms.baseline}",
-    ]
-    outcomes = dict(zip((record.run_id for record in arms.records), tracker.outcomes(arms.records), strict=True))
-    images = images_of(tracker, arms.records[0].run_id)
-    page = report.render(arms, rows, said, notes, outcomes, parent, commands, images)
+    show_comparison(as_table(rows), said, notes)
+
+    outcomes = {record.run_id: report.understood(outcome) for record, outcome in tracker.outcomes(arms.records)}
+    page = report.render(arms, rows, said, notes, outcomes, parent, commands(parent, definition, arms, typed), images_of(arms))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / REPORT
         file.write_text(page, encoding="utf-8")
         note = re.sub(r"\A\*\*Answer\*\*.*?\n\n", "", parent.tags.get("mlflow.note.content", ""), flags=re.DOTALL)
         headline = f"**Answer** {said} The whole of it is in `{REPORT}`, under Artifacts.\n\n"
-        lies = tracker.publish(parent.run_id, file, {"answer": said, "mlflow.note.content": headline + note})
-    show_comparison(as_table(rows), said, notes, lies)
+        print(f"Report: {tracker.publish(parent.run_id, file, {'answer': said, 'mlflow.note.content': headline + note})}")
 
 
 def check(config: dict[str, Any]) -> None:
     """Raise UserError on what the command line must not say."""
+    if config.keys() != KEYS:
+        wrong = ", ".join(sorted(config.keys() ^ KEYS))
+        raise UserError(f"The command line adds or removes {wrong}: allowed are values for {', '.join(sorted(KEYS))}.")
     for key, value in nodes(config):
         check_target(key, value)
     if not re.fullmatch("latest|[0-9a-f]{32}", str(config["sweep"])):
@@ -72,20 +76,31 @@ def check(config: dict[str, Any]) -> None:
     metrics = config["metrics"]
     if metrics is not None and not (isinstance(metrics, list) and metrics and all(isinstance(item, str) for item in metrics)):
         raise UserError(f"metrics={metrics} is not valid: allowed is a list such as metrics=[test/accuracy,test/loss], or null.")
-    for key in ("factor", "baseline"):
-        config[key] = None if config[key] is None else str(config[key])
 
 
-def images_of(tracker: "NoTracker", run_id: str) -> "Callable[[int], np.ndarray[Any, Any]] | None":
-    """Return what gives an image of the split that a run was scored on; None where its recipe or its data are not at hand."""
+def commands(parent: "Record", definition: dict[str, Any], arms: "Arms", typed: dict[str, str]) -> list[str]:
+    """Return the commands that repeat the sweep and the comparison."""
+    search = (
+        ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={definition['total']}"] if "Optuna" in definition["sweeper"] else []
+    )
+    metrics = [f"metrics={typed['metrics']}"] if "metrics" in typed else []
+    chosen = [f"sweep={parent.run_id}", f"factor={arms.factor}", f"baseline={arms.baseline}", *metrics]
+    return [
+        shlex.join(["python", "-m", "mnist_exp.run", "-m", *search, *definition["overrides"]]),
+        shlex.join(["python", "-m", "mnist_exp.compare", *chosen]),
+    ]
+
+
+def images_of(arms: "Arms") -> "Tensor | None":
+    """Return the test images that the runs were scored on, None where this machine does not have them."""
+    from mnist_exp.data import find_images
+
+    record = arms.records[0]
     try:
-        config = tracker.read(run_id).config
-        check_run(config)
-        data = build(config["data"], "data", seed=config["seed"])
-    except UserError:
+        root = os.environ.get("MNIST_ROOT", str(ROOT / "data"))
+        return find_images(record.tags.get("data", ""), root, record.digests.get("test", ""))
+    except UserError:  # a file that is damaged
         return None
-    judge = data.splits["test" if "test" in data.splits else data.validation]
-    return lambda index: judge.images[index, 0].numpy()
 
 
 def split(override: str) -> tuple[str, str]:
@@ -102,13 +117,13 @@ def as_table(rows: "Sequence[Row]") -> list[dict[str, str]]:
         return {"metric": metric, "arm": arm, "n": str(n), "mean (sd)": f"{amount(metric, mean)} ({spread})"}
 
     table: list[dict[str, str]] = []
-    shown = None
+    shown: tuple[object, ...] = ()
     for row in rows:
         found = row.values
         untold = {"difference (95 %)": "", "p: t / flip": "", "differs": ""}
-        if row.metric != shown:
+        if shown != (row.metric, found.n, found.baseline_mean):  # an arm may have fewer pairs than another
             table.append(line(row.metric, row.baseline, found.n, found.baseline_mean, found.baseline_std) | untold)
-        shown = row.metric
+        shown = row.metric, found.n, found.baseline_mean
         told = {
             "difference (95 %)": row.difference,
             "p: t / flip": f"{number(row.p_t)} / {number(row.p_sign_flip)}",

@@ -43,7 +43,10 @@ class Arms:
 
 @dataclass(frozen=True)
 class Row:
-    """One arm against the baseline in one metric; p_t and p_sign_flip: adjusted by Holm over the arms."""
+    """One arm against the baseline in one metric; p_t and p_sign_flip: adjusted by Holm over the arms.
+
+    p_t is p_sign_flip's where the difference is the same in every pair by chance: two pairs of a small test set often agree.
+    """
 
     metric: str
     arm: str
@@ -55,16 +58,22 @@ class Row:
     @property
     def difference(self) -> str:
         """The difference with its interval, in words."""
+        difference = amount(self.metric, self.values.difference, signed=True, is_difference=True)
+        if self.values.difference_std == 0:
+            return f"{difference} ({'always' if self.is_fixed else 'in all pairs, no interval'})"
         low, high = self.values.interval.low, self.values.interval.high
         bounds = f"{amount(self.metric, low, signed=True, bare=True)} to {amount(self.metric, high, signed=True, bare=True)}"
-        return f"{amount(self.metric, self.values.difference, signed=True, is_difference=True)} ({bounds})"
+        return f"{difference} ({bounds})"
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the metric, like the number of parameters, does not vary within either arm."""
+        return self.values.std == self.values.baseline_std == 0
 
     @property
     def is_detected(self) -> bool:
-        """Whether the difference is more than chance, at 5 % over all arms; one that is the same in every pair is."""
-        if self.values.difference_std == 0:
-            return self.values.difference != 0
-        return self.p_t <= SIGNIFICANCE
+        """Whether the difference is more than chance, at 5 % over all arms."""
+        return self.values.difference != 0 if self.is_fixed else self.p_t <= SIGNIFICANCE
 
 
 def arrange(records: "Sequence[Record]", jobs: Mapping[int, Mapping[str, str]], factor: str | None, baseline: str | None) -> Arms:
@@ -82,26 +91,43 @@ def arrange(records: "Sequence[Record]", jobs: Mapping[int, Mapping[str, str]], 
     arms: dict[str, dict[Setting, Record]] = {value: {} for value in (baseline, *values)}
     flags = []
     for record in sorted(records, key=lambda record: record.started):
-        number = int(record.tags.get("job_num", -1))
+        number = _job(record)
         if record.status != "FINISHED":
             flags.append(f"unfinished: {record.name} is {record.status}")
         elif number not in jobs:
-            flags.append(f"unknown: {record.name} is not of the sweep's definition")
+            flags.append(f"unknown: {record.name} is not in the sweep's definition")
         else:
             setting = tuple((key, jobs[number].get(key, "")) for key in varied if key != factor)
             runs = arms[jobs[number].get(factor, "")]
             if setting in runs:
                 flags.append(f"duplicated: {record.name} was run more than once, the last one counts")
             runs[setting] = record
-    done = {int(record.tags.get("job_num", -1)) for record in records}
+    done = {_job(record) for record in records}
     flags += [f"missing: job {number} ({_words(job, varied)}) has no run" for number, job in jobs.items() if number not in done]
     result = Arms(factor, baseline, arms, flags)
-    _check_data(result)
     for arm in result.others:
         for setting in sorted(arms[arm].keys() ^ arms[baseline].keys()):
-            alone = arm if setting in arms[arm] else baseline
-            flags.append(f"unpaired: {factor}={alone} {_words(dict(setting), varied)} has no partner")
+            alone, lacks = (arm, baseline) if setting in arms[arm] else (baseline, arm)
+            flags.append(f"unpaired: {factor}={alone} {_words(dict(setting), varied)} has no partner in {factor}={lacks}")
+    small = [arm for arm in result.others if len(result.pairs(arm)) < 2]
+    if len(small) == len(result.others):
+        raise UserError(
+            f"No arm of {factor} has two pairs of finished runs with {factor}={baseline}, and fewer say nothing of the spread. "
+            f"Sweep with 'seed=range(0,5)' or more, or finish the sweep with sweep.resume=<its id>."
+            + "".join(f"\n- {flag}" for flag in flags)
+        )
+    for arm in small:
+        flags.append(
+            f"left out: {factor}={arm} has {len(result.pairs(arm))} pairs of finished runs, and fewer than two say nothing"
+        )
+        del arms[arm]
+    _check_data(result)
     return result
+
+
+def _job(record: "Record") -> int:
+    number = record.tags.get("job_num", "")
+    return int(number) if number.isdecimal() else -1
 
 
 def _keys(jobs: Mapping[int, Mapping[str, str]]) -> list[str]:
@@ -131,21 +157,32 @@ def _check_data(arms: Arms) -> None:
     """Raise UserError if runs were scored on different data."""
     seen: dict[tuple[str, str], str] = {}
     for record in arms.records:
-        judge = "test" if "test" in record.digests else "validation"
-        key = record.tags.get("data", ""), record.digests.get(judge, "")
-        seen.setdefault(key, record.name)
+        digest = record.digests.get("test") or record.digests.get("validation") or f"not recorded by {record.name}"
+        seen.setdefault((record.tags.get("data", ""), digest), record.name)
     if len(seen) > 1:
-        found = "; ".join(f"{data} ({digest or 'no digest'}): {name}" for (data, digest), name in seen.items())
+        found = "; ".join(f"{data} ({digest}): {name}" for (data, digest), name in seen.items())
         raise UserError(f"The runs were scored on different data and cannot be compared: {found}. Sweep on one data set.")
+
+
+def _check_validation(arms: Arms) -> None:
+    """Raise UserError if the runs of a pair were validated on different images."""
+    for arm in arms.others:
+        for setting in arms.pairs(arm):
+            pair = [arms.runs[name][setting] for name in (arm, arms.baseline)]
+            if len({record.digests.get("validation") or record.digests.get("finetune") for record in pair}) > 1:
+                names = " and ".join(record.name for record in pair)
+                raise UserError(f"metrics: {names} were validated on different images. Compare test/accuracy, or one data split.")
 
 
 def choose_metrics(arms: Arms, wanted: Sequence[str] | None) -> list[str]:
     """Return the metrics to compare, the wanted or the usual ones; raises UserError on one that a run lacks or has as NaN."""
-    there = sorted(set.intersection(*(set(record.metrics) for record in arms.records))) if arms.records else []
+    there = sorted(set.intersection(*(set(record.metrics) for record in arms.records)))
     if wanted is None:
         judge = "test" if "test/accuracy" in there else "val"
         usual = (f"{judge}/accuracy", f"{judge}/loss", "time/train_seconds", "time/total_seconds", "model/parameters")
         wanted = [metric for metric in usual if metric in there]
+        if not wanted:
+            raise UserError(f"metrics: not every run has one of {', '.join(usual)}; name some of {', '.join(there) or 'none'}.")
     for metric in wanted:
         if metric not in there:
             raise UserError(f"metrics: not every run has {metric}; what all have is {', '.join(there) or 'nothing'}.")
@@ -159,26 +196,24 @@ def choose_metrics(arms: Arms, wanted: Sequence[str] | None) -> list[str]:
 
 
 def rows(arms: Arms, metrics: Sequence[str]) -> list[Row]:
-    """Return every arm against the baseline in every metric; raises UserError where too few pairs are there."""
+    """Return every arm against the baseline in every metric."""
+    if any(metric.startswith("val/") for metric in metrics):
+        _check_validation(arms)
     result = []
     for metric in metrics:
-        compared = [compare(values(arms, arm, metric), values(arms, arms.baseline, metric, arm)) for arm in arms.others]
-        p_t = holm([pairs.p_t for pairs in compared])
+        compared = []
+        for arm in arms.others:
+            ours, theirs = (_values(arms, name, arms.pairs(arm), metric) for name in (arm, arms.baseline))
+            compared.append(compare(ours, theirs, tests=len(arms.others)))
+        by_chance = [math.isnan(pairs.p_t) and (pairs.std or pairs.baseline_std) for pairs in compared]
+        p_t = holm([pairs.p_sign_flip if alike else pairs.p_t for pairs, alike in zip(compared, by_chance, strict=True)])
         p_sign_flip = holm([pairs.p_sign_flip for pairs in compared])
         for arm, pairs, p, p_flip in zip(arms.others, compared, p_t, p_sign_flip, strict=True):
             result.append(Row(metric, arm, arms.baseline, pairs, p, p_flip))
     return result
 
 
-def values(arms: Arms, arm: str, metric: str, partner: str | None = None) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
-    """Return a metric's values in an arm, in the order of its pairs; partner: the arm that the baseline's are paired with."""
-    settings = arms.pairs(partner or arm)
-    if len(settings) < 2:
-        seeds = len({dict(setting).get("seed") for setting in settings})
-        raise UserError(
-            f"{arms.factor}={partner or arm} has {len(settings)} run(s), of {seeds} seed(s), with a partner in {arms.baseline}: "
-            "fewer than two say nothing of the spread. Sweep with 'seed=range(0,5)' or more."
-        )
+def _values(arms: Arms, arm: str, settings: Sequence[Setting], metric: str) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
     return np.array([arms.runs[arm][setting].metrics[metric] for setting in settings])
 
 
@@ -218,7 +253,8 @@ def answer(arms: Arms, found: Sequence[Row]) -> str:
 
 def unknowns(arms: Arms, found: Sequence[Row]) -> list[str]:
     """Return, for each arm, what its runs cannot tell in the first metric, and how many more seeds would."""
-    told = []
+    told, tests = [], len(arms.others)
+    level = "level 5 %" if tests == 1 else f"level 5 % over {tests} arms"
     for row in found:
         difference, spread = row.values.difference, row.values.difference_std
         if row.metric != found[0].metric or spread == 0:
@@ -227,10 +263,10 @@ def unknowns(arms: Arms, found: Sequence[Row]) -> list[str]:
         sentence = f"{row.arm}: n = {row.values.n} pairs can show differences of {shows} or more"
         if not row.is_detected and difference != 0:
             pairs_of_a_seed = row.values.n / len({dict(setting).get("seed") for setting in arms.pairs(row.arm)})
-            more = math.ceil((pairs_needed(difference, spread) - row.values.n) / pairs_of_a_seed)
+            more = math.ceil((pairs_needed(difference, spread, tests) - row.values.n) / pairs_of_a_seed)
             seen = amount(row.metric, abs(difference), is_difference=True)
             sentence += f"; to show the {seen} seen here, run {more:,} more seeds" if more > 0 else ""
-        told.append(f"{sentence} (power 80 %, level 5 %).")
+        told.append(f"{sentence} (power 80 %, {level}).")
     return told
 
 

@@ -142,11 +142,10 @@ def show_jobs(rows: list[dict[str, str]], console: Console | None = None) -> Non
     console.print(table if rows else "There are no runs yet.")
 
 
-def show_comparison(rows: list[dict[str, str]], answer: str, notes: list[str], report: str) -> None:
-    """Show the answer, the numbers behind it, what is to be borne in mind, and where the report lies."""
+def show_comparison(rows: list[dict[str, str]], answer: str, notes: list[str]) -> None:
+    """Show the answer, the numbers behind it, and what is to be borne in mind."""
     console = Console()
     show_jobs(rows, console)
     console.print(Text(answer, style="bold"))
     for note in notes:
         console.print(Text(f"- {note}"))
-    console.print(f"Report: {report}", markup=False, highlight=False, soft_wrap=True)

@@ -142,6 +142,20 @@ def load_digits(finetune_fraction: float, seed: int) -> Dataset:
     return Dataset("digits", "sklearn.datasets.load_digits", splits, validation="finetune")
 
 
+def find_images(data: str, root: str, digest: str) -> Tensor | None:
+    """Return the test images (n, 1, 28, 28) of the data set called `data` whose digest this is, None where they are not here."""
+    if data == "digits":
+        test = load_digits(0.02, seed=0).splits["test"]
+    else:
+        folder = Path(root).absolute() / "MNIST" / "raw"
+        names = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+        if not all(_find(folder, name) for name in names):
+            return None
+        labels = _labels(folder, names[1])
+        test = _split(_images(folder, names[0]), labels, len(labels))
+    return test.images if test.digest == digest else None
+
+
 def _train_and_finetune(images: Tensor, labels: Tensor, finetune_fraction: float, seed: int, epoch_size: int) -> dict[str, Split]:
     order = torch.randperm(len(labels), generator=generator(seed, "split"))
     finetune_size = round(len(labels) * finetune_fraction)

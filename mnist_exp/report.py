@@ -3,7 +3,7 @@
 import base64
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from mnist_exp.comparison import Arms, Row, Setting, amount, differing_params, n
 from mnist_exp.sweep import COLOURS
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mnist_exp.tracking import Record
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -26,7 +28,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")
 WIDTH = 5.6  # inches: at its natural size on a desktop, whole on a phone
 MOST_DISAGREED = 12  # images
-Outcomes = Mapping[str, Mapping[str, Any] | None]  # what each run left of itself, by run id
+Outcome = Mapping[str, Any]  # the history, the mistakes, and the split that they were made on
+Outcomes = Mapping[str, Outcome | None]  # by run id
 
 
 def render(
@@ -37,48 +40,64 @@ def render(
     outcomes: Outcomes,
     parent: "Record",
     commands: Sequence[str],
-    image: "Callable[[int], np.ndarray[Any, Any]] | None",
+    images: "Tensor | None",
 ) -> str:
     """Return the report as HTML, every text from outside escaped.
 
     said: the answer; notes: what is to be known beside it; outcomes: None for a run that left none; commands: that repeat the
-    comparison; image: returns the image of an index as uint8 (28, 28), None where the data is not at hand.
+    comparison; images: the scored ones, uint8 (n, 1, 28, 28), None where they are not at hand.
     """
-    figures = {
-        "differences": differences(rows),
-        "seeds": seeds(arms, rows),
-        "examples": curves(arms, outcomes, against="examples"),
-        "seconds": curves(arms, outcomes, against="seconds"),
-        "cost": cost(arms, rows[0].metric),
-        "confusion": confusion(arms, outcomes),
-    }
+    with mpl.rc_context(
+        {"text.parse_math": False, "svg.hashsalt": "mnist_exp"}
+    ):  # names are no formulas; equal figures, equal bytes
+        figures = {
+            "differences": differences(rows),
+            "seeds": seeds(arms, rows),
+            "examples": curves(arms, outcomes, against="examples"),
+            "seconds": curves(arms, outcomes, against="seconds"),
+            "cost": cost(arms, rows[0].metric),
+            "confusion": confusion(arms, outcomes),
+        }
+        drawn = {name: as_svg(figure) if figure else None for name, figure in figures.items()}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {"amount": amount, "number": number}
-    by_metric: dict[str, list[Row]] = {}
-    for row in rows:
-        by_metric.setdefault(row.metric, []).append(row)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         arms=arms,
         rows=rows,
-        by_metric=by_metric,
         said=said,
         notes=notes,
         parent=parent,
         commands=commands,
-        figures={name: as_svg(figure) for name, figure in figures.items() if figure},
+        figures=drawn,
         disagreements=[
-            item | {"picture": as_png(image(item["index"])) if image else None} for item in disagreements(arms, outcomes)
+            item | {"picture": as_png(images[item["index"], 0].numpy()) if images is not None else None}
+            for item in disagreements(arms, outcomes)
+            if images is None or item["index"] < len(images)
         ],
         params=differing_params(arms),
         without_outcome=sum(outcome is None for outcome in outcomes.values()),
     )
 
 
+def understood(outcome: Any) -> Outcome | None:
+    """Return a run's outcome.json with every value of the type and in the range that it must have, None where one has not."""
+    try:
+        history = [
+            (int(seen), {str(key): float(value) for key, value in metrics.items()}) for seen, metrics in outcome["history"]
+        ]
+        mistakes = [(int(index), int(label), int(prediction)) for index, label, prediction in outcome["mistakes"]]
+        split = str(outcome["split"])
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        return None
+    digits = all(index >= 0 and 0 <= label <= 9 and 0 <= prediction <= 9 for index, label, prediction in mistakes)
+    timed = all(metrics.get("train/examples_per_second", 1) > 0 for _, metrics in history)
+    return {"history": history, "mistakes": mistakes, "split": split} if digits and timed else None
+
+
 def as_svg(figure: Figure) -> str:
     """Return a figure as the address of an image that holds it."""
     text = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "mnist_exp"}):  # the same figure, the same bytes
-        figure.savefig(text, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    figure.savefig(text, format="svg", metadata={"Date": None}, bbox_inches="tight")
     return f"data:image/svg+xml;base64,{base64.b64encode(text.getvalue()).decode()}"
 
 
@@ -178,12 +197,13 @@ def curves(arms: Arms, outcomes: Outcomes, against: str) -> Figure | None:
     return figure
 
 
-def curve(outcome: Mapping[str, Any] | None, metric: str, against: str) -> tuple[list[float], list[float]]:
+def curve(outcome: Outcome | None, metric: str, against: str) -> tuple[list[float], list[float]]:
     """Return a metric of a run against examples seen, or against seconds of training, summed up from the speed."""
     places, heights, seconds, before = [], [], 0.0, 0
     for examples_seen, metrics in outcome["history"] if outcome else []:
-        seconds += (examples_seen - before) / metrics["train/examples_per_second"]
-        before = examples_seen
+        if "train/examples_per_second" in metrics:
+            seconds += (examples_seen - before) / metrics["train/examples_per_second"]
+            before = examples_seen
         if metric in metrics:
             places.append(float(examples_seen) if against == "examples" else seconds)
             heights.append(metrics[metric])

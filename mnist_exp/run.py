@@ -73,7 +73,7 @@ def resume(config: dict[str, Any], overrides: list[str]) -> "Outcome":
         print(f"{problem}\nGoing on from the checkpoint before it.", file=sys.stderr)
     check(saved.config)
     stored = saved.config | {"output_dir": config["output_dir"]}
-    stored["sweep"] = saved.config["sweep"] | {"data": config["sweep"]["data"]}
+    stored["sweep"] = config["sweep"] | saved.config["sweep"] | {"data": config["sweep"]["data"]}
     if config["sweep"]["id"] or any(override.startswith("tracking") for override in overrides):
         stored["tracking"] = config["tracking"]
     return run(stored, saved.choices, saved.overrides, saved, threads=int(saved.software["threads"]))
@@ -219,6 +219,7 @@ def run(
             tracked.tags(owner | {"resumed": f"at {display.examples_seen:,} examples" + (f"; {changed}" if changed else "")})
         for stage in stages:
             tracked.dataset(data, stage.phase.split, stage.name)
+        tracked.dataset(data, data.validation, "validation")
         for examples_seen, metrics in history:
             tracked.metrics(metrics, examples_seen)
 

@@ -64,9 +64,10 @@ class Comparison:
     shows: float
 
 
-def compare(arm: ArrayLike, baseline: ArrayLike) -> Comparison:
+def compare(arm: ArrayLike, baseline: ArrayLike, tests: int = 1) -> Comparison:
     """Compare the values (n,) of an arm with the baseline's (n,), which are paired by position.
 
+    tests: how many such comparisons are judged together, which `shows` takes into account as Bonferroni does.
     Raises UserError where they are not of one length, fewer than two pairs, or not finite.
     """
     arm, baseline = _checked(arm), _checked(baseline)
@@ -101,12 +102,12 @@ def compare(arm: ArrayLike, baseline: ArrayLike) -> Comparison:
         p_t=p_t,
         p_sign_flip=_p_sign_flip(differences, rounding),
         effect_size=effect_size,
-        shows=_effect_found_by(n) * difference_std,
+        shows=_effect_found_by(n, tests) * difference_std,
     )
 
 
-def pairs_needed(difference: float, difference_std: float) -> int:
-    """Return the smallest number of pairs whose paired t test finds `difference` with POWER.
+def pairs_needed(difference: float, difference_std: float, tests: int = 1) -> int:
+    """Return the smallest number of pairs whose paired t test, one of `tests` judged together, finds `difference` with POWER.
 
     Raises UserError where the difference is 0, which no number of pairs finds, or where either is not finite.
     """
@@ -115,9 +116,9 @@ def pairs_needed(difference: float, difference_std: float) -> int:
             f"No number of pairs follows from difference={difference} and difference_std={difference_std}: allowed are a finite "
             "difference other than 0 and a finite spread of at least 0. Name the smallest difference that matters."
         )
-    if abs(difference) >= _effect_found_by(2) * difference_std:
+    if abs(difference) >= _effect_found_by(2, tests) * difference_std:
         return 2
-    return math.ceil(_solve_power(effect_size=abs(difference) / difference_std))
+    return math.ceil(_solve_power(tests, effect_size=abs(difference) / difference_std))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -200,12 +201,12 @@ def _hedges_correction(degrees: int) -> float:
 
 
 @cache
-def _effect_found_by(n: int) -> float:
-    """Return the smallest difference / difference_std that a paired t test of n pairs finds with POWER."""
-    return _solve_power(nobs=n)
+def _effect_found_by(n: int, tests: int = 1) -> float:
+    """Return the smallest difference / difference_std that a paired t test of n pairs, one of `tests`, finds with POWER."""
+    return _solve_power(tests, nobs=n)
 
 
-def _solve_power(**known: float) -> float:
+def _solve_power(tests: int, **known: float) -> float:
     # One-sided at half the level: leaves out rejections on the wrong side, one in a million, but the two-sided solver meets
     # scipy's nct.cdf there, which is nan at some n (73, 87, 876 ...), and then warns and returns nan.
-    return float(TTestPower().solve_power(alpha=ALPHA / 2, power=POWER, alternative="larger", **known))
+    return float(TTestPower().solve_power(alpha=ALPHA / 2 / tests, power=POWER, alternative="larger", **known))

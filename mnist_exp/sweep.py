@@ -152,6 +152,7 @@ class GridSweeper(Sweeper):
             sweep_id, overrides, jobs = parent.run_id, definition["overrides"], [Job(**job) for job in definition["jobs"]]
         else:
             jobs = self.define(overrides)
+        getattr(self.launcher, "warm_up", lambda: None)()  # now that nothing is left to be refused
         varied = self.varied(jobs, overrides)
         owner = provenance.owner_tags(output_dir)
         tags = provenance.git_tags() | software | owner | {"overrides": " ".join(overrides)}
@@ -356,16 +357,17 @@ def wait_for_orphans(tracked: "NoTracker", patience: float = 60.0) -> None:
 
 @dataclass
 class Progress:
-    """What has become of a sweep's jobs so far; ended: status and validation accuracy by run; until: ms, when the last ended."""
+    """What has become of a sweep's jobs so far; ended: status and validation accuracy by job; until: ms, when the last ended."""
 
     tracked: "NoTracker"
-    ended: dict[str, tuple[str, float | None]] = field(default_factory=dict)
+    ended: dict[int, tuple[str, float | None]] = field(default_factory=dict)
     until: int = 0
 
     def look(self) -> tuple[int, int, float | None]:
         """Read what has ended since the last look: return jobs finished, jobs failed, and the best validation accuracy."""
-        for child in self.tracked.children(ended_after=self.until - CLOCKS_DIFFER if self.until else 1):
-            self.ended[child.run_id] = child.status, child.metrics.get(RANKED_BY)
+        children = self.tracked.children(ended_after=self.until - CLOCKS_DIFFER if self.until else 1)
+        for number, child in by_job(children).items():
+            self.ended[number] = child.status, child.metrics.get(RANKED_BY)
             self.until = max(self.until, child.ended or 0)
         statuses = Counter(status for status, _ in self.ended.values())
         best = [accuracy for status, accuracy in self.ended.values() if status == "FINISHED" and accuracy is not None]

@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
 from filelock import FileLock
@@ -48,6 +48,7 @@ OUTCOME = "outcome.json"  # a run's history and mistakes, for comparisons
 GRAPH = Path("data") / "model.pt2"  # where MLflow keeps a model's graph
 # By architecture and example: the graph, and the files around it.
 _traced: "dict[tuple[str, bytes], tuple[ExportedProgram, dict[Path, bytes]]]" = {}
+TRACES_KEPT = 8
 RETRY_AFTER = 10.0  # seconds until a store that did not answer is tried again, while training goes on
 PATIENCE = 30.0  # seconds to wait for it at the end of the run
 
@@ -128,7 +129,7 @@ class NoTracker:
         """Record a file as an artifact of its own name."""
 
     def dataset(self, data: "Dataset", split: str, context: str) -> None:
-        """Record that `split` was used for `context` (training, fine-tuning, test, ...)."""
+        """Record that `split` was used for `context` (training, fine-tuning, test, ...), the first one that is told."""
 
     def model(self, model: "nn.Module", example: Any, folder: Path, config: dict[str, Any]) -> None:
         """Export the model to `folder`, sealed with its configuration, and record it; example: an input array of two images."""
@@ -156,12 +157,12 @@ class NoTracker:
         """Return a sweep's parent and definition by its id, or `latest` for the newest, finished or not. Raises UserError."""
         raise UserError("tracking=none holds no sweeps: name the store that does with MLFLOW_TRACKING_URI.")
 
-    def outcomes(self, records: list[Record]) -> list[dict[str, Any] | None]:
-        """Return the outcome.json of each run, None where there is none that could be read."""
-        return [None for _ in records]
+    def outcomes(self, records: list[Record]) -> list[tuple[Record, Any]]:
+        """Return each run with its outcome.json, None where there is none that could be read; its content is not checked."""
+        return [(record, None) for record in records]
 
     def publish(self, run_id: str, file: Path, tags: Mapping[str, str]) -> str:
-        """Add a file and tags to a run that has ended, and return where the file lies."""
+        """Add a file and tags to a run that has ended; return where the file lies. Raises UserError where the store refuses."""
         return ""
 
     def link(self, run_id: str) -> str:
@@ -319,6 +320,7 @@ class MLflowTracker(NoTracker):
 
         if f"{data.name}-{split}" in self._datasets:
             return
+        self._datasets.add(f"{data.name}-{split}")
         part = data.splits[split]
         schema = {"images": f"uint8 (n, 1, {SIDE}, {SIDE})", "labels": "int64 (n,)"}
         entity = DatasetEntity(
@@ -333,7 +335,8 @@ class MLflowTracker(NoTracker):
         self._queue(lambda: self.client.log_inputs(self.run_id, inputs))
 
     def model(self, model: "nn.Module", example: Any, folder: Path, config: dict[str, Any]) -> None:
-        exported.save(folder, config, partial(export, model, example, architecture=json.dumps(config["model"])))
+        shape = {key: value for key, value in config["model"].items() if key != "dropout"}  # which the graph does not have
+        exported.save(folder, config, partial(export, model, example, architecture=json.dumps(shape)))
         self._queue(lambda: self._log_model(folder))
 
     def _log_model(self, folder: Path) -> None:
@@ -402,35 +405,59 @@ class MLflowTracker(NoTracker):
         allowed = [record for record in sweeps if finished_too or record.status != "FINISHED"]
         wanted = allowed if sweep == "latest" else [record for record in sweeps if record.run_id == sweep]
         for record in sorted(wanted, key=lambda record: record.started, reverse=True):
-            if any(item.path == "sweep.json" for item in self.client.list_artifacts(record.run_id)):
-                with TemporaryDirectory() as folder:
-                    return record, json.loads(
-                        Path(self.client.download_artifacts(record.run_id, "sweep.json", folder)).read_text()
-                    )
+            if (definition := self._definition(record)) is not None:
+                return record, definition
+        if wanted:
+            raise UserError(
+                f"sweep {sweep}: it has no sweep.json that can be read: it ended before it was defined. Start it anew."
+            )
         known = ", ".join(f"{record.run_id} ({record.status})" for record in sweeps[:5]) or "none"
         what = "" if finished_too else " that could be gone on with"
         raise UserError(f"sweep {sweep}: there is no such sweep{what} in {self.uri}; those there: {known}.")
 
-    def outcomes(self, records: list[Record]) -> list[dict[str, Any] | None]:
+    def _definition(self, record: Record) -> dict[str, Any] | None:
+        from mlflow.exceptions import MlflowException
+
+        with TemporaryDirectory() as folder:
+            try:
+                definition = json.loads(Path(self.client.download_artifacts(record.run_id, "sweep.json", folder)).read_text())
+                for job in definition["jobs"]:
+                    if not (isinstance(job["number"], int) and all(isinstance(override, str) for override in job["overrides"])):
+                        return None
+                return definition if all(isinstance(override, str) for override in definition["overrides"]) else None
+            except (MlflowException, OSError, ValueError, KeyError, TypeError):
+                return None
+
+    def outcomes(self, records: list[Record]) -> list[tuple[Record, Any]]:
         from mlflow.artifacts import download_artifacts
 
-        def read(record: Record) -> dict[str, Any] | None:
+        def read(record: Record) -> Any:
             with TemporaryDirectory() as folder:
                 try:
                     path = download_artifacts(f"{record.artifacts}/{OUTCOME}", dst_path=folder)
-                    outcome = json.loads(Path(path).read_text())
+                    return json.loads(Path(path).read_text())
                 except Exception:  # a run that ended early has none; a server or a disk may refuse it
                     return None
-            return outcome if isinstance(outcome, dict) else None
 
         with ThreadPoolExecutor(8) as pool:  # over a network, waiting takes the time
-            return list(pool.map(read, records))
+            return list(zip(records, pool.map(read, records), strict=True))
 
     def publish(self, run_id: str, file: Path, tags: Mapping[str, str]) -> str:
-        self.client.log_artifact(run_id, str(file))
-        for key, value in tags.items():
-            self.client.set_tag(run_id, key, value)
-        return f"{self.client.get_run(run_id).info.artifact_uri}/{file.name}".removeprefix("file://")
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            self.client.log_artifact(run_id, str(file))
+            for key, value in tags.items():
+                self.client.set_tag(run_id, key, value)
+            address = f"{self.client.get_run(run_id).info.artifact_uri}/{file.name}"
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            raise UserError(
+                f"{file.name} could not be left in run {run_id} of {self.uri}: {str(error).splitlines()[0]}"
+            ) from error
+        if not address.startswith("file:"):
+            return f"{file.name}, under Artifacts of {self.uri}{run_path(self.client, run_id)}"
+        return unquote(urlsplit(address).path)
 
     def link(self, run_id: str) -> str:
         return run_path(self.client, run_id).removeprefix("/")
@@ -483,6 +510,8 @@ def export(model: "nn.Module", example: Any, folder: Path, architecture: str) ->
     key = architecture, example.tobytes()
     if key not in _traced:
         _trace(model, example, folder)
+        while len(_traced) >= TRACES_KEPT:
+            del _traced[next(iter(_traced))]
         files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         _traced[key] = torch.export.load(folder / GRAPH), files
         return

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, open_dict
 
 from mnist_exp.errors import PrunedError, UserError
 
+SERVER_DIED = 255  # what multiprocessing calls the exit code of a worker whose server is gone
 GRACE = 60.0  # seconds that a worker has to write down how its job ended
 FORKS = multiprocessing.get_context("forkserver")
 # What a job imports, for the server to have; torch takes its dynamo with any optimizer. Not run.py: a worker imports it as main.
@@ -52,15 +53,16 @@ class WorkersLauncher(Launcher):
         self.processes = processes
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take what Hydra hands over, and have the server of the workers begin its imports."""
+        """Take what Hydra hands over."""
         self.context, self.task_function, self.config = hydra_context, task_function, config
-        wanted = self.processes or cores()
-        self.threads = max(
-            1, cores() // wanted
-        )  # whatever the number of jobs: a job that is resumed alone must come out the same
-        tracks = str(config.tracking.get("_target_", "")).endswith("MLflowTracker")
+        threads = cores() // (self.processes or cores())  # whatever the number of jobs: one that is resumed alone has as many
+        self.environment = {"OMP_NUM_THREADS": str(max(1, threads)), "MLFLOW_DISABLE_TELEMETRY": "true"}  # read by imports
+
+    def warm_up(self) -> None:
+        """Have the server of the workers begin its imports, unless it has."""
+        tracks = str(self.config.tracking.get("_target_", "")).endswith("MLflowTracker")
         FORKS.set_forkserver_preload(NEEDED + NEEDED_TO_TRACK if tracks else NEEDED)
-        with environment(OMP_NUM_THREADS=str(self.threads), MLFLOW_DISABLE_TELEMETRY="true"):  # read when the two are imported
+        with environment(self.environment):
             forkserver.ensure_running()
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -75,6 +77,7 @@ class WorkersLauncher(Launcher):
         try:
             while waiting or any(worker.job is not None for worker in workers):
                 while waiting and len(workers) < count:
+                    self.warm_up()  # where it has not begun, or has died
                     workers.append(Worker(payload))
                 for worker in workers:
                     if worker.job is None and waiting:
@@ -104,7 +107,7 @@ def cores() -> int:
 
 
 @contextmanager
-def environment(**variables: str) -> Iterator[None]:
+def environment(variables: dict[str, str]) -> Iterator[None]:
     """Set environment variables for the processes that are started within the block."""
     before = os.environ.copy()
     os.environ.update(variables)
@@ -153,6 +156,9 @@ class Worker:
         """Return the result of a job whose worker died."""
         self.process.join()
         code = self.process.exitcode or 0
+        if code == SERVER_DIED and self.process.pid:
+            with suppress(ProcessLookupError):  # the worker lives on, and would run its job beside its successor
+                os.kill(self.process.pid, signal.SIGKILL)
         how = signal.Signals(-code).name if code < 0 else f"status {code}"
         result = JobReturn()
         result.return_value = WorkerDiedError(f"its process died ({how}); the system may have lacked memory")

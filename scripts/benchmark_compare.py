@@ -26,7 +26,7 @@ def make_sweep(store: str, arms: Iterable[str], seeds: int, better: float = 0.00
     """Record a sweep over `arms` of the model and over seeds, each arm `better` than the one before; return its id."""
     data = load_digits(0.02, seed=0)
     jobs = [[f"model={arm}", f"seed={seed}"] for arm, seed in product(arms, range(seeds))]
-    definition = {"overrides": ["model=" + ",".join(arms), f"seed=range(0,{seeds})"], "jobs": []}
+    definition = {"sweeper": "Grid", "overrides": ["model=" + ",".join(arms), f"seed=range(0,{seeds})"], "jobs": []}
     definition["jobs"] = [{"number": number, "overrides": job} for number, job in enumerate(jobs)]
     with MLflowTracker(store, "mnist_exp").start("sweep model by seed", {"sweep_jobs": str(len(jobs))}) as parent:
         parent.text(json.dumps(definition), "sweep.json")

@@ -1,5 +1,6 @@
 """From a sweep in the store to the answer in the terminal, the report in MLflow, and both in a browser."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from conftest import chromium
 from mlflow import MlflowClient
 
 from mnist_exp import compare
+from mnist_exp.report import understood
 
 Compare = Callable[..., tuple[int, str, str]]
 HOSTILE = "<script>document.title='it ran'</script>"
@@ -57,6 +59,7 @@ def test_the_answer_is_printed_and_the_report_left_in_the_parent(run_compare: Co
     for part in ("Learning curves", "What it costs", "Where they err", "What differs in the configuration", "train.setting"):
         assert (part in page) == (part != "train.setting"), part  # settings that are the same everywhere are not shown
     assert page.count('src="data:image/svg+xml') == 6
+    assert page.count('class="digit"') == 12, "pictures of the images that divide the arms"
     assert f"sweep={sweep} factor=model baseline=plain_cnn" in page
     assert HOSTILE not in page, "a model's name is text, not HTML"
     assert not re.search(r"(src|href|url)\s*[=(]\s*[\"']?(?!data:)\w", page), "the file needs nothing outside itself"
@@ -91,7 +94,51 @@ def test_a_mistake_is_one_message(run_compare: Compare, store: str, overrides: l
 
 def test_one_seed_is_too_few(run_compare: Compare, store: str) -> None:
     make_sweep(store, ("plain_cnn", "se_cnn"), seeds=1)
-    assert "fewer than two say nothing of the spread. Sweep with 'seed=range(0,5)' or more" in run_compare()[2]
+    assert "No arm of model has two pairs of finished runs with model=plain_cnn" in run_compare()[2]
+
+
+OUTCOMES = [
+    "",
+    "{",
+    "[]",
+    "{}",
+    '{"history": null, "mistakes": [], "split": "test"}',
+    '{"history": [], "mistakes": [[1]], "split": 1}',
+]
+OUTCOMES += ['{"history": [[1, {"train/loss": 1, "train/examples_per_second": 0}]], "mistakes": [], "split": "test"}']
+OUTCOMES += [
+    '{"history": [], "mistakes": [[0, 10, -1]], "split": "test"}',
+    '{"history": [[1e999, {}]], "mistakes": [], "split": ""}',
+]
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_an_outcome_that_cannot_be_understood_is_counted_not_drawn(outcome: str) -> None:
+    try:
+        content = json.loads(outcome)
+    except ValueError:
+        content = None
+    assert understood(content) is None
+
+
+def test_foreign_and_broken_stores_are_answered_in_words(run_compare: Compare, store: str, tmp_path: Path) -> None:
+    sweep = make_sweep(store, ("plain_cnn", "$a_$", "[8,16]"), seeds=2)
+    files = Path(MlflowClient(store).get_run(sweep).info.artifact_uri.removeprefix("file://"))
+    for child in MlflowClient(store).search_runs(["1"], f"tags.sweep_id = '{sweep}'")[:2]:
+        Path(child.info.artifact_uri.removeprefix("file://"), "outcome.json").write_text('{"history": 1}')
+    status, shown, _ = run_compare("baseline=[8,16]")
+    assert status == 0, "an arm's name is what was typed, and no formula"
+    assert "against model=[8,16]" in shown
+    assert "2 runs left no history and mistakes that could be read" in report_of(store, sweep, tmp_path)
+    (files / "report.html").unlink()
+    (files / "report.html").mkdir()
+    status, shown, error = run_compare()
+    assert (status, "In test/accuracy, against" in shown) == (1, True), "what was found is shown before it is stored"
+    assert "report.html could not be left in run" in error
+    for broken in ("", "[]", '{"jobs": 1}', '{"jobs": [{"number": 0, "overrides": [1]}], "overrides": []}'):
+        (files / "sweep.json").write_text(broken)
+        assert "it has no sweep.json that can be read" in run_compare()[2]
+    assert "adds or removes tracking" in run_compare("~tracking")[2]
 
 
 @pytest.mark.slow

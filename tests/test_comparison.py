@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mnist_exp.comparison import amount, answer, arrange, choose_metrics, differing_params, rows, unknowns
+from mnist_exp.comparison import Arms, amount, answer, arrange, choose_metrics, differing_params, rows, unknowns
 from mnist_exp.errors import UserError
+from mnist_exp.statistics import compare
 from mnist_exp.tracking import Record
 
 Jobs = dict[int, dict[str, str]]
@@ -25,6 +26,10 @@ def grid(**choices: list[str]) -> Jobs:
     for key, values in choices.items():
         jobs = [job | {key: value} for job in jobs for value in values]
     return dict(enumerate(jobs))
+
+
+def values(arms: Arms, arm: str) -> list[float]:
+    return [run.metrics["test/accuracy"] for _, run in sorted(arms.runs[arm].items())]
 
 
 SEEDS = [str(seed) for seed in range(5)]
@@ -51,7 +56,7 @@ def test_runs_are_paired_by_seed_and_the_answer_says_by_how_much_they_differ() -
         "In test/accuracy, against model=plain_cnn (92.00 %): se_cnn is higher by 1.96 points (+1.84 to +2.09)"
     )
     assert said.endswith("95 % intervals, n = 5 pairs.")
-    assert found[2].difference == "+0 (+0 to +0)"
+    assert found[2].difference == "+0 (always)"
     assert not found[2].is_detected
 
 
@@ -66,11 +71,16 @@ def test_no_difference_is_said_to_be_none_and_how_many_seeds_would_show_it() -> 
 
 def test_several_arms_are_corrected_for_their_number() -> None:
     jobs = grid(model=["a", "b", "c"], seed=SEEDS)
-    arms = arrange(scored(jobs, 0.01, arm="b"), jobs, None, None)
+    chance = random.Random(1)
+    records = [record(number, 0.9 + chance.gauss(0, 0.001) + (job["model"] == "b") / 1000) for number, job in jobs.items()]
+    arms = arrange(records, jobs, None, None)
     assert (arms.factor, arms.baseline, arms.others) == ("model", "a", ["b", "c"])
-    for row in rows(arms, ["test/accuracy"]):
-        assert math.isnan(row.p_t) == math.isnan(row.values.p_t)
-        assert not row.p_t < row.values.p_t
+    found = rows(arms, ["test/accuracy"])
+    smaller, larger = sorted(row.values.p_t for row in found)
+    assert sorted(row.p_t for row in found) == pytest.approx([min(1, 2 * smaller), max(2 * smaller, larger)])
+    smaller, larger = sorted(row.values.p_sign_flip for row in found)
+    assert sorted(row.p_sign_flip for row in found) == pytest.approx([min(1, 2 * smaller), max(2 * smaller, larger)])
+    assert found[0].values.shows > compare(*(values(arms, arm) for arm in ("b", "a"))).shows, "the power is corrected, too"
 
 
 def test_unfinished_missing_duplicated_and_unpaired_runs_are_flagged_and_left_out() -> None:
@@ -85,8 +95,8 @@ def test_unfinished_missing_duplicated_and_unpaired_runs_are_flagged_and_left_ou
     flags = "\n".join(arms.flags)
     for part in ("unfinished: run 3 is KILLED", "missing: job 9 (model=plain_cnn seed=4)", "duplicated: run 0"):
         assert part in flags
-    assert "unpaired: model=plain_cnn seed=3 has no partner" in flags
-    assert "unpaired: model=se_cnn seed=4 has no partner" in flags
+    assert "unpaired: model=plain_cnn seed=3 has no partner in model=se_cnn" in flags
+    assert "unpaired: model=se_cnn seed=4 has no partner in model=plain_cnn" in flags
 
 
 MISTAKES = {
@@ -111,9 +121,45 @@ def test_several_factors_must_be_named() -> None:
 
 def test_one_seed_says_nothing() -> None:
     jobs = grid(model=["a", "b"], seed=["0"])
-    arms = arrange(scored(jobs, 0), jobs, None, None)
-    with pytest.raises(UserError, match=r"1 run\(s\), of 1 seed\(s\), with a partner in a: .* Sweep with 'seed=range\(0,5\)'"):
-        rows(arms, ["test/accuracy"])
+    with pytest.raises(
+        UserError, match=r"No arm of model has two pairs .* with model=a, .* Sweep with 'seed=range\(0,5\)' or more"
+    ):
+        arrange(scored(jobs, 0), jobs, None, None)
+
+
+def test_an_arm_that_did_not_finish_is_left_out_and_no_arm_that_did_is_said() -> None:
+    jobs = grid(model=["a", "b", "c"], seed=SEEDS)
+    records = [vars(item) | {"status": "FAILED" if int(item.tags["job_num"]) >= 10 else "FINISHED"} for item in scored(jobs, 0)]
+    arms = arrange([Record(**item) for item in records], jobs, None, None)
+    assert arms.others == ["b"]
+    assert "left out: model=c has 0 pairs of finished runs, and fewer than two say nothing" in arms.flags
+    failed = [Record(**(item | {"status": "FAILED"})) for item in records]
+    with pytest.raises(UserError, match=r"finish the sweep with sweep.resume=<its id>\.\n- unfinished: run 0 is FAILED"):
+        arrange(failed, jobs, None, None)
+
+
+def test_two_pairs_that_happen_to_agree_prove_nothing() -> None:
+    jobs = grid(model=["a", "b"], seed=["0", "1"])
+    records = [record(number, accuracy) for number, accuracy in enumerate((0.95, 0.96, 0.96, 0.97))]
+    (row,) = rows(arrange(records, jobs, None, None), ["test/accuracy"])
+    assert not row.is_detected
+    assert row.p_t == 0.5
+    assert row.difference == "+1.00 points (in all pairs, no interval)"
+
+
+def test_validation_on_different_images_is_not_compared() -> None:
+    records = scored(TWO_MODELS, 0)
+    for number, item in enumerate(records):
+        item.metrics["val/accuracy"] = 0.9
+        item.digests["finetune"] = str(number % 5 + (number == 7))
+    arms = arrange(records, TWO_MODELS, None, None)
+    rows(arms, ["test/accuracy"])
+    with pytest.raises(UserError, match="run 7 and run 2 were validated on different images"):
+        rows(arms, ["val/accuracy"])
+    for item in records:
+        item.digests.clear()
+    with pytest.raises(UserError, match=r"mnist \(not recorded by run 0\)"):
+        arrange(records, TWO_MODELS, None, None)
 
 
 def test_metrics_that_are_not_there_or_not_numbers() -> None:
@@ -152,7 +198,11 @@ def test_every_pair_differs_in_the_factor_alone(others: dict[str, int], arm_coun
     kept = [number for number in jobs if chance.random() < 0.8]
     records = [record(number, 0.5) for number in kept]
     chance.shuffle(records)
-    arms = arrange(records, jobs, "model", None)
+    try:
+        arms = arrange(records, jobs, "model", None)
+    except UserError:  # no arm has two pairs
+        return
+    kept = [number for number in kept if jobs[number]["model"] in arms.runs]
     by_id = {item.run_id: int(item.tags["job_num"]) for item in records}
     seen = 0
     for arm in arms.others:
