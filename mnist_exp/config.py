@@ -79,10 +79,6 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "*.epochs": (_integer(1), "an integer of at least 1"),
     "*.lr": (_number(lambda value: value > 0), "a number above 0"),
     "*.adamw_lr": (_number(lambda value: value > 0), "a number above 0"),
-    "*.max_lr": (
-        lambda value: all(map(_number(lambda rate: rate > 0), value if isinstance(value, list) and value else [value])),
-        "a number above 0, or a list with one for each group of parameters",
-    ),
     "*.weight_decay": (_number(lambda value: value >= 0), "a number of at least 0"),
     "*.momentum": (_number(lambda value: 0 <= value < 1), "a number from 0 to below 1"),
     "*.label_smoothing": (_number(lambda value: 0 <= value < 1), "a number from 0 to below 1"),

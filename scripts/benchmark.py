@@ -140,20 +140,16 @@ def peak() -> float:
 
 def draw(parts: dict[str, float], file: Path) -> None:
     """Draw where the time of a run goes, as one bar."""
-    figure = Figure(figsize=(9, 2.2))
-    axes = figure.add_subplot(xlabel="seconds of `python -m mnist_exp.run`", yticks=[], ylim=(-0.5, 1.6))
+    figure = Figure(figsize=(9, 1.9))
+    axes = figure.add_subplot(xlabel="seconds of `python -m mnist_exp.run`", yticks=[])
     left = 0.0
-    colours = ("#999999", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7")
-    for place, ((part, seconds), colour) in enumerate(zip(parts.items(), colours, strict=True)):
-        axes.barh(0, seconds, left=left, color=colour, edgecolor="white")
-        height = 0.55 + 0.33 * (place % 3)
-        axes.annotate(
-            f"{part} {seconds:.2f}", (left + seconds / 2, 0.4), (left + seconds / 2, height), ha="center", fontsize=8,
-            arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6},
-        )  # fmt: skip
+    colours = ("#999999", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#F0E442", "#CC79A7")
+    for (part, seconds), colour in zip(parts.items(), colours, strict=True):
+        axes.barh(0, seconds, left=left, color=colour, edgecolor="white", label=f"{part} {seconds:.2f} s")
         left += seconds
     for side in ("top", "left", "right"):
         axes.spines[side].set_visible(False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False, fontsize="small")
     figure.savefig(file, dpi=110, bbox_inches="tight")
 
 
@@ -214,11 +210,11 @@ def main() -> None:
     print(f"{EPOCH_FLOP / parts['training'] / peak():.0%} of the peak of {peak() / 1e9:,.0f} GFLOP/s")
     if arguments.picture:
         whole = statistics.median(one["wall"] for one in taken[OURS])
+        trained = statistics.median(one["training"] for one in taken[OURS])  # fine-tuning included
+        shares = {part: parts[part] for part in ("data", "forward", "backward", "optimizer")}
+        shares["validation, rest"] = parts["rest"] + parts["validation"]
         shown = {"start-up": statistics.median(first)}
-        shown |= {part: parts[part] for part in ("data", "forward", "backward", "optimizer")}
-        shown["validation, rest"] = parts["rest"] + parts["validation"]
-        trained = statistics.median(one["training"] for one in taken[OURS])
-        shown["fine-tuning"] = max(0.0, trained - parts["training"])
+        shown |= {part: trained * seconds / sum(shares.values()) for part, seconds in shares.items()}
         shown["test, pictures, model, tracking"] = whole - sum(shown.values())
         draw(shown, arguments.picture)
     print(

@@ -26,9 +26,17 @@ def test_one_cycle_starts_at_02_peaks_at_04_and_ends_near_0(composed) -> None:
     assert seen[-1] < 1e-4
 
 
-def test_the_peak_follows_the_optimizer(composed) -> None:
-    assert composed("optimizer=adam")["phases"]["train"]["scheduler"]["max_lr"] == 0.01
-    assert composed("optimizer.lr=0.1")["phases"]["train"]["scheduler"]["max_lr"] == 0.1
+def test_each_group_of_parameters_peaks_at_its_own_rate(composed) -> None:
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.1, 0.02)]
+    optimizer = torch.optim.SGD(groups)
+    scheduler = instantiate(composed("optimizer=muon")["phases"]["train"]["scheduler"])(optimizer, total_steps=STEPS)
+    seen = []
+    for _ in range(STEPS):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    first, second = zip(*seen, strict=True)
+    assert (max(first), max(second)) == (pytest.approx(0.1, rel=1e-3), pytest.approx(0.02, rel=1e-3))
 
 
 def test_constant(composed) -> None:
