@@ -221,7 +221,7 @@ def amount(metric: str, value: float, *, signed: bool = False, is_difference: bo
     """Return a value of a metric with its unit, or bare: 98.60 %, a difference of 0.21 points, 3.4 s."""
     if not math.isfinite(value):
         return "-"
-    sign = "+" if signed else ""
+    sign = "+z" if signed else "z"  # z: what rounds to 0 is 0, not -0
     if metric.endswith("accuracy"):
         number, unit = f"{100 * value:{sign}.2f}", "points" if is_difference else "%"
     elif metric.startswith("time/"):
@@ -265,7 +265,8 @@ def unknowns(arms: Arms, found: Sequence[Row]) -> list[str]:
             pairs_of_a_seed = row.values.n / len({dict(setting).get("seed") for setting in arms.pairs(row.arm)})
             more = math.ceil((pairs_needed(difference, spread, tests) - row.values.n) / pairs_of_a_seed)
             seen = amount(row.metric, abs(difference), is_difference=True)
-            sentence += f"; to show the {seen} seen here, run {more:,} more seeds" if more > 0 else ""
+            if more > 0 and seen != amount(row.metric, 0.0, is_difference=True):
+                sentence += f"; to show the {seen} seen here, run {more:,} more seeds"
         told.append(f"{sentence} (power 80 %, {level}).")
     return told
 

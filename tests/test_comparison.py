@@ -221,6 +221,7 @@ def test_every_pair_differs_in_the_factor_alone(others: dict[str, int], arm_coun
 def test_amounts_carry_their_unit() -> None:
     assert amount("test/accuracy", 0.98604) == "98.60 %"
     assert amount("val/accuracy", -0.0021, signed=True, is_difference=True) == "-0.21 points"
+    assert amount("test/accuracy", -0.00001, signed=True, is_difference=True) == "+0.00 points"
     assert amount("time/total_seconds", 3.456) == "3.46 s"
     assert amount("model/parameters", 19674) == "19,674"
     assert amount("test/loss", math.nan) == "-"
