@@ -36,7 +36,7 @@ def test_scaling_is_part_of_the_model(composed) -> None:
 
 def test_too_large_a_model_is_refused() -> None:
     with pytest.raises(UserError, match=r"25,000 are allowed.*model\.channels"):
-        count_parameters(CNN([8, 16, 20], 120, 0.1))
+        count_parameters(CNN([8, 16, 20], [3, 3, 3], True, 120, 0.1))
 
 
 def test_squeeze_excitation_attends(composed) -> None:

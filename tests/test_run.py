@@ -175,7 +175,7 @@ def test_tuning_scores_validation_only(in_process: CommandLine, store: str, mnis
     (run,) = runs(store)
     assert "val/accuracy" in run.data.metrics
     assert not any(key.startswith("test/") for key in run.data.metrics)
-    assert {item.tags[0].value for item in run.inputs.dataset_inputs} == {"finetune"}
+    assert {item.tags[0].value for item in run.inputs.dataset_inputs} == {"finetune", "validation"}
 
 
 def test_without_mnist_the_run_says_loudly_that_it_uses_digits(
