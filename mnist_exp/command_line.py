@@ -17,14 +17,17 @@ from mnist_exp.errors import UserError
 from mnist_exp.signals import Interrupted
 
 
-def answer(task: Callable[[], Any]) -> None:
-    """Run a task of `hydra.main`; a user's mistake ends with a message and status 1, a signal with 128 + its number."""
+def answer(task: Callable[[], Any], once_stopped: str = "") -> None:
+    """Run a task of `hydra.main`; a user's mistake ends with a message and status 1, a signal with 128 + its number.
+
+    once_stopped: what the user can do after a signal.
+    """
     wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # has Hydra hand over exceptions; its own messages offer the wrong remedies
     try:
         task()
     except Interrupted as interrupted:
-        print(f"\n{interrupted}", file=sys.stderr)
+        print(f"\n{interrupted} {once_stopped}".rstrip(), file=sys.stderr)
         sys.exit(interrupted.exit_status)
     except Exception as error:
         if wants_trace or not (isinstance(error, UserError) or _out_of_memory(error) or _while_composing(error, task)):

@@ -73,9 +73,11 @@ def check(config: dict[str, Any]) -> None:
         check_target(key, value)
     if not re.fullmatch("latest|[0-9a-f]{32}", str(config["sweep"])):
         raise UserError(f"sweep={config['sweep']} is not valid: allowed is a sweep's id of 32 hexadecimal digits, or latest.")
-    metrics = config["metrics"]
+    metrics = config["metrics"] = [config["metrics"]] if isinstance(config["metrics"], str) else config["metrics"]
     if metrics is not None and not (isinstance(metrics, list) and metrics and all(isinstance(item, str) for item in metrics)):
-        raise UserError(f"metrics={metrics} is not valid: allowed is a list such as metrics=[test/accuracy,test/loss], or null.")
+        raise UserError(
+            f"metrics={metrics} is not valid: allowed is a name, a list such as metrics=[test/accuracy,test/loss], or null."
+        )
 
 
 def commands(parent: "Record", definition: dict[str, Any], arms: "Arms", typed: dict[str, str]) -> list[str]:
@@ -127,7 +129,7 @@ def as_table(rows: "Sequence[Row]") -> list[dict[str, str]]:
         told = {
             "difference (95 %)": row.difference,
             "p: t / flip": f"{number(row.p_t)} / {number(row.p_sign_flip)}",
-            "differs": "yes" if row.is_detected else "not shown",
+            "differs": row.verdict,
         }
         table.append(line(row.metric, row.arm, found.n, found.mean, found.std) | {"metric": ""} | told)
     return table

@@ -66,6 +66,13 @@ class Row:
         return f"{difference} ({bounds})"
 
     @property
+    def verdict(self) -> str:
+        """Whether the arms differ, as a table says it; times only hint."""
+        if not self.is_detected:
+            return "not shown"
+        return "hint" if self.metric.startswith("time/") else "yes"
+
+    @property
     def is_fixed(self) -> bool:
         """Whether the metric, like the number of parameters, does not vary within either arm."""
         return self.values.std == self.values.baseline_std == 0

@@ -94,7 +94,9 @@ class SweepDisplay:
         progress = Progress(
             TextColumn("sweep"),
             BarColumn(),
-            TextColumn("{task.completed:.0f} of {task.total} jobs  {task.fields[failed]} failed  best {task.fields[best]}"),
+            TextColumn(
+                "{task.completed:.0f} of {task.total} jobs  {task.fields[failed]} failed or stopped  best {task.fields[best]}"
+            ),
             TimeRemainingColumn(compact=True),
             console=self.console,
         )

@@ -262,7 +262,7 @@ def confusion(arms: Arms, outcomes: Outcomes) -> Figure | None:
             text = f"{value:.{digits}f}" if colours == "Greys" else f"{value:+.{digits}f}"
             axes.text(prediction, label, text, ha="center", va="center", fontsize=6, color="white" if dark else "black")
     figure.supylabel("label", fontsize="small")
-    figure.supxlabel("prediction; mistakes of an average run, those given their label left out", fontsize="small")
+    figure.supxlabel("prediction; number of mistakes in an average run", fontsize="small")
     figure.tight_layout()
     return figure
 

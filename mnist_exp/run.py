@@ -41,7 +41,7 @@ MEASURED = ("time/", "train/examples_per_second")  # metrics that differ from ru
 
 def main() -> None:
     """Run the command line; a user's mistake ends with a message and status 1, a signal with 128 + its number."""
-    answer(task)
+    answer(task, "`python -m mnist_exp.run resume=latest` goes on with a run, `-m sweep.resume=latest` with a sweep.")
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")

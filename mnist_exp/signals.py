@@ -21,5 +21,5 @@ def raise_interrupted() -> None:
 
 def _interrupt(signum: int, frame: FrameType | None) -> Never:
     for repeated in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(repeated, signal.SIG_IGN)
+        signal.signal(repeated, lambda *_: None)  # not SIG_IGN: Python complains of one that has arrived already
     raise Interrupted(signum)

@@ -41,6 +41,7 @@ LEADERBOARD_COLUMNS = (
     "metrics.`test/accuracy`",
     "metrics.`test/loss`",
     "metrics.`model/parameters`",
+    "tags.`data`",
     "tags.`overrides`",
 )
 BATCH_LIMIT = 1000  # of metrics in one MLflow request
@@ -389,6 +390,8 @@ class MLflowTracker(NoTracker):
         self._open()
         run_path(self.client, run_id)
         run = self.client.get_run(run_id)
+        if "sweep_jobs" in run.data.tags:
+            raise UserError(f"Run {run_id} is a sweep: name one of its jobs, which `python -m mnist_exp.runs list` shows.")
         try:
             with TemporaryDirectory() as folder:
                 recipe = json.loads(Path(self.client.download_artifacts(run_id, "recipe.json", folder)).read_text())
@@ -410,6 +413,10 @@ class MLflowTracker(NoTracker):
         if wanted:
             raise UserError(
                 f"sweep {sweep}: it has no sweep.json that can be read: it ended before it was defined. Start it anew."
+            )
+        if sweep == "latest" and sweeps:
+            raise UserError(
+                f"sweep.resume=latest: all {len(sweeps)} sweeps in {self.uri} have finished, so that nothing is left to do."
             )
         known = ", ".join(f"{record.run_id} ({record.status})" for record in sweeps[:5]) or "none"
         what = "" if finished_too else " that could be gone on with"

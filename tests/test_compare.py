@@ -77,7 +77,7 @@ def test_the_answer_is_printed_and_the_report_left_in_the_parent(run_compare: Co
         (["sweep=last"], "sweep=last is not valid: allowed is a sweep's id of 32 hexadecimal digits, or latest"),
         (["factor=optimizer"], "factor=optimizer did not vary in this sweep: those that did are model"),
         (["baseline=resnet"], "baseline=resnet is not an arm of model: its arms are plain_cnn, se_cnn"),
-        (["metrics=test/loss"], r"metrics=test/loss is not valid: allowed is a list such as metrics=\[test/accuracy"),
+        (["metrics=3"], r"metrics=3 is not valid: allowed is a name, a list such as metrics=\[test/accuracy"),
         (["metrics=[f1]"], "not every run has f1; what all have is"),
         (["fctor=model"], "fctor"),
         (["tracking=none"], "tracking=none holds no sweeps"),
