@@ -320,7 +320,7 @@ def test_t_intervals_cover_the_mean_of_normal_values_as_often_as_they_say(n: int
     ("n", "level"),
     [
         (5, 2 / 32),  # no p-value is smaller
-        (10, 50 / 1024),  # the largest attainable one below 5 %
+        pytest.param(10, 50 / 1024, marks=pytest.mark.slow),  # the largest attainable one below 5 %
         pytest.param(30, ALPHA, marks=pytest.mark.slow),
     ],
 )
