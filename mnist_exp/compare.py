@@ -82,9 +82,8 @@ def check(config: dict[str, Any]) -> None:
 
 def commands(parent: "Record", definition: dict[str, Any], arms: "Arms", typed: dict[str, str]) -> list[str]:
     """Return the commands that repeat the sweep and the comparison."""
-    search = (
-        ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={definition['total']}"] if "Optuna" in definition["sweeper"] else []
-    )
+    is_search = "Optuna" in definition.get("sweeper", "")
+    search = ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={definition.get('total')}"] if is_search else []
     metrics = [f"metrics={typed['metrics']}"] if "metrics" in typed else []
     chosen = [f"sweep={parent.run_id}", f"factor={arms.factor}", f"baseline={arms.baseline}", *metrics]
     return [

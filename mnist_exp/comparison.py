@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mnist_exp.errors import UserError
-from mnist_exp.statistics import Comparison, compare, holm, pairs_needed
+from mnist_exp.statistics import ALPHA, Comparison, compare, holm, pairs_needed
 
 if TYPE_CHECKING:
     from mnist_exp.tracking import Record
 
-SIGNIFICANCE = 0.05
 Setting = tuple[tuple[str, str], ...]  # (key, value) of whatever varied beside the factor, the seed among it
 
 
@@ -80,7 +79,7 @@ class Row:
     @property
     def is_detected(self) -> bool:
         """Whether the difference is more than chance, at 5 % over all arms."""
-        return self.values.difference != 0 if self.is_fixed else self.p_t <= SIGNIFICANCE
+        return self.values.difference != 0 if self.is_fixed else self.p_t <= ALPHA
 
 
 def arrange(records: "Sequence[Record]", jobs: Mapping[int, Mapping[str, str]], factor: str | None, baseline: str | None) -> Arms:

@@ -47,9 +47,8 @@ def render(
     said: the answer; notes: what is to be known beside it; outcomes: None for a run that left none; commands: that repeat the
     comparison; images: the scored ones, uint8 (n, 1, 28, 28), None where they are not at hand.
     """
-    with mpl.rc_context(
-        {"text.parse_math": False, "svg.hashsalt": "mnist_exp"}
-    ):  # names are no formulas; equal figures, equal bytes
+    # Names are no formulas; equal figures, equal bytes.
+    with mpl.rc_context({"text.parse_math": False, "svg.hashsalt": "mnist_exp"}):
         figures = {
             "differences": differences(rows),
             "seeds": seeds(arms, rows),
@@ -120,6 +119,11 @@ def scaled(metric: str, value: Any) -> Any:
     return value * 100 if metric.endswith("accuracy") else value
 
 
+def axis_label(metric: str) -> str:
+    """Return a metric's name with the unit that figures show it in."""
+    return f"{metric} (%)" if metric.endswith("accuracy") else metric
+
+
 def differences(rows: Sequence[Row]) -> Figure:
     """Draw the difference of each arm in the first metric, with its interval and the line of no difference."""
     first = [row for row in rows if row.metric == rows[0].metric]
@@ -143,7 +147,7 @@ def seeds(arms: Arms, rows: Sequence[Row]) -> Figure:
     """Draw every run as a point, the pairs of the first two arms joined, and each arm's mean as a bar."""
     metric = rows[0].metric
     figure = Figure(figsize=(WIDTH, 3.2))
-    axes = figure.add_subplot(ylabel=f"{metric}{' (%)' if metric.endswith('accuracy') else ''}")
+    axes = figure.add_subplot(ylabel=axis_label(metric))
     points: list[dict[Setting, tuple[float, float]]] = []
     for place, (arm, look) in enumerate(looks(arms)):
         spread = np.linspace(-0.1, 0.1, len(arms.runs[arm])) + place
@@ -172,7 +176,7 @@ def curves(arms: Arms, outcomes: Outcomes, against: str) -> Figure | None:
         return None
     figure = Figure(figsize=(WIDTH, 2.5 * len(metrics)))
     for place, metric in enumerate(metrics, start=1):
-        axes = figure.add_subplot(len(metrics), 1, place, ylabel=f"{metric}{' (%)' if metric.endswith('accuracy') else ''}")
+        axes = figure.add_subplot(len(metrics), 1, place, ylabel=axis_label(metric))
         for arm, look in looks(arms):
             told = [curve(outcomes.get(record.run_id), metric, against) for record in arms.runs[arm].values()]
             lines = [line for line in told if len(line[0]) > 1]
@@ -229,7 +233,7 @@ def cost(arms: Arms, metric: str) -> Figure | None:
         axes.grid(alpha=0.3)
         axes.margins(x=0.2)
         axes.tick_params(axis="x", rotation=30)
-    figure.axes[0].set_ylabel(f"{metric}{' (%)' if metric.endswith('accuracy') else ''}")
+    figure.axes[0].set_ylabel(axis_label(metric))
     figure.subplots_adjust(wspace=0.35)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 0.92), ncols=3, fontsize="small", frameon=False)
