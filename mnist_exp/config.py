@@ -46,6 +46,10 @@ def _numbers(valid: Callable[[float], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and all(map(_number(valid), value))
 
 
+def _three_integers(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_integer(1), value))
+
+
 def _one_of(*allowed: str | None) -> Callable[[Any], bool]:
     return lambda value: (value is None or isinstance(value, str)) and value in allowed
 
@@ -114,10 +118,9 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "three odd integers",
     ),
     "model.conv_bias": (lambda value: isinstance(value, bool), "true or false"),
-    "model.channels": (
-        lambda value: isinstance(value, list) and len(value) == 3 and all(map(_integer(1), value)),
-        "three integers of at least 1",
-    ),
+    "model.mean_pool": (lambda value: isinstance(value, bool), "true or false"),
+    "model.channels": (_three_integers, "three integers of at least 1"),
+    "model.depths": (_three_integers, "three integers of at least 1"),
     "model.se.reduction": (_integer(1), "an integer of at least 1"),
 }
 

@@ -35,16 +35,24 @@ class SqueezeExcite(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """Convolution, batch norm, 2x2 max pool, leaky ReLU, optional attention: (n, in, h, w) -> (n, out, h/2, w/2)."""
+    """Convolution, batch norm, 2x2 max pool, leaky ReLU, optional attention: (n, in, h, w) -> (n, out, h/2, w/2).
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool, attention: nn.Module | None) -> None:
+    depth: the number of convolutions; those before the last are normalised and activated at full size.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, depth: int, kernel_size: int, bias: bool, attention: nn.Module | None
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
+        inputs = [in_channels, *[out_channels] * (depth - 1)]
+        *before, self.conv = [nn.Conv2d(i, out_channels, kernel_size, padding=kernel_size // 2, bias=bias) for i in inputs]
+        layers = [nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.LeakyReLU(NEGATIVE_SLOPE)) for conv in before]
+        self.before = nn.Sequential(*layers)
         self.norm = nn.BatchNorm2d(out_channels)
         self.attention = attention
 
     def forward(self, features: Tensor) -> Tensor:
-        features = self.conv(features)
+        features = self.conv(self.before(features))
         if self.training and features.device.type == "cpu":
             features = norm_pool_activate(features, self.norm, NEGATIVE_SLOPE)
         else:
@@ -56,32 +64,34 @@ class ConvBlock(nn.Module):
 class CNN(nn.Module):
     """Map (n, 1, 28, 28) images of grey values 0 to 255, any dtype, to (n, 10) logits.
 
-    channels, kernel_sizes: of the three blocks' convolutions, which have a bias only if asked for; hidden_features: None for no
-    hidden layer; se: called with the second block's channels, returns its attention, or None.
+    channels, depths, kernel_sizes: of the three blocks' convolutions, which have a bias only if asked for; mean_pool: average
+    the last features over their places; hidden_features: None for no hidden layer; se: called with the second block's channels,
+    returns its attention, or None.
     """
 
     def __init__(
         self,
         channels: Sequence[int],
+        depths: Sequence[int],
         kernel_sizes: Sequence[int],
         conv_bias: bool,
+        mean_pool: bool,
         hidden_features: int | None,
         dropout: float,
         se: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        first, second, third = channels
-        self.blocks = nn.Sequential(
-            ConvBlock(1, first, kernel_sizes[0], conv_bias, None),
-            ConvBlock(first, second, kernel_sizes[1], conv_bias, se(second) if se else None),
-            ConvBlock(second, third, kernel_sizes[2], conv_bias, None),
-        )
-        self.hidden = nn.Linear(third * 3 * 3, hidden_features) if hidden_features else None
+        inputs, attentions = (1, *channels[:2]), (None, se(channels[1]) if se else None, None)
+        parts = zip(inputs, channels, depths, kernel_sizes, attentions, strict=True)
+        self.blocks = nn.Sequential(*[ConvBlock(i, o, depth, size, conv_bias, attention) for i, o, depth, size, attention in parts])
+        self.pool = nn.AdaptiveAvgPool2d(1) if mean_pool else nn.Identity()
+        features = channels[2] * (1 if mean_pool else 3 * 3)
+        self.hidden = nn.Linear(features, hidden_features) if hidden_features else None
         self.dropout = nn.Dropout(dropout)
-        self.output = nn.Linear(hidden_features or third * 3 * 3, 10)
+        self.output = nn.Linear(hidden_features or features, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.blocks(images.float() / 255).flatten(1)  # (n, 1, 28, 28) -> (n, third * 3 * 3)
+        features = self.pool(self.blocks(images.float() / 255)).flatten(1)  # (n, 1, 28, 28) -> (n, third * 3 * 3), or (n, third)
         if self.hidden is not None:
             features = F.leaky_relu(self.hidden(features), NEGATIVE_SLOPE)
         logits: Tensor = self.output(self.dropout(features))  # (n, 10)

@@ -31,7 +31,7 @@ def test_every_file_composes_and_runs(
             request.getfixturevalue("mnist_root")
         assert "train" in build(config["data"], "data", seed=0).splits
     build(config["tracking"] | ({"uri": f"sqlite:///{tmp_path}/mlflow.db"} if option == "mlflow" else {}), "tracking")
-    phases = {name: build(node, name) for name, node in config["phases"].items()}
+    phases = {name: build(node | {"epochs": 1}, name) for name, node in config["phases"].items()}
     reports = list(fit(model, plan(model, phases, short_digits), short_digits, seed=0, precision=torch.float32))
     assert reports[-1].metrics["train/loss"] < 10
     assert {report.phase for report in reports} == set(config["phases"])
@@ -68,6 +68,8 @@ WRONG = {
     "precision=fp8": "precision=fp8 is not valid: allowed is auto, fp32, bf16 or fp16",
     "device=tpu": "device=tpu is not valid",
     "phases.train.epochs=0": r"phases\.train\.epochs=0 is not valid",
+    "model.depths=[1,0,1]": r"model\.depths=\[1, 0, 1\] is not valid: allowed is three integers of at least 1",
+    "model.mean_pool=3": r"model\.mean_pool=3 is not valid: allowed is true or false",
     "model.channels=[8,16]": r"model\.channels=\[8, 16\] is not valid: allowed is three integers",
     "data.fallback=cifar": r"data\.fallback=cifar is not valid: allowed is digits or null",
     "+sede=1": r"sede is not a key of the configuration \(did you mean seed\?\)",

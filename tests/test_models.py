@@ -18,6 +18,29 @@ def test_sizes(composed, name: str, parameters: int) -> None:
     assert abs(count_parameters(model) / 19_674 - 1) < 0.01
 
 
+@pytest.mark.parametrize(("name", "parameters"), [("se_cnn_wide", 23_386), ("se_cnn_deep", 24_496), ("se_cnn_deep_small", 9_865)])
+def test_sizes_of_the_more_accurate(composed, name: str, parameters: int) -> None:
+    model = build(composed(f"model={name}")["model"], "model")
+    assert count_parameters(model) == parameters
+    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_depths_and_mean_pool(composed) -> None:
+    """A block of depth 2 convolves twice at full size; the mean forgets where the last features lie."""
+    model = build(composed("model=se_cnn_deep")["model"], "model").eval()
+    assert [[module.out_channels for module in block.modules() if isinstance(module, nn.Conv2d)] for block in model.blocks] == [
+        [16],
+        [24, 24],
+        [30, 30],
+    ]
+    images = torch.rand(3, 1, 28, 28) * 255
+    features = []
+    model.blocks.register_forward_hook(lambda _, __, output: features.append(output))
+    logits = model(images)
+    assert features[0].shape == (3, 30, 3, 3)
+    torch.testing.assert_close(model.output(features[0].mean((2, 3))), logits)
+
+
 @pytest.mark.parametrize("batch", [1, 7])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_28_by_28_to_10(composed, batch: int, dtype: torch.dtype) -> None:
@@ -36,7 +59,7 @@ def test_scaling_is_part_of_the_model(composed) -> None:
 
 def test_too_large_a_model_is_refused() -> None:
     with pytest.raises(UserError, match=r"25,000 are allowed.*model\.channels"):
-        count_parameters(CNN([8, 16, 20], [3, 3, 3], True, 120, 0.1))
+        count_parameters(CNN([8, 16, 20], [1, 1, 1], [3, 3, 3], True, False, 120, 0.1))
 
 
 def test_squeeze_excitation_attends(composed) -> None:
