@@ -83,7 +83,9 @@ class CNN(nn.Module):
         super().__init__()
         inputs, attentions = (1, *channels[:2]), (None, se(channels[1]) if se else None, None)
         parts = zip(inputs, channels, depths, kernel_sizes, attentions, strict=True)
-        self.blocks = nn.Sequential(*[ConvBlock(i, o, depth, size, conv_bias, attention) for i, o, depth, size, attention in parts])
+        self.blocks = nn.Sequential(
+            *[ConvBlock(i, o, depth, size, conv_bias, attention) for i, o, depth, size, attention in parts]
+        )
         self.pool = nn.AdaptiveAvgPool2d(1) if mean_pool else nn.Identity()
         features = channels[2] * (1 if mean_pool else 3 * 3)
         self.hidden = nn.Linear(features, hidden_features) if hidden_features else None
