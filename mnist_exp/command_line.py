@@ -1,5 +1,6 @@
 """What every command does around its task: a user's mistake ends with words, a signal with its status."""
 
+import gc
 import inspect
 import os
 import re
@@ -22,6 +23,7 @@ def answer(task: Callable[[], Any], once_stopped: str = "") -> None:
 
     once_stopped: what the user can do after a signal.
     """
+    gc.set_threshold(100_000, 50)  # to search a million imported objects for garbage, again and again, took a quarter of a start
     wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # has Hydra hand over exceptions; its own messages offer the wrong remedies
     try:
