@@ -117,6 +117,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, list) and len(value) == 3 and all(_integer(1)(size) and size % 2 for size in value),
         "three odd integers",
     ),
+    "model.separable": (lambda value: isinstance(value, bool), "true or false"),
     "model.conv_bias": (lambda value: isinstance(value, bool), "true or false"),
     "model.mean_pool": (lambda value: isinstance(value, bool), "true or false"),
     "model.channels": (_three_integers, "three integers of at least 1"),

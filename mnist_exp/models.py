@@ -34,6 +34,19 @@ class SqueezeExcite(nn.Module):
         return features * self.gates(features)[:, :, None, None]
 
 
+def convolution(in_channels: int, out_channels: int, kernel_size: int, bias: bool, separable: bool) -> nn.Module:
+    """Return a convolution that keeps the size: (n, in, h, w) -> (n, out, h, w).
+
+    separable: over places for each channel alone, then over the channels of each place, for a fraction of the parameters.
+    Source: Chollet, Xception: Deep Learning with Depthwise Separable Convolutions, 2017, section 2.
+    """
+    padding = kernel_size // 2
+    if not separable:
+        return nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=bias)
+    depthwise = nn.Conv2d(in_channels, in_channels, kernel_size, padding=padding, groups=in_channels, bias=False)
+    return nn.Sequential(depthwise, nn.Conv2d(in_channels, out_channels, 1, bias=bias))
+
+
 class ConvBlock(nn.Module):
     """Convolution, batch norm, 2x2 max pool, leaky ReLU, optional attention: (n, in, h, w) -> (n, out, h/2, w/2).
 
@@ -41,11 +54,18 @@ class ConvBlock(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, depth: int, kernel_size: int, bias: bool, attention: nn.Module | None
+        self,
+        in_channels: int,
+        out_channels: int,
+        depth: int,
+        kernel_size: int,
+        bias: bool,
+        separable: bool,
+        attention: nn.Module | None,
     ) -> None:
         super().__init__()
         inputs = [in_channels, *[out_channels] * (depth - 1)]
-        *before, self.conv = [nn.Conv2d(i, out_channels, kernel_size, padding=kernel_size // 2, bias=bias) for i in inputs]
+        *before, self.conv = [convolution(i, out_channels, kernel_size, bias, separable) for i in inputs]
         layers = [nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.LeakyReLU(NEGATIVE_SLOPE)) for conv in before]
         self.before = nn.Sequential(*layers)
         self.norm = nn.BatchNorm2d(out_channels)
@@ -64,9 +84,9 @@ class ConvBlock(nn.Module):
 class CNN(nn.Module):
     """Map (n, 1, 28, 28) images of grey values 0 to 255, any dtype, to (n, 10) logits.
 
-    channels, depths, kernel_sizes: of the three blocks' convolutions, which have a bias only if asked for; mean_pool: average
-    the last features over their places; hidden_features: None for no hidden layer; se: called with the second block's channels,
-    returns its attention, or None.
+    channels, depths, kernel_sizes: of the three blocks' convolutions, which have a bias only if asked for; separable: depthwise
+    separable convolutions in the second and third block; mean_pool: average the last features over their places;
+    hidden_features: None for no hidden layer; se: called with the second block's channels, returns its attention, or None.
     """
 
     def __init__(
@@ -74,6 +94,7 @@ class CNN(nn.Module):
         channels: Sequence[int],
         depths: Sequence[int],
         kernel_sizes: Sequence[int],
+        separable: bool,
         conv_bias: bool,
         mean_pool: bool,
         hidden_features: int | None,
@@ -84,7 +105,8 @@ class CNN(nn.Module):
         inputs, attentions = (1, *channels[:2]), (None, se(channels[1]) if se else None, None)
         parts = zip(inputs, channels, depths, kernel_sizes, attentions, strict=True)
         self.blocks = nn.Sequential(
-            *[ConvBlock(i, o, depth, size, conv_bias, attention) for i, o, depth, size, attention in parts]
+            # A separable convolution of one channel has nothing to separate: all it could do is one pattern, scaled.
+            *[ConvBlock(i, o, depth, size, conv_bias, separable and i > 1, a) for i, o, depth, size, a in parts]
         )
         self.pool = nn.AdaptiveAvgPool2d(1) if mean_pool else nn.Identity()
         features = channels[2] * (1 if mean_pool else 3 * 3)

@@ -18,7 +18,10 @@ def test_sizes(composed, name: str, parameters: int) -> None:
     assert abs(count_parameters(model) / 19_674 - 1) < 0.01
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("se_cnn_wide", 23_386), ("se_cnn_deep", 24_496), ("se_cnn_deep_small", 9_865)])
+ACCURATE = {"se_cnn_wide": 23_386, "se_cnn_deep": 24_496, "se_cnn_separable": 24_157, "se_cnn_separable_small": 9_715}
+
+
+@pytest.mark.parametrize(("name", "parameters"), ACCURATE.items())
 def test_sizes_of_the_more_accurate(composed, name: str, parameters: int) -> None:
     model = build(composed(f"model={name}")["model"], "model")
     assert count_parameters(model) == parameters
@@ -41,6 +44,16 @@ def test_depths_and_mean_pool(composed) -> None:
     torch.testing.assert_close(model.output(features[0].mean((2, 3))), logits)
 
 
+def test_separable_convolutions(composed) -> None:
+    """Nine weights a channel and then a matrix: as one full convolution of the product of both, but for the first block."""
+    model = build(composed("model=se_cnn_separable")["model"], "model").eval()
+    assert isinstance(model.blocks[0].conv, nn.Conv2d)
+    depthwise, pointwise = model.blocks[2].conv
+    features = torch.randn(2, 88, 7, 7)
+    full = pointwise.weight * depthwise.weight.transpose(0, 1)  # (out, in, 1, 1) * (1, in, 3, 3)
+    torch.testing.assert_close(F.conv2d(features, full, padding=1), model.blocks[2].conv(features), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("batch", [1, 7])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_28_by_28_to_10(composed, batch: int, dtype: torch.dtype) -> None:
@@ -59,7 +72,7 @@ def test_scaling_is_part_of_the_model(composed) -> None:
 
 def test_too_large_a_model_is_refused() -> None:
     with pytest.raises(UserError, match=r"25,000 are allowed.*model\.channels"):
-        count_parameters(CNN([8, 16, 20], [1, 1, 1], [3, 3, 3], True, False, 120, 0.1))
+        count_parameters(CNN([8, 16, 20], [1, 1, 1], [3, 3, 3], False, True, False, 120, 0.1))
 
 
 def test_squeeze_excitation_attends(composed) -> None:
