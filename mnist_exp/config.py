@@ -66,6 +66,7 @@ def _or_null(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or valid(value)
 
 
+TRUE_OR_FALSE = (lambda value: isinstance(value, bool), "true or false")
 # pattern of the key: (check, what is allowed)
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (_integer(0), "an integer of at least 0"),
@@ -78,7 +79,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sweep.resume": (_or_null(_run_id), "a sweep's id of 32 hexadecimal digits, latest, or null"),
     "sweep.on_failure": (_one_of("continue", "stop"), "continue or stop"),
     "sweep.retries": (_integer(0), "an integer of at least 0"),
-    "sweep.insist": (lambda value: isinstance(value, bool), "true or false"),
+    "sweep.insist": TRUE_OR_FALSE,
     "*batch_size": (_integer(1), "an integer of at least 1"),
     "*.epochs": (_integer(1), "an integer of at least 1"),
     "*.lr": (_number(lambda value: value > 0), "a number above 0"),
@@ -117,9 +118,9 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, list) and len(value) == 3 and all(_integer(1)(size) and size % 2 for size in value),
         "three odd integers",
     ),
-    "model.separable": (lambda value: isinstance(value, bool), "true or false"),
-    "model.conv_bias": (lambda value: isinstance(value, bool), "true or false"),
-    "model.mean_pool": (lambda value: isinstance(value, bool), "true or false"),
+    "model.separable": TRUE_OR_FALSE,
+    "model.conv_bias": TRUE_OR_FALSE,
+    "model.mean_pool": TRUE_OR_FALSE,
     "model.channels": (_three_integers, "three integers of at least 1"),
     "model.depths": (_three_integers, "three integers of at least 1"),
     "model.se.reduction": (_integer(1), "an integer of at least 1"),
