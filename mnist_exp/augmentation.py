@@ -46,7 +46,10 @@ class RandomAffine:
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return the images, each through a map of its own, as float32."""
         count, _, height, width = images.shape
-        maps = self.draw(count, generator).to(images.device, non_blocking=True)[:, :, None, None, :]  # (n, 2, 1, 1, 3)
+        maps = self.draw(count, generator)
+        if images.is_cuda:
+            maps = maps.pin_memory()  # without which the copy waits for the device
+        maps = maps.to(images.device, non_blocking=True)[:, :, None, None, :]  # (n, 2, 1, 1, 3)
         x = (torch.arange(width, device=images.device) * 2 + 1) / width - 1
         y = ((torch.arange(height, device=images.device) * 2 + 1) / height - 1)[:, None]
         # F.affine_grid computes the same as 512 tiny matrix products, ten times slower on a CPU.

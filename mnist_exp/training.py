@@ -69,6 +69,25 @@ class Report:
     state: State | None = None
 
 
+@dataclass(frozen=True)
+class Window:
+    """The steps since the last point of the curves, up to `step` of the epoch; their results lie on the device still."""
+
+    step: int
+    learning_rate: float
+    results: list[tuple[Tensor, Tensor, Tensor]]  # loss, accuracy, gradient norm
+    sizes: list[int]
+
+    @property
+    def examples(self) -> int:
+        """The number of images in these steps."""
+        return sum(self.sizes)
+
+    def values(self) -> tuple[list[float], ...]:
+        """Wait for the losses, accuracies and gradient norms, and return them."""
+        return tuple(torch.stack(values).tolist() for values in zip(*self.results, strict=True))
+
+
 class NonFiniteLossError(UserError):
     """The loss or the weights became NaN or infinite."""
 
@@ -146,7 +165,8 @@ def fit(
 
     save_every: also report, with state, every so many steps. resume_from: a report's state; training goes on behind it,
     bit for bit as if it had never stopped, because all randomness derives from (seed, phase, epoch, step).
-    The model and the data must lie on one device. Raises NonFiniteLossError within a twentieth of an epoch.
+    The model and the data must lie on one device. Raises NonFiniteLossError within a twentieth of an epoch; other devices than
+    the CPU run ahead, and are waited for once an epoch: there the epoch's reports, and the error, come at its end.
     """
     model.to(memory_format=torch.channels_last)
     device = next(model.parameters()).device
@@ -171,38 +191,47 @@ def fit(
         reports = {round(stage.steps_per_epoch * (i + 1) / REPORTS_PER_EPOCH) for i in range(REPORTS_PER_EPOCH)}
         for epoch in range(first_epoch, phase.epochs):
             model.train()
-            window: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, accuracy, gradient norm of the steps not yet reported
+            windows: list[Window] = []  # not yet reported
+            results: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, accuracy, gradient norm of the steps of the next one
             sizes: list[int] = []
-            window_start = time.perf_counter()
+            started = time.perf_counter()
             batches = split.batches(phase.batch_size, generator(seed, stage.name, epoch, "order"), skip=steps_done)
             for step, (images, labels) in enumerate(batches, start=steps_done + 1):
                 learning_rate = stage.optimizer.param_groups[0]["lr"]
-                window.append(_step(model, stage, scaler, images, labels, precision, (seed, stage.name, epoch, step)))
+                results.append(_step(model, stage, scaler, images, labels, precision, (seed, stage.name, epoch, step)))
                 sizes.append(len(labels))
                 steps = epoch * stage.steps_per_epoch + step
                 saves = step == stage.steps_per_epoch or (save_every is not None and steps % save_every == 0)
                 if not saves and step not in reports:
                     continue
-                loss, accuracy, grad_norm = (torch.stack(values).tolist() for values in zip(*window, strict=True))
-                _check_finite(loss, stage, epoch, step)
-                examples_seen += sum(sizes)
-                seconds = time.perf_counter() - window_start
-                metrics = {
-                    "epoch": epochs_done + step / stage.steps_per_epoch,
-                    "train/loss": weighted_mean(loss, sizes),
-                    "train/accuracy": weighted_mean(accuracy, sizes),
-                    "train/grad_norm": sum(grad_norm) / len(grad_norm),
-                    "train/lr": learning_rate,
-                    "train/examples_per_second": sum(sizes) / seconds,
-                }
+                windows.append(Window(step, learning_rate, results, sizes))
+                results, sizes = [], []
+                if not saves and device.type != "cpu":
+                    continue  # to read a result is to wait for the device
+                values = [window.values() for window in windows]
+                for window, (loss, _, _) in zip(windows, values, strict=True):
+                    _check_finite(loss, stage, epoch, window.step)
                 if saves and not all(value.isfinite().all() for value in model.state_dict().values()):
                     raise _not_finite("weights", "infinite or NaN", stage, epoch, step)
-                if step == stage.steps_per_epoch and stage.validation:
-                    evaluation = evaluate(model, data.splits[stage.validation])
-                    metrics |= {"val/loss": evaluation.loss, "val/accuracy": evaluation.accuracy}
-                state = _state(model, stage, scaler, steps, examples_seen) if saves else None
-                yield Report(stage.name, examples_seen, seconds, metrics, state)
-                window, sizes, window_start = [], [], time.perf_counter()
+                seconds = (time.perf_counter() - started) / sum(window.examples for window in windows)  # per example
+                for window, (loss, accuracy, grad_norm) in zip(windows, values, strict=True):
+                    examples_seen += window.examples
+                    metrics = {
+                        "epoch": epochs_done + window.step / stage.steps_per_epoch,
+                        "train/loss": weighted_mean(loss, window.sizes),
+                        "train/accuracy": weighted_mean(accuracy, window.sizes),
+                        "train/grad_norm": sum(grad_norm) / len(grad_norm),
+                        "train/lr": window.learning_rate,
+                        "train/examples_per_second": 1 / seconds,
+                    }
+                    state = None
+                    if saves and window is windows[-1]:
+                        if step == stage.steps_per_epoch and stage.validation:
+                            evaluation = evaluate(model, data.splits[stage.validation])
+                            metrics |= {"val/loss": evaluation.loss, "val/accuracy": evaluation.accuracy}
+                        state = _state(model, stage, scaler, steps, examples_seen)
+                    yield Report(stage.name, examples_seen, seconds * window.examples, metrics, state)
+                windows, started = [], time.perf_counter()
             epochs_done += 1
             steps_done = 0
 

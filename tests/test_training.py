@@ -9,7 +9,7 @@ from mnist_exp.config import build
 from mnist_exp.data import Dataset, derive_seed
 from mnist_exp.errors import UserError
 from mnist_exp.evaluation import evaluate
-from mnist_exp.training import NonFiniteLossError, Report, Stage, choose_device, choose_precision, fit, plan
+from mnist_exp.training import NonFiniteLossError, Report, Stage, _step, choose_device, choose_precision, fit, plan
 
 
 def train(config: dict[str, Any], data: Dataset | None = None) -> tuple[nn.Module, list[Report], Dataset]:
@@ -96,6 +96,21 @@ def test_reports_cover_every_example_once(composed, short_digits) -> None:
     assert reports[0].metrics.keys() == {
         "epoch", "train/loss", "train/accuracy", "train/grad_norm", "train/lr", "train/examples_per_second",
     }  # fmt: skip
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+def test_steps_do_not_wait_for_the_gpu(composed, short_digits) -> None:
+    config, device = composed("~phases.finetune"), torch.device("cuda")
+    model, data = build(config["model"], "model").to(device), short_digits.to(device)
+    (stage,) = plan(model, {"train": build(config["phases"]["train"], "")}, data)
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    batches = list(data.splits["train"].batches(512, torch.Generator()))
+    try:
+        for step, (images, labels) in enumerate(batches):
+            _step(model, stage, scaler, images, labels, choose_precision("auto", device), (step,))
+            torch.cuda.set_sync_debug_mode("error")  # from the second step on: the first one sets the libraries up
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(composed, short_digits) -> None:
