@@ -62,7 +62,7 @@ def explain(error: Exception) -> str:
         )
     cause = error.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
-        shared = re.match(r"phases\.\w+\.((optimizer|scheduler|augmentation)\..+)", cause.full_key)
+        shared = re.match(r"phases\.\w+\.((optimizer|scheduler|augmentation|teacher)\..+)", cause.full_key)
         if shared:
             return f"{cause.full_key} follows the key at the top: override {shared[1]} instead."
         if isinstance(cause.parent_node, DictConfig):

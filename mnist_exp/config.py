@@ -20,13 +20,21 @@ OmegaConf.register_new_resolver("scaled", lambda value, at, to: value * to / at,
 
 KEYS = {
     "seed", "batch_size", "precision", "device", "output_dir", "save_every", "resume", "rerun", "sweep", "phases",
-    "data", "model", "optimizer", "scheduler", "augmentation", "tracking",
+    "data", "model", "optimizer", "scheduler", "augmentation", "teacher", "tracking",
 }  # fmt: skip
-REQUIRED = KEYS - {"optimizer", "scheduler", "augmentation", "save_every", "resume", "rerun"}  # the first three: through phases
+REQUIRED = KEYS - {
+    "optimizer",
+    "scheduler",
+    "augmentation",
+    "teacher",
+    "save_every",
+    "resume",
+    "rerun",
+}  # the first four: through phases
 
 # A target is one name in one of these modules, so that nothing else can be reached through them (torch.os.system).
 TARGET = re.compile(
-    r"mnist_exp\.(augmentation|data|models|optimizers|schedules|tracking|training)\.[A-Za-z]\w*"
+    r"mnist_exp\.(augmentation|data|distillation|models|optimizers|schedules|tracking|training)\.[A-Za-z]\w*"
     r"|torch\.(nn|optim|optim\.lr_scheduler)\.[A-Z]\w*"
 )
 
@@ -62,6 +70,10 @@ def _run_id(value: Any) -> bool:
     return bool(re.fullmatch("latest|[0-9a-f]{32}", str(value)))
 
 
+def _finished(value: Any) -> bool:
+    return _run_id(value) and value != "latest"
+
+
 def _or_null(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or valid(value)
 
@@ -75,7 +87,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "output_dir": (_text, "a folder"),
     "save_every": (_or_null(_integer(1)), "an integer of at least 1 (steps), or null"),
     "resume": (_or_null(_run_id), "a run's id of 32 hexadecimal digits, latest, or null"),
-    "rerun": (_or_null(lambda value: _run_id(value) and value != "latest"), "a run's id of 32 hexadecimal digits, or null"),
+    "rerun": (_or_null(_finished), "a run's id of 32 hexadecimal digits, or null"),
     "sweep.resume": (_or_null(_run_id), "a sweep's id of 32 hexadecimal digits, latest, or null"),
     "sweep.on_failure": (_one_of("continue", "stop"), "continue or stop"),
     "sweep.retries": (_integer(0), "an integer of at least 0"),
@@ -104,6 +116,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "*betas": (
         lambda value: _numbers(lambda item: 0 <= item < 1)(value) and len(value) == 2,
         "two numbers from 0 to below 1",
+    ),
+    "*teacher.runs": (
+        lambda value: isinstance(value, list) and bool(value) and all(map(_finished, value)),
+        "a list of the ids of finished runs, of 32 hexadecimal digits each",
     ),
     "data.root": (_text, "a folder"),
     "tracking.uri": (_text, "sqlite:////path.db, or http(s)://host:port of an MLflow server"),

@@ -165,7 +165,7 @@ def run(
             f"The sweep was begun on {sweep['data']}, here is {data.name}. Point MNIST_ROOT to the data that it was begun "
             "with, or go on all the same with sweep.insist=true."
         )
-    stages = plan(model, phases, data)
+    stages = plan(model, phases, data, Path(config["output_dir"]))
     tracker = build(config["tracking"], "tracking")
     output_dir = output.make_folder(Path(config["output_dir"]))
 
@@ -332,7 +332,7 @@ def run_name(choices: dict[str, str], told: list[str], data: str) -> str:
 def selection(config: dict[str, Any], choices: dict[str, str]) -> dict[str, object]:
     """Return the flat, readable part of a configuration that becomes the run's parameters."""
     shared: dict[str, object] = {
-        group: choices[group] for group in ("optimizer", "scheduler", "augmentation") if group in choices
+        group: choices[group] for group in ("optimizer", "scheduler", "augmentation", "teacher") if group in choices
     }
     parts = {**config["phases"], "model": config["model"]}
     return {

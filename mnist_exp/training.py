@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ class Phase:
     """One stretch of training as data: which split, for how long, and with what.
 
     optimizer: called with the parameters; scheduler: called with the optimizer and total_steps, stepped every batch;
-    augmentation: called with (n, 1, 28, 28) images and a generator; max_grad_norm: of the whole gradient, None for no limit;
+    augmentation: called with (n, 1, 28, 28) images and a generator; teacher: called with data and output_dir, gives what gives
+    the targets; max_grad_norm: of the whole gradient, None for no limit;
     label_smoothing: the share of the target that all classes divide (Szegedy et al., 2016).
     """
 
@@ -37,18 +39,20 @@ class Phase:
     optimizer: Callable[..., Optimizer]
     scheduler: Callable[..., LRScheduler]
     augmentation: Callable[[Tensor, torch.Generator], Tensor]
+    teacher: Callable[..., Callable[[Tensor, Tensor], Tensor]]
     max_grad_norm: float | None
     label_smoothing: float
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A phase made ready: its name, its optimizer over the model, and its scheduler over the phase's steps."""
+    """A phase made ready: its name, its optimizer over the model, its scheduler over the phase's steps, and its teacher."""
 
     name: str
     phase: Phase
     optimizer: Optimizer
     scheduler: LRScheduler
+    teacher: Callable[[Tensor, Tensor], Tensor]
     steps_per_epoch: int
     validation: str | None
 
@@ -122,15 +126,15 @@ def hold_freed_memory() -> None:
         libc.mallopt(mmap_threshold, 2**25)
 
 
-def plan(model: nn.Module, phases: Mapping[str, Phase], data: Dataset) -> list[Stage]:
-    """Build each phase's optimizer and scheduler, so that what cannot work is said before any training.
+def plan(model: nn.Module, phases: Mapping[str, Phase], data: Dataset, output_dir: Path = Path()) -> list[Stage]:
+    """Build each phase's optimizer, scheduler and teacher, so that what cannot work is said before any training.
 
-    Raises UserError on a split that `data` lacks, and on what an optimizer or a scheduler refuses.
+    output_dir: where a teacher's runs lie. Raises UserError on a split that `data` lacks, and on what any of the three refuses.
     """
     stages: list[Stage] = []
     trained_on: set[str] = set()
     for name, phase in phases.items():
-        for part in ("optimizer", "scheduler", "augmentation"):
+        for part in ("optimizer", "scheduler", "augmentation", "teacher"):
             if not callable(getattr(phase, part)):
                 raise UserError(f"phases.{name}.{part} is missing: choose one with {part}@phases.{name}.{part}=OPTION.")
         if phase.split not in data.splits or phase.split == "test":
@@ -147,7 +151,8 @@ def plan(model: nn.Module, phases: Mapping[str, Phase], data: Dataset) -> list[S
             ) from error
         trained_on.add(phase.split)
         validation = None if data.validation in trained_on else data.validation
-        stages.append(Stage(name, phase, optimizer, scheduler, steps_per_epoch, validation))
+        teacher = phase.teacher(data, output_dir)
+        stages.append(Stage(name, phase, optimizer, scheduler, teacher, steps_per_epoch, validation))
     return stages
 
 
@@ -251,7 +256,8 @@ def _step(
         torch.manual_seed(derive_seed(*place, "dropout"))  # dropout knows no other source than the global one
         with torch.autocast(labels.device.type, precision, enabled=precision != torch.float32):
             logits = model(images)
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=stage.phase.label_smoothing)
+            targets = stage.teacher(images, labels)
+    loss = F.cross_entropy(logits.float(), targets, label_smoothing=stage.phase.label_smoothing)
     stage.optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     scaler.unscale_(stage.optimizer)
