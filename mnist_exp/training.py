@@ -30,7 +30,7 @@ class Phase:
     optimizer: called with the parameters; scheduler: called with the optimizer and total_steps, stepped every batch;
     augmentation: called with (n, 1, 28, 28) images and a generator; teacher: called with data and output_dir, gives what gives
     the targets; max_grad_norm: of the whole gradient, None for no limit;
-    label_smoothing: the share of the target that all classes divide (Szegedy et al., 2016).
+    label_smoothing: the share of a label that all classes divide (Szegedy et al., 2016).
     """
 
     split: str
@@ -257,7 +257,8 @@ def _step(
         with torch.autocast(labels.device.type, precision, enabled=precision != torch.float32):
             logits = model(images)
             targets = stage.teacher(images, labels)
-    loss = F.cross_entropy(logits.float(), targets, label_smoothing=stage.phase.label_smoothing)
+    smoothing = 0.0 if targets.is_floating_point() else stage.phase.label_smoothing  # a teacher's are smooth as they are
+    loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
     stage.optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     scaler.unscale_(stage.optimizer)

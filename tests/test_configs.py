@@ -1,9 +1,11 @@
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
 
-from mnist_exp import ROOT
+from mnist_exp import ROOT, checkpoint, output
 from mnist_exp.config import build, check
 from mnist_exp.data import Dataset
 from mnist_exp.errors import UserError
@@ -12,6 +14,7 @@ from mnist_exp.training import fit, plan
 
 CONF = ROOT / "conf"
 CLUSTERS = {"ray_cluster": "hydra_plugins.hydra_ray_launcher", "slurm": "hydra_plugins.hydra_submitit_launcher"}
+TAUGHT = {"ensemble", "record", "under_10k"}  # files that need finished runs to learn from
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.parent != CONF)
 
 
@@ -23,7 +26,8 @@ def test_every_file_composes_and_runs(
     if option in CLUSTERS:
         pytest.importorskip(CLUSTERS[option])
     override = f"+phase@phases.more={option}" if group == "phase" else f"{group}={option}"
-    config = composed(override)
+    taught = [f"teacher.runs=[{finished(composed('data=digits'), short_digits, tmp_path)}]"] if option in TAUGHT else []
+    config = composed(override, *taught)
     model = build(config["model"], "model")
     count_parameters(model)
     if group in ("data", "experiment"):
@@ -32,20 +36,37 @@ def test_every_file_composes_and_runs(
         assert "train" in build(config["data"], "data", seed=0).splits
     build(config["tracking"] | ({"uri": f"sqlite:///{tmp_path}/mlflow.db"} if option == "mlflow" else {}), "tracking")
     phases = {name: build(node | {"epochs": 1}, name) for name, node in config["phases"].items()}
-    reports = list(fit(model, plan(model, phases, short_digits), short_digits, seed=0, precision=torch.float32))
+    reports = list(fit(model, plan(model, phases, short_digits, tmp_path), short_digits, seed=0, precision=torch.float32))
     assert reports[-1].metrics["train/loss"] < 10
     assert {report.phase for report in reports} == set(config["phases"])
 
 
+def finished(config: dict[str, Any], data: Dataset, output_dir: Path) -> str:
+    """Leave what a finished run leaves, of a network that has not learned anything, and return the run's id."""
+    run_id = uuid4().hex
+    digests = {name: split.digest for name, split in data.splits.items()}
+    state = {"model": build(config["model"], "model").state_dict()}
+    folder = output.make_folder(output_dir / run_id)
+    checkpoint.save(folder, checkpoint.Checkpoint(run_id, config, {}, [], digests, {}, state, [], {}, 0.0))
+    output.mark_finished(folder)
+    return run_id
+
+
 def test_every_option_of_a_group_learns_something_else(composed) -> None:
-    for group in ("model", "optimizer", "scheduler", "augmentation", "data", "tracking"):
+    for group in ("model", "optimizer", "scheduler", "augmentation", "teacher", "data", "tracking"):
         options = [path.stem for path in FILES if str(path.parent) == group]
-        assert len({str(composed(f"{group}={option}")[group]) for option in options}) == len(options) > 1
+        runs = f"teacher.runs=[{'0' * 32}]"
+        assert (
+            len({str(composed(f"{group}={option}", *[runs] * (option in TAUGHT))[group]) for option in options})
+            == len(options)
+            > 1
+        )
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
 def test_an_experiment_never_falls_back_and_opens_with_its_command(composed, path: Path) -> None:
-    assert composed(f"experiment={path.stem}")["data"].get("fallback") is None
+    runs = f"teacher.runs=[{'0' * 32}]"
+    assert composed(f"experiment={path.stem}", *[runs] * (path.stem in TAUGHT))["data"].get("fallback") is None
     header = path.read_text().split("\ndefaults:")[0]
     assert "python -m mnist_exp.run" in header
     assert f"experiment={path.stem}" in header
