@@ -70,8 +70,12 @@ def _run_id(value: Any) -> bool:
     return bool(re.fullmatch("latest|[0-9a-f]{32}", str(value)))
 
 
-def _finished(value: Any) -> bool:
+def _one_run(value: Any) -> bool:
     return _run_id(value) and value != "latest"
+
+
+def _different_runs(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_one_run, value)) and len(set(value)) == len(value)
 
 
 def _or_null(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -87,7 +91,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "output_dir": (_text, "a folder"),
     "save_every": (_or_null(_integer(1)), "an integer of at least 1 (steps), or null"),
     "resume": (_or_null(_run_id), "a run's id of 32 hexadecimal digits, latest, or null"),
-    "rerun": (_or_null(_finished), "a run's id of 32 hexadecimal digits, or null"),
+    "rerun": (_or_null(_one_run), "a run's id of 32 hexadecimal digits, or null"),
     "sweep.resume": (_or_null(_run_id), "a sweep's id of 32 hexadecimal digits, latest, or null"),
     "sweep.on_failure": (_one_of("continue", "stop"), "continue or stop"),
     "sweep.retries": (_integer(0), "an integer of at least 0"),
@@ -118,8 +122,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "two numbers from 0 to below 1",
     ),
     "*teacher.runs": (
-        lambda value: isinstance(value, list) and bool(value) and all(map(_finished, value)),
-        "a list of the ids of finished runs, of 32 hexadecimal digits each",
+        _different_runs,
+        "a list of the ids of finished runs, each of 32 hexadecimal digits and named once",
     ),
     "data.root": (_text, "a folder"),
     "tracking.uri": (_text, "sqlite:////path.db, or http(s)://host:port of an MLflow server"),
@@ -172,6 +176,8 @@ def check(config: dict[str, Any]) -> None:
             raise UserError(f"{key} is missing: give it a value, or do not delete it (~{key}) on the command line.")
     for key, value in nodes({key: config[key] for key in sorted(config, key=lambda key: key == "phases")}):
         check_target(key, value)
+        if isinstance(value, str) and "${" in value:  # a stored configuration is resolved: Hydra would do it again, and call
+            raise UserError(f"{key}={value} is not valid: allowed are plain values, without ${{...}}.")
         for pattern, (valid, allowed) in RULES.items():
             if fnmatch(key, pattern) and not valid(value):
                 raise UserError(f"{key}={value} is not valid: allowed is {allowed}. Set it with {key}=... on the command line.")

@@ -63,7 +63,8 @@ def differing(overrides: Sequence[str], varied: Sequence[str]) -> list[str]:
 
 
 def short(override: str, choices: dict[str, str]) -> str:
-    """Return an override as it stands in a run's name: `adam` for optimizer=adam, `bs=64` for batch_size=64."""
+    """Return an override as it stands in a run's name: `adam` for optimizer=adam, `bs=64` for batch_size=64, ids cut short."""
+    override = re.sub("([0-9a-f]{8})[0-9a-f]{24}", r"\1", override)
     key, _, value = override.partition("=")
     if choices.get(key) == value:
         return value

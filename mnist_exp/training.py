@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mnist_exp.data import Dataset, derive_seed, generator
+from mnist_exp.distillation import NoTeacher
 from mnist_exp.errors import UserError
 from mnist_exp.evaluation import evaluate
 
@@ -28,9 +29,9 @@ class Phase:
     """One stretch of training as data: which split, for how long, and with what.
 
     optimizer: called with the parameters; scheduler: called with the optimizer and total_steps, stepped every batch;
-    augmentation: called with (n, 1, 28, 28) images and a generator; teacher: called with data and output_dir, gives what gives
-    the targets; max_grad_norm: of the whole gradient, None for no limit;
-    label_smoothing: the share of a label that all classes divide (Szegedy et al., 2016).
+    augmentation: called with (n, 1, 28, 28) images and a generator; teacher: called with data and output_dir, returns what maps
+    images as augmented and labels to targets; max_grad_norm: of the whole gradient, None for no limit;
+    label_smoothing: the share of the target that all classes divide (Szegedy et al., 2016).
     """
 
     split: str
@@ -39,7 +40,7 @@ class Phase:
     optimizer: Callable[..., Optimizer]
     scheduler: Callable[..., LRScheduler]
     augmentation: Callable[[Tensor, torch.Generator], Tensor]
-    teacher: Callable[..., Callable[[Tensor, Tensor], Tensor]]
+    teacher: Callable[..., NoTeacher]
     max_grad_norm: float | None
     label_smoothing: float
 
@@ -52,7 +53,7 @@ class Stage:
     phase: Phase
     optimizer: Optimizer
     scheduler: LRScheduler
-    teacher: Callable[[Tensor, Tensor], Tensor]
+    teacher: NoTeacher
     steps_per_epoch: int
     validation: str | None
 
@@ -63,7 +64,8 @@ class Report:
 
     state: what it takes to go on from here, where a checkpoint is due; it lives in the model and the optimizer, and is to be
     saved before the next report is asked for;
-    examples_seen: over all phases; seconds: of training since the last report; the metric `epoch` counts over all phases.
+    examples_seen: over all phases; seconds: of training since the last report, or the share of it in reports that come together;
+    the metric `epoch` counts over all phases.
     """
 
     phase: str
@@ -126,7 +128,7 @@ def hold_freed_memory() -> None:
         libc.mallopt(mmap_threshold, 2**25)
 
 
-def plan(model: nn.Module, phases: Mapping[str, Phase], data: Dataset, output_dir: Path = Path()) -> list[Stage]:
+def plan(model: nn.Module, phases: Mapping[str, Phase], data: Dataset, output_dir: Path) -> list[Stage]:
     """Build each phase's optimizer, scheduler and teacher, so that what cannot work is said before any training.
 
     output_dir: where a teacher's runs lie. Raises UserError on a split that `data` lacks, and on what any of the three refuses.
@@ -144,14 +146,14 @@ def plan(model: nn.Module, phases: Mapping[str, Phase], data: Dataset, output_di
         try:
             optimizer = phase.optimizer(model.parameters())
             scheduler = phase.scheduler(optimizer, total_steps=phase.epochs * steps_per_epoch)
+            teacher = phase.teacher(data, output_dir)
         except (TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise UserError(
-                f"phases.{name}: its optimizer or scheduler refuses its arguments, or the phase's "
+                f"phases.{name}: its optimizer, scheduler or teacher refuses its arguments, or the phase's "
                 f"{phase.epochs * steps_per_epoch} steps: {error}. See their files in conf/ for what they take."
             ) from error
-        trained_on.add(phase.split)
+        trained_on |= {phase.split, data.validation} if teacher.saw_validation else {phase.split}
         validation = None if data.validation in trained_on else data.validation
-        teacher = phase.teacher(data, output_dir)
         stages.append(Stage(name, phase, optimizer, scheduler, teacher, steps_per_epoch, validation))
     return stages
 
@@ -171,7 +173,7 @@ def fit(
     save_every: also report, with state, every so many steps. resume_from: a report's state; training goes on behind it,
     bit for bit as if it had never stopped, because all randomness derives from (seed, phase, epoch, step).
     The model and the data must lie on one device. Raises NonFiniteLossError within a twentieth of an epoch; other devices than
-    the CPU run ahead, and are waited for once an epoch: there the epoch's reports, and the error, come at its end.
+    the CPU run ahead, and are waited for where a checkpoint is due: there the reports, and the error, come together.
     """
     model.to(memory_format=torch.channels_last)
     device = next(model.parameters()).device
@@ -214,12 +216,9 @@ def fit(
                 if not saves and device.type != "cpu":
                     continue  # to read a result is to wait for the device
                 values = [window.values() for window in windows]
-                for window, (loss, _, _) in zip(windows, values, strict=True):
-                    _check_finite(loss, stage, epoch, window.step)
-                if saves and not all(value.isfinite().all() for value in model.state_dict().values()):
-                    raise _not_finite("weights", "infinite or NaN", stage, epoch, step)
                 seconds = (time.perf_counter() - started) / sum(window.examples for window in windows)  # per example
                 for window, (loss, accuracy, grad_norm) in zip(windows, values, strict=True):
+                    _check_finite(loss, stage, epoch, window)
                     examples_seen += window.examples
                     metrics = {
                         "epoch": epochs_done + window.step / stage.steps_per_epoch,
@@ -231,6 +230,8 @@ def fit(
                     }
                     state = None
                     if saves and window is windows[-1]:
+                        if not all(value.isfinite().all() for value in model.state_dict().values()):
+                            raise _not_finite("weights", "infinite or NaN", stage, epoch, step, learning_rate)
                         if step == stage.steps_per_epoch and stage.validation:
                             evaluation = evaluate(model, data.splits[stage.validation])
                             metrics |= {"val/loss": evaluation.loss, "val/accuracy": evaluation.accuracy}
@@ -250,15 +251,14 @@ def _step(
     precision: torch.dtype,
     place: tuple[object, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Take one step and return its loss, accuracy and gradient norm, on the device, so that nothing waits for it."""
+    """Take one step and return its loss, accuracy and gradient norm, on the device, which is waited for in fp16 only."""
     images = stage.phase.augmentation(images, generator(*place, "augmentation"))
     with torch.random.fork_rng(devices=[labels.device] if labels.device.type == "cuda" else []):
         torch.manual_seed(derive_seed(*place, "dropout"))  # dropout knows no other source than the global one
         with torch.autocast(labels.device.type, precision, enabled=precision != torch.float32):
             logits = model(images)
             targets = stage.teacher(images, labels)
-    smoothing = 0.0 if targets.is_floating_point() else stage.phase.label_smoothing  # a teacher's are smooth as they are
-    loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+    loss = F.cross_entropy(logits.float(), targets, label_smoothing=stage.phase.label_smoothing)
     stage.optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     scaler.unscale_(stage.optimizer)
@@ -270,16 +270,16 @@ def _step(
     return loss.detach(), (logits.argmax(1) == labels).float().mean(), grad_norm.detach()
 
 
-def _check_finite(losses: list[float], stage: Stage, epoch: int, step: int) -> None:
-    for position, loss in enumerate(losses, start=step - len(losses) + 1):
+def _check_finite(losses: list[float], stage: Stage, epoch: int, window: Window) -> None:
+    for step, loss in enumerate(losses, start=window.step - len(losses) + 1):
         if not abs(loss) < float("inf"):
-            raise _not_finite("loss", str(loss), stage, epoch, position)
+            raise _not_finite("loss", str(loss), stage, epoch, step, window.learning_rate)
 
 
-def _not_finite(what: str, value: str, stage: Stage, epoch: int, step: int) -> NonFiniteLossError:
+def _not_finite(what: str, value: str, stage: Stage, epoch: int, step: int, learning_rate: float) -> NonFiniteLossError:
     return NonFiniteLossError(
         f"The {what} became {value} in phase {stage.name}, epoch {epoch + 1}, step {step} of {stage.steps_per_epoch}, "
-        f"at learning rate {stage.optimizer.param_groups[0]['lr']:g}: allowed are finite numbers. "
+        f"at learning rate {learning_rate:g}: allowed are finite numbers. "
         "Lower the learning rate (optimizer.lr) or the gradient's limit (phases.*.max_grad_norm)."
     )
 

@@ -114,7 +114,7 @@ def training_parts(overrides: list[str]) -> dict[str, float]:
         reach("data")
         return augmented
 
-    stages = plan(model, {"train": replace(phase, augmentation=timed_augmentation)}, data)
+    stages = plan(model, {"train": replace(phase, augmentation=timed_augmentation)}, data, Path())
     model.register_forward_hook(lambda *_: reach("forward") if model.training else None)
     stages[0].optimizer.register_step_pre_hook(lambda *_: reach("backward"))
     stages[0].optimizer.register_step_post_hook(lambda *_: reach("optimizer"))

@@ -1,11 +1,10 @@
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
 
 import pytest
 import torch
+from conftest import finished
 
-from mnist_exp import ROOT, checkpoint, output
+from mnist_exp import ROOT
 from mnist_exp.config import build, check
 from mnist_exp.data import Dataset
 from mnist_exp.errors import UserError
@@ -41,17 +40,6 @@ def test_every_file_composes_and_runs(
     assert {report.phase for report in reports} == set(config["phases"])
 
 
-def finished(config: dict[str, Any], data: Dataset, output_dir: Path) -> str:
-    """Leave what a finished run leaves, of a network that has not learned anything, and return the run's id."""
-    run_id = uuid4().hex
-    digests = {name: split.digest for name, split in data.splits.items()}
-    state = {"model": build(config["model"], "model").state_dict()}
-    folder = output.make_folder(output_dir / run_id)
-    checkpoint.save(folder, checkpoint.Checkpoint(run_id, config, {}, [], digests, {}, state, [], {}, 0.0))
-    output.mark_finished(folder)
-    return run_id
-
-
 def test_every_option_of_a_group_learns_something_else(composed) -> None:
     for group in ("model", "optimizer", "scheduler", "augmentation", "teacher", "data", "tracking"):
         options = [path.stem for path in FILES if str(path.parent) == group]
@@ -70,6 +58,7 @@ def test_an_experiment_never_falls_back_and_opens_with_its_command(composed, pat
     header = path.read_text().split("\ndefaults:")[0]
     assert "python -m mnist_exp.run" in header
     assert f"experiment={path.stem}" in header
+    assert ("teacher.runs=" in header) == (path.stem in TAUGHT)
 
 
 def test_the_scaled_learning_rate_grows_with_the_batch_size(composed) -> None:
@@ -112,6 +101,13 @@ def test_a_foreign_target_is_refused(composed, target: str) -> None:
     config = composed()
     config["model"]["_target_"] = target
     with pytest.raises(UserError, match=rf"model\._target_={target} is not allowed"):
+        check(config)
+
+
+def test_a_stored_configuration_is_not_resolved_again(composed) -> None:
+    config = composed()
+    config["model"]["colour"] = "${oc.create:{_target_:os.getcwd}}"
+    with pytest.raises(UserError, match=r"model\.colour=.* is not valid: allowed are plain values"):
         check(config)
 
 

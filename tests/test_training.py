@@ -1,12 +1,17 @@
 import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from conftest import finished
+from torch import Tensor, nn
 
 from mnist_exp.config import build
-from mnist_exp.data import Dataset, derive_seed
+from mnist_exp.data import Dataset, derive_seed, load_digits
+from mnist_exp.distillation import NoTeacher
 from mnist_exp.errors import UserError
 from mnist_exp.evaluation import evaluate
 from mnist_exp.training import NonFiniteLossError, Report, Stage, _step, choose_device, choose_precision, fit, plan
@@ -19,7 +24,7 @@ def train(config: dict[str, Any], data: Dataset | None = None) -> tuple[nn.Modul
     model = build(config["model"], "model")
     phases = {name: build(node, name) for name, node in config["phases"].items()}
     precision = choose_precision(config["precision"], torch.device("cpu"))
-    return model, list(fit(model, plan(model, phases, data), data, seed=config["seed"], precision=precision)), data
+    return model, list(fit(model, plan(model, phases, data, Path()), data, seed=config["seed"], precision=precision)), data
 
 
 def test_digits_pass_the_gate(composed) -> None:
@@ -57,7 +62,7 @@ def test_a_caller_s_random_state_neither_matters_nor_changes(composed, short_dig
     first = train(config, data)[0].state_dict()
     torch.manual_seed(derive_seed(0, "weights"))
     model = build(config["model"], "model")
-    stages = plan(model, {"finetune": build(config["phases"]["finetune"], "")}, data)
+    stages = plan(model, {"finetune": build(config["phases"]["finetune"], "")}, data, Path())
     torch.manual_seed(2)
     before = torch.get_rng_state()
     list(fit(model, stages, data, seed=0, precision=choose_precision("auto", torch.device("cpu"))))
@@ -81,10 +86,36 @@ def test_a_phase_s_own_optimizer_can_be_chosen(composed) -> None:
     assert phases["train"]["optimizer"]["_target_"] == "torch.optim.SGD"
 
 
+class OneOff(NoTeacher):
+    """Teaches the digit after the label."""
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        return F.one_hot((labels + 1) % 10, 10).float()
+
+
+def test_a_network_learns_what_its_teacher_says(composed, short_digits) -> None:
+    config = composed("~phases.finetune", "batch_size=64", "phases.train.epochs=3")
+    model = build(config["model"], "model")
+    phases = {"train": replace(build(config["phases"]["train"], ""), teacher=OneOff)}
+    reports = list(fit(model, plan(model, phases, short_digits, Path()), short_digits, seed=0, precision=torch.float32))
+    evaluation = evaluate(model, short_digits.splits["test"])
+    assert (evaluation.logits.argmax(1) == (evaluation.labels + 1) % 10).float().mean() > 0.8
+    assert evaluation.accuracy < 0.1 > reports[-1].metrics["train/accuracy"], "accuracy is that of the labels"
+
+
 def test_what_was_trained_on_no_longer_validates(composed, short_digits) -> None:
     _, reports, _ = train(composed(), short_digits)
     validated = {report.phase for report in reports if "val/accuracy" in report.metrics}
     assert validated == {"train"}, "phase finetune trains on the images that validated phase train"
+
+
+def test_what_a_teacher_was_trained_on_no_longer_validates(composed, short_digits, tmp_path: Path) -> None:
+    of_seed = {seed: load_digits(0.02, seed) for seed in (0, 1)}
+    for seed, drop, validates in ((0, "~phases.finetune", True), (0, "~phases.train", False), (1, "~phases.finetune", False)):
+        run = finished(composed("data=digits", drop), of_seed[seed], tmp_path)
+        phase = build(composed("teacher=ensemble", f"teacher.runs=[{run}]")["phases"]["train"], "")
+        (stage,) = plan(nn.Linear(1, 1), {"train": phase}, short_digits, tmp_path)
+        assert (stage.validation == "finetune") == validates
 
 
 def test_reports_cover_every_example_once(composed, short_digits) -> None:
@@ -102,7 +133,7 @@ def test_reports_cover_every_example_once(composed, short_digits) -> None:
 def test_steps_do_not_wait_for_the_gpu(composed, short_digits) -> None:
     config, device = composed("~phases.finetune"), torch.device("cuda")
     model, data = build(config["model"], "model").to(device), short_digits.to(device)
-    (stage,) = plan(model, {"train": build(config["phases"]["train"], "")}, data)
+    (stage,) = plan(model, {"train": build(config["phases"]["train"], "")}, data, Path())
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     batches = list(data.splits["train"].batches(512, torch.Generator()))
     try:
@@ -121,7 +152,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(composed, short_digits) -> None
 def test_weights_that_are_not_finite_never_reach_a_checkpoint(composed, short_digits) -> None:
     config = composed("~phases.train")
     model = build(config["model"], "model")
-    stages = plan(model, {"finetune": build(config["phases"]["finetune"], "")}, short_digits)
+    stages = plan(model, {"finetune": build(config["phases"]["finetune"], "")}, short_digits, Path())
     stages[0].scheduler.step = lambda: model.output.weight.data.fill_(float("nan"))  # after the last step's finite loss
     with pytest.raises(NonFiniteLossError, match=r"weights became .* in phase finetune, epoch 1, step 1 of 1"):
         list(fit(model, stages, short_digits, seed=0, precision=torch.float32))
@@ -182,7 +213,7 @@ def test_resuming_from_any_checkpoint_ends_in_the_same_state(composed, short_dig
     def start() -> tuple[nn.Module, list[Stage]]:
         torch.manual_seed(derive_seed(0, "weights"))
         model = build(config["model"], "model")
-        return model, plan(model, {name: build(node, name) for name, node in config["phases"].items()}, short_digits)
+        return model, plan(model, {name: build(node, name) for name, node in config["phases"].items()}, short_digits, Path())
 
     options = {"seed": 0, "precision": choose_precision("auto", torch.device("cpu")), "save_every": 2}
     whole = [copy.deepcopy(report) for report in fit(*start(), short_digits, **options)]
