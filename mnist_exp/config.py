@@ -22,15 +22,8 @@ KEYS = {
     "seed", "batch_size", "precision", "device", "output_dir", "save_every", "resume", "rerun", "sweep", "phases",
     "data", "model", "optimizer", "scheduler", "augmentation", "teacher", "tracking",
 }  # fmt: skip
-REQUIRED = KEYS - {
-    "optimizer",
-    "scheduler",
-    "augmentation",
-    "teacher",
-    "save_every",
-    "resume",
-    "rerun",
-}  # the first four: through phases
+# Optional: what phases have of their own, and commands.
+REQUIRED = KEYS - {"optimizer", "scheduler", "augmentation", "teacher", "save_every", "resume", "rerun"}
 
 # A target is one name in one of these modules, so that nothing else can be reached through them (torch.os.system).
 TARGET = re.compile(
@@ -75,7 +68,8 @@ def _one_run(value: Any) -> bool:
 
 
 def _different_runs(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_one_run, value)) and len(set(value)) == len(value)
+    runs = isinstance(value, list) and bool(value) and all(isinstance(run, str) and _one_run(run) for run in value)
+    return runs and len(set(value)) == len(value)
 
 
 def _or_null(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -121,10 +115,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: _numbers(lambda item: 0 <= item < 1)(value) and len(value) == 2,
         "two numbers from 0 to below 1",
     ),
-    "*teacher.runs": (
-        _different_runs,
-        "a list of the ids of finished runs, each of 32 hexadecimal digits and named once",
-    ),
+    "*teacher.runs": (_different_runs, "a list of the ids of finished runs, each of 32 hexadecimal digits and named once"),
     "data.root": (_text, "a folder"),
     "tracking.uri": (_text, "sqlite:////path.db, or http(s)://host:port of an MLflow server"),
     "tracking.experiment": (_text, "the name of an MLflow experiment"),
