@@ -33,7 +33,9 @@ def results(parent: Run, store: str, tmp_path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(text.splitlines()))
 
 
-def test_a_sweep_has_a_parent_and_a_child_for_every_job(command_line: CommandLine, store: str, tmp_path: Path) -> None:
+def test_a_sweep_has_a_parent_and_a_child_for_every_job(
+    command_line: CommandLine, in_process: CommandLine, store: str, tmp_path: Path
+) -> None:
     done = command_line(*SHORT, "model=se_cnn,plain_cnn", FAILING)
     assert done.returncode == 1
     assert "2 of 4 jobs did not finish; the first of them, job 1: The loss became" in done.stderr
@@ -56,7 +58,7 @@ def test_a_sweep_has_a_parent_and_a_child_for_every_job(command_line: CommandLin
     for row in rows:
         assert row["status"] in done.stdout
 
-    again = command_line("-m", "sweep.resume=latest", *SHORT[1:], "model=se_cnn")
+    again = in_process("-m", "sweep.resume=latest", *SHORT[1:], "model=se_cnn")
     assert again.returncode == 1
     assert "this is not what the sweep was begun with" in again.stderr
     assert "the command line was data=digits ~phases.train" in again.stderr
