@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from mnist_exp.config import did_you_mean
+from mnist_exp.config import PARTS, did_you_mean
 from mnist_exp.errors import UserError
 from mnist_exp.signals import Interrupted
 
@@ -62,7 +62,7 @@ def explain(error: Exception) -> str:
         )
     cause = error.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
-        shared = re.match(r"phases\.\w+\.((optimizer|scheduler|augmentation|teacher)\..+)", cause.full_key)
+        shared = re.match(rf"phases\.\w+\.(({'|'.join(PARTS)})\..+)", cause.full_key)
         if shared:
             return f"{cause.full_key} follows the key at the top: override {shared[1]} instead."
         if isinstance(cause.parent_node, DictConfig):

@@ -18,12 +18,12 @@ from mnist_exp.errors import UserError
 OmegaConf.register_new_resolver("root", lambda path: str(ROOT / path), replace=True)
 OmegaConf.register_new_resolver("scaled", lambda value, at, to: value * to / at, replace=True)
 
+PARTS = ("optimizer", "scheduler", "augmentation", "teacher")  # shared at the top; a phase may choose its own
 KEYS = {
     "seed", "batch_size", "precision", "device", "output_dir", "save_every", "resume", "rerun", "sweep", "phases",
-    "data", "model", "optimizer", "scheduler", "augmentation", "teacher", "tracking",
+    "data", "model", *PARTS, "tracking",
 }  # fmt: skip
-# Optional: what phases have of their own, and commands.
-REQUIRED = KEYS - {"optimizer", "scheduler", "augmentation", "teacher", "save_every", "resume", "rerun"}
+REQUIRED = KEYS - {*PARTS, "save_every", "resume", "rerun"}  # the parts: through phases
 
 # A target is one name in one of these modules, so that nothing else can be reached through them (torch.os.system).
 TARGET = re.compile(

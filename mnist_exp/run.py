@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mnist_exp import ROOT, output
 from mnist_exp.command_line import answer
-from mnist_exp.config import build, check, digest, nodes, resolve
+from mnist_exp.config import PARTS, build, check, digest, nodes, resolve
 from mnist_exp.errors import PrunedError, UserError
 from mnist_exp.signals import raise_interrupted
 from mnist_exp.sweep import differing, short
@@ -331,9 +331,7 @@ def run_name(choices: dict[str, str], told: list[str], data: str) -> str:
 
 def selection(config: dict[str, Any], choices: dict[str, str]) -> dict[str, object]:
     """Return the flat, readable part of a configuration that becomes the run's parameters."""
-    shared: dict[str, object] = {
-        group: choices[group] for group in ("optimizer", "scheduler", "augmentation", "teacher") if group in choices
-    }
+    shared: dict[str, object] = {group: choices[group] for group in PARTS if group in choices}
     parts = {**config["phases"], "model": config["model"]}
     return {
         **{group: choices[group] for group in ("model", "data")},

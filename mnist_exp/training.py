@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from mnist_exp.config import PARTS
 from mnist_exp.data import Dataset, derive_seed, generator
 from mnist_exp.distillation import NoTeacher
 from mnist_exp.errors import UserError
@@ -136,7 +137,7 @@ def plan(model: nn.Module, phases: Mapping[str, Phase], data: Dataset, output_di
     stages: list[Stage] = []
     trained_on: set[str] = set()
     for name, phase in phases.items():
-        for part in ("optimizer", "scheduler", "augmentation", "teacher"):
+        for part in PARTS:
             if not callable(getattr(phase, part)):
                 raise UserError(f"phases.{name}.{part} is missing: choose one with {part}@phases.{name}.{part}=OPTION.")
         if phase.split not in data.splits or phase.split == "test":
@@ -216,7 +217,7 @@ def fit(
                 if not saves and device.type != "cpu":
                     continue  # to read a result is to wait for the device
                 values = [window.values() for window in windows]
-                seconds = (time.perf_counter() - started) / sum(window.examples for window in windows)  # per example
+                seconds_per_example = (time.perf_counter() - started) / sum(window.examples for window in windows)
                 for window, (loss, accuracy, grad_norm) in zip(windows, values, strict=True):
                     _check_finite(loss, stage, epoch, window)
                     examples_seen += window.examples
@@ -226,7 +227,7 @@ def fit(
                         "train/accuracy": weighted_mean(accuracy, window.sizes),
                         "train/grad_norm": sum(grad_norm) / len(grad_norm),
                         "train/lr": window.learning_rate,
-                        "train/examples_per_second": 1 / seconds,
+                        "train/examples_per_second": 1 / seconds_per_example,
                     }
                     state = None
                     if saves and window is windows[-1]:
@@ -236,7 +237,7 @@ def fit(
                             evaluation = evaluate(model, data.splits[stage.validation])
                             metrics |= {"val/loss": evaluation.loss, "val/accuracy": evaluation.accuracy}
                         state = _state(model, stage, scaler, steps, examples_seen)
-                    yield Report(stage.name, examples_seen, seconds * window.examples, metrics, state)
+                    yield Report(stage.name, examples_seen, seconds_per_example * window.examples, metrics, state)
                 windows, started = [], time.perf_counter()
             epochs_done += 1
             steps_done = 0

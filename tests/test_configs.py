@@ -17,6 +17,11 @@ TAUGHT = {"ensemble", "under_10k"}  # files that need finished runs to learn fro
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.parent != CONF)
 
 
+def teachers(option: str, run: str = "0" * 32) -> list[str]:
+    """Return the override that names what a file learns from, if it does."""
+    return [f"teacher.runs=[{run}]"] if option in TAUGHT else []
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_every_file_composes_and_runs(
     composed, path: Path, short_digits: Dataset, tmp_path: Path, request: pytest.FixtureRequest
@@ -25,8 +30,8 @@ def test_every_file_composes_and_runs(
     if option in CLUSTERS:
         pytest.importorskip(CLUSTERS[option])
     override = f"+phase@phases.more={option}" if group == "phase" else f"{group}={option}"
-    taught = [f"teacher.runs=[{finished(composed('data=digits'), short_digits, tmp_path)}]"] if option in TAUGHT else []
-    config = composed(override, *taught)
+    run = finished(composed("data=digits"), short_digits, tmp_path) if option in TAUGHT else ""
+    config = composed(override, *teachers(option, run))
     model = build(config["model"], "model")
     count_parameters(model)
     if group in ("data", "experiment"):
@@ -43,18 +48,12 @@ def test_every_file_composes_and_runs(
 def test_every_option_of_a_group_learns_something_else(composed) -> None:
     for group in ("model", "optimizer", "scheduler", "augmentation", "teacher", "data", "tracking"):
         options = [path.stem for path in FILES if str(path.parent) == group]
-        runs = f"teacher.runs=[{'0' * 32}]"
-        assert (
-            len({str(composed(f"{group}={option}", *[runs] * (option in TAUGHT))[group]) for option in options})
-            == len(options)
-            > 1
-        )
+        assert len({str(composed(f"{group}={option}", *teachers(option))[group]) for option in options}) == len(options) > 1
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
 def test_an_experiment_never_falls_back_and_opens_with_its_command(composed, path: Path) -> None:
-    runs = f"teacher.runs=[{'0' * 32}]"
-    assert composed(f"experiment={path.stem}", *[runs] * (path.stem in TAUGHT))["data"].get("fallback") is None
+    assert composed(f"experiment={path.stem}", *teachers(path.stem))["data"].get("fallback") is None
     header = path.read_text().split("\ndefaults:")[0]
     assert "python -m mnist_exp.run" in header
     assert f"experiment={path.stem}" in header

@@ -36,6 +36,9 @@ def test_a_student_is_trained_resumed_and_run_again(in_process: CommandLine, sto
     again = in_process(f"rerun={student}")
     assert f"came out identical to run {student}" in again.stdout, again.stderr
     (tmp_path / "outputs" / student / "finished").unlink()
+    resumed = in_process(f"resume={student}")
+    assert resumed.returncode == 0, resumed.stderr
+    (tmp_path / "outputs" / student / "finished").unlink()
     (tmp_path / "outputs" / teacher / "finished").unlink()
     refused = in_process(f"resume={student}")
     assert refused.returncode == 1
