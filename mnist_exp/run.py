@@ -23,7 +23,7 @@ from mnist_exp import ROOT, output
 from mnist_exp.command_line import answer
 from mnist_exp.config import PARTS, build, check, digest, nodes, resolve
 from mnist_exp.errors import PrunedError, UserError
-from mnist_exp.signals import raise_interrupted
+from mnist_exp.signals import raise_interrupted, uninterrupted
 from mnist_exp.sweep import differing, short
 
 if TYPE_CHECKING:
@@ -202,7 +202,8 @@ def run(
     with ExitStack() as lock, ExitStack() as held:  # the lock is let go when the run's end is written, not before
         if run_id:
             lock.enter_context(output.hold(output_dir / run_id))
-        tracked = held.enter_context(tracker.start(run_name(choices, told, data.name), tags, run_id))
+        with uninterrupted():  # what has begun is told how it ended
+            tracked = held.enter_context(tracker.start(run_name(choices, told, data.name), tags, run_id))
         folder = output_dir / tracked.run_id
         if not run_id:
             lock.enter_context(output.hold(folder))

@@ -1,8 +1,16 @@
 """SIGINT and SIGTERM as an exception, so that a run or a sweep that is stopped can write down how it ended."""
 
+import os
 import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Never
+
+SIGNALS = signal.SIGINT, signal.SIGTERM
+_holds = 0  # blocks of `uninterrupted` that are open
+_arrived: int | None = None  # the signal that waits for their end
 
 
 class Interrupted(KeyboardInterrupt):
@@ -10,16 +18,50 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"Stopped by {signal.Signals(signum).name}.")
+        self.signum = signum
         self.exit_status = 128 + signum
 
 
 def raise_interrupted() -> None:
     """Have the first of either signal raise Interrupted, and further ones ignored while the end is written."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in SIGNALS:
         signal.signal(signum, _interrupt)
+    sys.unraisablehook = _raise_again
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> Never:
-    for repeated in (signal.SIGINT, signal.SIGTERM):
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Have a signal that arrives within the block raise Interrupted at its end, so that what is written there is whole.
+
+    A transaction that an exception cuts off anywhere may keep the lock on a SQLite database until its process ends.
+    """
+    global _holds, _arrived
+    if threading.current_thread() is not threading.main_thread():  # signals arrive in that one alone
+        yield
+        return
+    _holds += 1
+    try:
+        yield
+    finally:
+        _holds -= 1
+    if _arrived and not _holds:
+        signum, _arrived = _arrived, None
+        raise Interrupted(signum)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    global _arrived
+    for repeated in SIGNALS:
         signal.signal(repeated, lambda *_: None)  # not SIG_IGN: Python complains of one that has arrived already
-    raise Interrupted(signum)
+    if not _holds:
+        raise Interrupted(signum)
+    _arrived = signum
+
+
+def _raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Send the signal again where Interrupted was raised in a destructor or a callback, out of which nothing comes."""
+    if isinstance(unraisable.exc_value, Interrupted):
+        raise_interrupted()
+        threading.Timer(0.01, os.kill, (os.getpid(), unraisable.exc_value.signum)).start()
+    else:
+        sys.__unraisablehook__(unraisable)

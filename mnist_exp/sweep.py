@@ -24,7 +24,7 @@ from omegaconf import DictConfig, open_dict
 from mnist_exp import output
 from mnist_exp.config import build, digest, resolve
 from mnist_exp.errors import UserError
-from mnist_exp.signals import raise_interrupted
+from mnist_exp.signals import raise_interrupted, uninterrupted
 
 if TYPE_CHECKING:
     from mnist_exp.tracking import NoTracker, Record
@@ -162,7 +162,8 @@ class GridSweeper(Sweeper):
         with ExitStack() as lock, ExitStack() as held:  # the lock is let go when the sweep's end is written, not before
             if sweep_id:
                 lock.enter_context(output.hold(output_dir / sweep_id))
-            tracked = held.enter_context(tracker.start(f"sweep {' by '.join(varied) or 'of one'}", tags, sweep_id))
+            with uninterrupted():  # what has begun is told how it ended
+                tracked = held.enter_context(tracker.start(f"sweep {' by '.join(varied) or 'of one'}", tags, sweep_id))
             folder = output_dir / tracked.run_id
             told = [f"sweep.id={tracked.run_id}", f"sweep.varied={json.dumps(varied)}"]
             sweep = Sweep(tracked, jobs, total, varied, overrides, where, told, folder, software, wishes["insist"])

@@ -26,6 +26,7 @@ from filelock import FileLock
 
 from mnist_exp import ROOT, exported, output
 from mnist_exp.errors import PrunedError, UserError
+from mnist_exp.signals import uninterrupted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -232,6 +233,7 @@ class MLflowTracker(NoTracker):
         self._datasets = {item.dataset.name for item in run.inputs.dataset_inputs} if run.inputs else set()
         self.client.update_run(run_id, status="RUNNING")
 
+    @uninterrupted()
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         stopped = isinstance(error, KeyboardInterrupt | PrunedError)
         status = "FINISHED" if error is None else "KILLED" if stopped else "FAILED"
@@ -262,6 +264,7 @@ class MLflowTracker(NoTracker):
         if time.monotonic() >= self._next_try and self._send():
             self._next_try = time.monotonic() + RETRY_AFTER
 
+    @uninterrupted()
     def _send(self) -> Exception | None:
         """Send what waits; return what keeps the store from taking it, if anything does."""
         while self._outbox:
@@ -356,10 +359,12 @@ class MLflowTracker(NoTracker):
         self.client.log_model_artifacts(model.model_id, str(folder))
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
+    @uninterrupted()
     def children(self, sweep_id: str | None = None, ended_after: int = 0) -> list[Record]:
         ended = f" and attributes.end_time > {ended_after}" if ended_after else ""
         return read_runs(self.client, self.experiment_id, f"tags.sweep_id = '{sweep_id or self.run_id}'{ended}")
 
+    @uninterrupted()
     def delete(self, run_id: str) -> None:
         self.client.delete_run(run_id)
 
@@ -377,6 +382,7 @@ class MLflowTracker(NoTracker):
         with output.idle(folder) as idle:
             return idle and self.close(record.run_id, "its process died")
 
+    @uninterrupted()
     def close(self, run_id: str, why: str) -> bool:
         if self.client.get_run(run_id).info.status != "RUNNING":  # it has ended since it was looked for
             return False

@@ -1,0 +1,71 @@
+"""SIGINT and SIGTERM: raised once, wherever they arrive, and never within what must be written whole."""
+
+import itertools
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from mnist_exp.signals import Interrupted, raise_interrupted, uninterrupted
+from mnist_exp.tracking import MLflowTracker
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    hook = sys.unraisablehook
+    raise_interrupted()
+    yield
+    sys.unraisablehook = hook
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def test_a_signal_is_raised_at_the_end_of_the_outermost_block_that_must_be_whole() -> None:
+    done = []
+
+    def work() -> None:
+        with uninterrupted():
+            with uninterrupted():
+                signal.raise_signal(signal.SIGINT)
+                done.append("inner")
+            done.append("outer")
+        done.append("never")
+
+    with pytest.raises(Interrupted, match="Stopped by SIGINT"):
+        work()
+    assert done == ["inner", "outer"]
+    signal.raise_signal(signal.SIGTERM)  # a second one does not disturb the writing of the end
+
+
+def test_a_signal_that_arrives_where_nothing_can_be_raised_is_not_lost() -> None:
+    class Unlucky:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def work() -> None:
+        Unlucky()
+        time.sleep(10)
+
+    with pytest.raises(Interrupted, match="Stopped by SIGTERM"):
+        work()
+
+
+def test_a_run_that_is_stopped_while_it_writes_keeps_no_lock_on_the_store(store: str) -> None:
+    def work(tracker: MLflowTracker, seconds: float) -> None:
+        with tracker.start("name", {}):
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            for step in itertools.count():
+                tracker.metrics({"value": step}, step)
+                tracker.flush()
+
+    for attempt in range(5):
+        raise_interrupted()
+        tracker = MLflowTracker(store, "test")
+        with pytest.raises(Interrupted):
+            work(tracker, 0.02 + 0.001 * attempt)
+        assert tracker.client.get_run(tracker.run_id).info.status == "KILLED"
