@@ -11,6 +11,7 @@ from types import FrameType
 SIGNALS = signal.SIGINT, signal.SIGTERM
 _holds = 0  # blocks of `uninterrupted` that are open
 _arrived: int | None = None  # the signal that waits for their end
+_hook_before = sys.unraisablehook
 
 
 class Interrupted(KeyboardInterrupt):
@@ -24,9 +25,11 @@ class Interrupted(KeyboardInterrupt):
 
 def raise_interrupted() -> None:
     """Have the first of either signal raise Interrupted, and further ones ignored while the end is written."""
+    global _hook_before
     for signum in SIGNALS:
         signal.signal(signum, _interrupt)
-    sys.unraisablehook = _raise_again
+    if sys.unraisablehook is not _raise_again:
+        _hook_before, sys.unraisablehook = sys.unraisablehook, _raise_again
 
 
 @contextmanager
@@ -44,9 +47,9 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         _holds -= 1
-    if _arrived and not _holds:
-        signum, _arrived = _arrived, None
-        raise Interrupted(signum)
+        if _arrived and not _holds:
+            signum, _arrived = _arrived, None
+            raise Interrupted(signum)  # also where an error leaves the block, which a sweep would outlive
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
@@ -64,4 +67,4 @@ def _raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
         raise_interrupted()
         threading.Timer(0.01, os.kill, (os.getpid(), unraisable.exc_value.signum)).start()
     else:
-        sys.__unraisablehook__(unraisable)
+        _hook_before(unraisable)

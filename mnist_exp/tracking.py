@@ -98,6 +98,9 @@ class NoTracker:
 
     run_id: str
 
+    def open(self) -> None:
+        """Open the store without beginning a run; raises UserError."""
+
     def start(self, name: str, tags: Mapping[str, str], run_id: str | None = None) -> Self:
         """Begin the run called `name`, or go on with the run `run_id`, whose tags stay as they are."""
         self.run_id = run_id or uuid4().hex
@@ -195,7 +198,7 @@ class MLflowTracker(NoTracker):
         self._next_try = 0.0
 
     def start(self, name: str, tags: Mapping[str, str], run_id: str | None = None) -> Self:
-        self._open()
+        self.open()
         adopted = self._project_run()
         if run_id:
             run_path(self.client, run_id)
@@ -208,8 +211,7 @@ class MLflowTracker(NoTracker):
             self.run_id = self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags)).info.run_id
         return self
 
-    def _open(self) -> None:
-        """Open the store without beginning a run; raises UserError."""
+    def open(self) -> None:
         if not hasattr(self, "client"):
             self.client, self.experiment_id = open_store(self.uri, self.experiment)
 
@@ -264,15 +266,15 @@ class MLflowTracker(NoTracker):
         if time.monotonic() >= self._next_try and self._send():
             self._next_try = time.monotonic() + RETRY_AFTER
 
-    @uninterrupted()
     def _send(self) -> Exception | None:
         """Send what waits; return what keeps the store from taking it, if anything does."""
         while self._outbox:
             try:
-                self._outbox[0]()
+                with uninterrupted():
+                    self._outbox[0]()
+                    self._outbox.popleft()
             except Exception as error:  # a server, a database and a disk fail in their own ways; none may end a training
                 return error
-            self._outbox.popleft()
         return None
 
     def params(self, params: Mapping[str, object]) -> None:
@@ -359,7 +361,6 @@ class MLflowTracker(NoTracker):
         self.client.log_model_artifacts(model.model_id, str(folder))
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
-    @uninterrupted()
     def children(self, sweep_id: str | None = None, ended_after: int = 0) -> list[Record]:
         ended = f" and attributes.end_time > {ended_after}" if ended_after else ""
         return read_runs(self.client, self.experiment_id, f"tags.sweep_id = '{sweep_id or self.run_id}'{ended}")
@@ -369,7 +370,7 @@ class MLflowTracker(NoTracker):
         self.client.delete_run(run_id)
 
     def reap(self) -> list[Record]:
-        self._open()
+        self.open()
         running = read_runs(self.client, self.experiment_id, "attributes.status = 'RUNNING'")
         return [record for record in running if self._reap_if_dead(record)]
 
@@ -393,7 +394,7 @@ class MLflowTracker(NoTracker):
     def read(self, run_id: str) -> Original:
         from mlflow.exceptions import MlflowException
 
-        self._open()
+        self.open()
         run_path(self.client, run_id)
         run = self.client.get_run(run_id)
         if "sweep_jobs" in run.data.tags:
@@ -409,7 +410,7 @@ class MLflowTracker(NoTracker):
         return Original(_record(run), config, choices, overrides, points)
 
     def find_sweep(self, sweep: str, *, finished_too: bool) -> tuple[Record, dict[str, Any]]:
-        self._open()
+        self.open()
         sweeps = read_runs(self.client, self.experiment_id, "tags.sweep_jobs LIKE '%'")
         allowed = [record for record in sweeps if finished_too or record.status != "FINISHED"]
         wanted = allowed if sweep == "latest" else [record for record in sweeps if record.run_id == sweep]
@@ -482,6 +483,7 @@ class MLflowTracker(NoTracker):
         return f"{store}{os.path.relpath(ROOT / 'scripts' / 'ui')} {self.run_id}"
 
 
+@uninterrupted()
 def read_runs(client: "MlflowClient", experiment_id: str, where: str = "") -> list[Record]:
     """Return the runs of an experiment for which MLflow's filter `where` holds, the newest first, in one query a thousand."""
     runs: list[Run] = []
@@ -606,6 +608,7 @@ def open_store(uri: str, experiment: str) -> tuple["MlflowClient", str]:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default of 7 waits four minutes for a dead server
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds without an answer; that of 120 outlasts a worker's grace
     import mlflow
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -674,6 +677,7 @@ def leaderboard_path(experiment_id: str) -> str:
     return f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={LEADERBOARD}"
 
 
+@uninterrupted()
 def run_path(client: "MlflowClient", run_id: str) -> str:
     """Return the part of a UI address that opens the run; raises UserError where the store has none of that id."""
     from mlflow.exceptions import MlflowException

@@ -185,7 +185,7 @@ def work(connection: "Connection[Any, Any]", payload: bytes) -> None:
     assert parent is not None
     threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
     context, config, task_function, state = cloudpickle.loads(payload)
-    with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):  # the end of the sweep, in peace or by a signal
+    with suppress(EOFError, ConnectionError, KeyboardInterrupt):  # the end of the sweep, in peace or by a signal
         while True:
             number, overrides = connection.recv()
             setup_globals()

@@ -114,6 +114,7 @@ def command_line(tmp_path: Path) -> CommandLine:
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> CommandLine:
     """Do what `command_line` does within this process, which saves the imports; signal handlers are put back."""
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
 
     def run(*overrides: str) -> subprocess.CompletedProcess[str]:
         arguments = ["mnist-exp", *overrides, f"output_dir={tmp_path / 'outputs'}"]

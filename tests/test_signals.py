@@ -15,12 +15,11 @@ from mnist_exp.tracking import MLflowTracker
 
 
 @pytest.fixture(autouse=True)
-def _handlers() -> Iterator[None]:
+def _handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    hook = sys.unraisablehook
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     raise_interrupted()
     yield
-    sys.unraisablehook = hook
     for signum, handler in before.items():
         signal.signal(signum, handler)
 
@@ -42,6 +41,17 @@ def test_a_signal_is_raised_at_the_end_of_the_outermost_block_that_must_be_whole
     signal.raise_signal(signal.SIGTERM)  # a second one does not disturb the writing of the end
 
 
+def test_a_signal_is_raised_also_where_an_error_leaves_the_block() -> None:
+    def work() -> None:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGTERM)
+            raise ValueError
+
+    with pytest.raises(Interrupted) as raised:
+        work()
+    assert isinstance(raised.value.__context__, ValueError)
+
+
 def test_a_signal_that_arrives_where_nothing_can_be_raised_is_not_lost() -> None:
     class Unlucky:
         def __del__(self) -> None:
@@ -55,13 +65,14 @@ def test_a_signal_that_arrives_where_nothing_can_be_raised_is_not_lost() -> None
         work()
 
 
-def test_a_run_that_is_stopped_while_it_writes_keeps_no_lock_on_the_store(store: str) -> None:
+def test_a_run_that_is_stopped_while_it_reads_or_writes_keeps_no_lock_on_the_store(store: str) -> None:
     def work(tracker: MLflowTracker, seconds: float) -> None:
         with tracker.start("name", {}):
             threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM)).start()
             for step in itertools.count():
                 tracker.metrics({"value": step}, step)
                 tracker.flush()
+                tracker.reap()
 
     for attempt in range(5):
         raise_interrupted()
