@@ -13,7 +13,7 @@ from mnist_exp.training import fit, plan
 
 CONF = ROOT / "conf"
 CLUSTERS = {"ray_cluster": "hydra_plugins.hydra_ray_launcher", "slurm": "hydra_plugins.hydra_submitit_launcher"}
-TAUGHT = {"ensemble", "under_10k"}  # files that need finished runs to learn from
+TAUGHT = {"ensemble", "record", "under_10k"}  # files that need finished runs to learn from
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.parent != CONF)
 
 
