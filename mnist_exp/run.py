@@ -202,7 +202,7 @@ def run(
     with ExitStack() as lock, ExitStack() as held:  # the lock is let go when the run's end is written, not before
         if run_id:
             lock.enter_context(output.hold(output_dir / run_id))
-        tracker.open()
+        tracker.open()  # which may have to wait, and can be stopped
         with uninterrupted():  # what has begun is told how it ended
             tracked = held.enter_context(tracker.start(run_name(choices, told, data.name), tags, run_id))
         folder = output_dir / tracked.run_id
@@ -267,7 +267,7 @@ def run(
         outcome = Outcome(tracked.run_id, [*history, (history[-1][0], results)])
         rows = result_rows(outcome.last, data)
         tracked.tags({"mlflow.note.content": description(rows, overrides, data.notice)})
-        with uninterrupted():
+        with uninterrupted():  # finished in the store and on the disk, or in neither
             held.close()
             output.mark_finished(folder)
     rows |= {"run": tracked.run_id, "checkpoint": os.path.relpath(folder / output.NAME)}

@@ -162,7 +162,7 @@ class GridSweeper(Sweeper):
         with ExitStack() as lock, ExitStack() as held:  # the lock is let go when the sweep's end is written, not before
             if sweep_id:
                 lock.enter_context(output.hold(output_dir / sweep_id))
-            tracker.open()
+            tracker.open()  # which may have to wait, and can be stopped
             with uninterrupted():  # what has begun is told how it ended
                 tracked = held.enter_context(tracker.start(f"sweep {' by '.join(varied) or 'of one'}", tags, sweep_id))
             folder = output_dir / tracked.run_id

@@ -17,6 +17,7 @@ from mnist_exp import ROOT, checkpoint, output
 from mnist_exp.config import build, resolve
 from mnist_exp.data import MNIST_FILES, Dataset, load_digits
 from mnist_exp.run import main
+from mnist_exp.signals import SIGNALS
 
 Compose = Callable[..., dict[str, Any]]
 CommandLine = Callable[..., subprocess.CompletedProcess[str]]
@@ -111,10 +112,20 @@ def command_line(tmp_path: Path) -> CommandLine:
 
 
 @pytest.fixture
-def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> CommandLine:
-    """Do what `command_line` does within this process, which saves the imports; signal handlers are put back."""
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+def handlers_put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Put back, after the test, what `signals.raise_interrupted` replaces in this process."""
+    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+@pytest.fixture
+def in_process(
+    handlers_put_back: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> CommandLine:
+    """Do what `command_line` does within this process, which saves the imports."""
 
     def run(*overrides: str) -> subprocess.CompletedProcess[str]:
         arguments = ["mnist-exp", *overrides, f"output_dir={tmp_path / 'outputs'}"]
@@ -124,9 +135,6 @@ def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Ca
             status = 0
         except SystemExit as stop:
             status = int(stop.code or 0)
-        finally:
-            for signum, handler in handlers.items():
-                signal.signal(signum, handler)
         printed = capfd.readouterr()
         return subprocess.CompletedProcess(arguments, status, printed.out, printed.err)
 

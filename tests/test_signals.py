@@ -3,10 +3,8 @@
 import itertools
 import os
 import signal
-import sys
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -15,13 +13,8 @@ from mnist_exp.tracking import MLflowTracker
 
 
 @pytest.fixture(autouse=True)
-def _handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+def _signals_raise(handlers_put_back: None) -> None:
     raise_interrupted()
-    yield
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
 
 
 def test_a_signal_is_raised_at_the_end_of_the_outermost_block_that_must_be_whole() -> None:
