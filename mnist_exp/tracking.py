@@ -630,33 +630,27 @@ def open_store(uri: str, experiment: str) -> tuple["MlflowClient", str]:
 
 
 def _open_experiment(mlflow: Any, uri: str, experiment: str, artifact_location: str | None) -> tuple["MlflowClient", str]:
+    from mlflow.exceptions import MlflowException
+
     mlflow.set_tracking_uri(uri)
     client = mlflow.MlflowClient(uri)
     found = client.get_experiment_by_name(experiment)
-    if found is None:
-        experiment_id = _create_experiment(client, experiment, artifact_location)
-    elif found.lifecycle_stage == "deleted":
+    if found is not None and found.lifecycle_stage == "deleted":
         raise UserError(
             f"tracking.experiment={experiment} was deleted in {uri}. Restore it with "
             f"`mlflow experiments restore --experiment-id {found.experiment_id}`, or name another."
         )
-    else:
-        experiment_id = found.experiment_id
-    if found is None or f"mlflow.sharedViewState.{LEADERBOARD}" not in found.tags:
-        client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{LEADERBOARD}", leaderboard_view())
-    return client, experiment_id
-
-
-def _create_experiment(client: "MlflowClient", experiment: str, artifact_location: str | None) -> str:
-    from mlflow.exceptions import MlflowException
-
+    view, state = f"mlflow.sharedViewState.{LEADERBOARD}", leaderboard_view()
     try:
-        return str(client.create_experiment(experiment, artifact_location))
+        if found is None:
+            return client, str(client.create_experiment(experiment, artifact_location, tags={view: state}))
+        if view not in found.tags:
+            client.set_experiment_tag(found.experiment_id, view, state)
     except MlflowException:  # a server has no lock file: another process may have been first
         found = client.get_experiment_by_name(experiment)
-        if found is None:
+        if found is None or view not in found.tags:
             raise
-        return str(found.experiment_id)
+    return client, str(found.experiment_id)
 
 
 def leaderboard_view() -> str:

@@ -7,9 +7,11 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from conftest import CommandLine
 from mlflow import MlflowClient
 
 from mnist_exp import ROOT, checkpoint, output
+from mnist_exp.tracking import LEADERBOARD, open_store
 
 SHORT = ("data=digits", "~phases.train")
 
@@ -340,3 +343,21 @@ def test_eight_processes_share_a_new_database(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_eight_processes_share_a_server(server) -> None:
     assert_eight_writers_lose_nothing(server[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", [False, True], ids=["new experiment", "experiment without our view"])
+def test_eight_that_open_a_server_at_once_find_one_experiment(made: bool, server) -> None:
+    together = threading.Barrier(8)
+
+    def first_run(experiment: str) -> str:
+        together.wait()
+        return open_store(server[0], experiment)[1]
+
+    with ThreadPoolExecutor(8) as pool:
+        for experiment in map(str, range(20)):  # the race was lost in about one of four
+            if made:
+                MlflowClient(server[0]).create_experiment(experiment)
+            assert len(set(pool.map(first_run, [experiment] * 8))) == 1
+            tags = MlflowClient(server[0]).get_experiment_by_name(experiment).tags
+            assert f"mlflow.sharedViewState.{LEADERBOARD}" in tags
