@@ -23,6 +23,13 @@ Compose = Callable[..., dict[str, Any]]
 CommandLine = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def pytest_configure() -> None:
+    """Take one thread in each of several processes of tests: on their cores a second one only waits."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
+        torch.set_num_threads(1)
+
+
 def finished(config: dict[str, Any], data: Dataset, output_dir: Path, epochs: float | None = None) -> str:
     """Leave what a finished run leaves, of a network that has not learned anything, and return the run's id."""
     run_id = uuid4().hex
