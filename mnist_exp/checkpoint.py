@@ -16,9 +16,11 @@ import torch
 
 from mnist_exp.errors import UserError
 from mnist_exp.output import NAME, PREVIOUS, sync, unwritable
+from mnist_exp.overrides import check_stored
+from mnist_exp.redaction import redact_all
 
 MAGIC = b"mnist_exp checkpoint\n"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,13 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write `checkpoint` into `folder` and keep the one before it; raises UserError if the disk refuses."""
+    """Write `checkpoint` into `folder`, without credentials, and keep the good one before it.
+
+    Raises UserError if the disk refuses.
+    """
     buffer = io.BytesIO()
-    torch.save(asdict(checkpoint), buffer)
+    texts = {name: redact_all(getattr(checkpoint, name)) for name in ("config", "choices", "overrides")}
+    torch.save(asdict(checkpoint) | texts, buffer)
     content = buffer.getvalue()
     header = {"format_version": FORMAT_VERSION, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     aside = folder / f"{NAME}.partial"
@@ -54,7 +60,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
             file.write(MAGIC + json.dumps(header).encode() + b"\n" + content)
             file.flush()
             os.fsync(file.fileno())
-        if (folder / NAME).exists():
+        if _is_whole(folder / NAME):  # a damaged one must not take the place of the good one before it
             (folder / NAME).replace(folder / PREVIOUS)
         aside.replace(folder / NAME)
         sync(folder)
@@ -76,6 +82,20 @@ def load_last_good(folder: Path) -> tuple[Checkpoint, str | None]:
 
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint, its tensors on the CPU; raises UserError that says what is wrong with it."""
+    from pydantic import TypeAdapter
+
+    content = _content(path)
+    try:
+        values = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        loaded = TypeAdapter(Checkpoint).validate_python(values)
+    except Exception as error:  # only a forged file comes here, and it can fail anywhere within torch
+        raise UserError(f"{path} does not hold a checkpoint: {type(error).__name__}.") from error
+    check_stored(loaded.overrides, str(path))
+    return loaded
+
+
+def _content(path: Path) -> bytes:
+    """Return what follows the header, checked against it; raises UserError."""
     try:
         file = path.read_bytes()
     except OSError as error:
@@ -87,7 +107,7 @@ def load(path: Path) -> Checkpoint:
     try:
         header = json.loads(line)
         version, length, digest = header["format_version"], header["bytes"], header["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: its header cannot be read.") from error
     if version != FORMAT_VERSION:
         raise UserError(
@@ -97,7 +117,12 @@ def load(path: Path) -> Checkpoint:
         raise UserError(f"{path} is truncated: {len(content):,} of {length} bytes are there.")
     if hashlib.sha256(content).hexdigest() != digest:
         raise UserError(f"{path} was changed after it was written: its SHA-256 is not the one in its header.")
+    return content
+
+
+def _is_whole(path: Path) -> bool:
     try:
-        return Checkpoint(**torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
-    except Exception as error:  # only a forged file comes here, and it can fail anywhere within torch
-        raise UserError(f"{path} does not hold a checkpoint: {type(error).__name__}.") from error
+        _content(path)
+    except UserError:
+        return False
+    return True

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,17 +11,19 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from mnist_exp import ROOT
+from mnist_exp import CONF, HOME
 from mnist_exp.command_line import answer
 from mnist_exp.config import as_dict, build, check_target, nodes
 from mnist_exp.errors import UserError
+from mnist_exp.overrides import command, key_of
+from mnist_exp.redaction import redact
 from mnist_exp.signals import raise_interrupted
-from mnist_exp.sweep import key_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mnist_exp.comparison import Arms, Row
+    from mnist_exp.definition import Definition
     from mnist_exp.tracking import Record
 
 KEYS = {"sweep", "factor", "baseline", "metrics", "tracking"}
@@ -34,7 +35,7 @@ def main() -> None:
     answer(task)
 
 
-@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="compare")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="compare")
 def task(composed: DictConfig) -> None:
     """Read a sweep's runs, compare them, show the answer and leave a report in the sweep's parent run."""
     raise_interrupted()
@@ -47,7 +48,7 @@ def task(composed: DictConfig) -> None:
     typed = dict(split(override) for override in HydraConfig.get().overrides.task)
     tracker = build(config["tracking"], "tracking")
     parent, definition = tracker.find_sweep(config["sweep"], finished_too=True)
-    jobs = {job["number"]: dict(split(override) for override in job["overrides"]) for job in definition["jobs"]}
+    jobs = {job.number: dict(split(override) for override in job.overrides) for job in definition.jobs}
     arms = comparison.arrange(tracker.children(parent.run_id), jobs, typed.get("factor"), typed.get("baseline"))
     rows = comparison.rows(arms, comparison.choose_metrics(arms, config["metrics"]))
     said = comparison.answer(arms, rows)
@@ -58,7 +59,7 @@ def task(composed: DictConfig) -> None:
     page = report.render(arms, rows, said, notes, outcomes, parent, commands(parent, definition, arms, typed), images_of(arms))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / REPORT
-        file.write_text(page, encoding="utf-8")
+        file.write_text(redact(page), encoding="utf-8")
         note = re.sub(r"\A\*\*Answer\*\*.*?\n\n", "", parent.tags.get("mlflow.note.content", ""), flags=re.DOTALL)
         headline = f"**Answer** {said} The whole of it is in `{REPORT}`, under Artifacts.\n\n"
         print(f"Report: {tracker.publish(parent.run_id, file, {'answer': said, 'mlflow.note.content': headline + note})}")
@@ -80,15 +81,15 @@ def check(config: dict[str, Any]) -> None:
         )
 
 
-def commands(parent: "Record", definition: dict[str, Any], arms: "Arms", typed: dict[str, str]) -> list[str]:
+def commands(parent: "Record", definition: "Definition", arms: "Arms", typed: dict[str, str]) -> list[str]:
     """Return the commands that repeat the sweep and the comparison."""
-    is_search = "Optuna" in definition.get("sweeper", "")
-    search = ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={definition.get('total')}"] if is_search else []
+    is_search = "Optuna" in definition.sweeper
+    search = ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={definition.total}"] if is_search else []
     metrics = [f"metrics={typed['metrics']}"] if "metrics" in typed else []
     chosen = [f"sweep={parent.run_id}", f"factor={arms.factor}", f"baseline={arms.baseline}", *metrics]
     return [
-        shlex.join(["python", "-m", "mnist_exp.run", "-m", *search, *definition["overrides"]]),
-        shlex.join(["python", "-m", "mnist_exp.compare", *chosen]),
+        command("run", "-m", *search, *definition.overrides),
+        command("compare", *chosen),
     ]
 
 
@@ -98,7 +99,7 @@ def images_of(arms: "Arms") -> "Tensor | None":
 
     record = arms.records[0]
     try:
-        root = os.environ.get("MNIST_ROOT", str(ROOT / "data"))
+        root = os.environ.get("MNIST_ROOT", str(HOME / "data"))
         return find_images(record.tags.get("data", ""), root, record.digests.get("test", ""))
     except UserError:  # a file that is damaged
         return None

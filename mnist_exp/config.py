@@ -12,24 +12,29 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mnist_exp import ROOT
+from mnist_exp import HOME
 from mnist_exp.errors import UserError
+from mnist_exp.overrides import NEUTRAL, PARTS, RECIPE
+from mnist_exp.redaction import without_credentials
 
-OmegaConf.register_new_resolver("root", lambda path: str(ROOT / path), replace=True)
+OmegaConf.register_new_resolver("root", lambda path: str(HOME / path), replace=True)
+OmegaConf.register_new_resolver("without_credentials", without_credentials, replace=True)
 OmegaConf.register_new_resolver("scaled", lambda value, at, to: value * to / at, replace=True)
 
-PARTS = ("optimizer", "scheduler", "augmentation", "teacher")  # shared at the top; a phase may choose its own
-KEYS = {
-    "seed", "batch_size", "precision", "device", "output_dir", "save_every", "resume", "rerun", "sweep", "phases",
-    "data", "model", *PARTS, "tracking",
-}  # fmt: skip
+KEYS = RECIPE | {"output_dir", "save_every", "resume", "rerun", "sweep", "tracking"}
 REQUIRED = KEYS - {*PARTS, "save_every", "resume", "rerun"}  # the parts: through phases
 
-# A target is one name in one of these modules, so that nothing else can be reached through them (torch.os.system).
-TARGET = re.compile(
-    r"mnist_exp\.(augmentation|data|distillation|models|optimizers|schedules|tracking|training)\.[A-Za-z]\w*"
-    r"|torch\.(nn|optim|optim\.lr_scheduler)\.[A-Z]\w*"
-)
+# What may be called where, as one name in one module, so that nothing else can be reached through it (torch.os.system).
+TARGETS = {
+    "data": r"mnist_exp\.data\.load_\w+",
+    "model": r"(mnist_exp\.models|torch\.nn)\.[A-Z]\w*",
+    "optimizer": r"mnist_exp\.optimizers\.[a-z]\w*|torch\.optim\.[A-Z]\w*",
+    "scheduler": r"mnist_exp\.schedules\.[a-z]\w*|torch\.optim\.lr_scheduler\.[A-Z]\w*",
+    "augmentation": r"mnist_exp\.augmentation\.[A-Z]\w*",
+    "teacher": r"mnist_exp\.distillation\.[A-Z]\w*",
+    "tracking": r"mnist_exp\.tracking\.[A-Z]\w*Tracker",
+    "phase": r"mnist_exp\.training\.Phase",
+}
 
 
 def _integer(least: int) -> Callable[[Any], bool]:
@@ -90,6 +95,12 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sweep.on_failure": (_one_of("continue", "stop"), "continue or stop"),
     "sweep.retries": (_integer(0), "an integer of at least 0"),
     "sweep.insist": TRUE_OR_FALSE,
+    "sweep.id": (_or_null(_one_run), "a sweep's id, given by the sweep"),
+    "sweep.job": (_or_null(_integer(0)), "a job's number, given by the sweep"),
+    "sweep.colour": (_or_null(lambda value: bool(re.fullmatch("#[0-9A-Fa-f]{6}", str(value)))), "a color, given by the sweep"),
+    "sweep.varied": (lambda value: isinstance(value, list) and all(map(_text, value)), "keys, given by the sweep"),
+    "sweep.data": (_or_null(_text), "the name of a data set, given by the sweep"),
+    "sweep.search": TRUE_OR_FALSE,
     "*batch_size": (_integer(1), "an integer of at least 1"),
     "*.epochs": (_integer(1), "an integer of at least 1"),
     "*.lr": (_number(lambda value: value > 0), "a number above 0"),
@@ -185,18 +196,21 @@ def check(config: dict[str, Any]) -> None:
 
 
 def check_target(key: str, value: Any) -> None:
-    """Raise UserError if `key` names what is to be called, and `value` is not among what may be."""
-    if key.endswith("_target_") and not (isinstance(value, str) and TARGET.fullmatch(value)):
+    """Raise UserError if `key` names what is to be called, and `value` is not among what may be, at this place."""
+    if not key.endswith("_target_"):
+        return
+    place = re.match(rf"phases\.\w+\.({'|'.join(PARTS)})\.|(phase)s\.\w+\._target_$|(\w+)\.", key)
+    role = next(filter(None, place.groups()), "") if place else ""
+    if not (isinstance(value, str) and re.fullmatch(TARGETS.get(role, "(?!)"), value)):
         raise UserError(
-            f"{key}={value} is not allowed: a target is a class or function of mnist_exp's own modules, of torch.nn, "
-            "torch.optim or torch.optim.lr_scheduler. To use another, wrap it in a function in mnist_exp."
+            f"{key}={value} is not allowed: a target is a class or function of the module of mnist_exp, or of torch, that "
+            f"belongs there. To use another, wrap it in a function in mnist_exp."
         )
 
 
 def digest(config: dict[str, Any]) -> str:
     """Return a short hash of what, in a resolved configuration, decides the outcome of a run."""
-    elsewhere = ("output_dir", "save_every", "resume", "rerun", "sweep", "tracking")
-    recipe = {key: value for key, value in config.items() if key not in elsewhere}
+    recipe = {key: value for key, value in config.items() if key not in NEUTRAL}
     recipe["data"] = {key: value for key, value in config["data"].items() if key != "root"}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -31,9 +31,7 @@ class Display:
             TextColumn("{task.description:>10}"),
             BarColumn(),
             TaskProgressColumn(),
-            TextColumn(
-                "loss {task.fields[loss]:.4f}  accuracy {task.fields[accuracy]:.4f}  {task.fields[speed]:,.0f} examples/s"
-            ),
+            TextColumn("{task.fields[measured]}"),
             TimeRemainingColumn(compact=True),
             console=self.console,
             disable=quiet,
@@ -44,7 +42,7 @@ class Display:
             total = data.splits[stage.phase.split].epoch_size * stage.phase.epochs
             done = min(total, examples_seen)
             examples_seen -= done
-            self.tasks[stage.name] = self.progress.add_task(stage.name, total=total, completed=done, loss=0, accuracy=0, speed=0)
+            self.tasks[stage.name] = self.progress.add_task(stage.name, total=total, completed=done, measured="")
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -58,9 +56,9 @@ class Display:
         self.progress.update(
             self.tasks[report.phase],
             advance=report.examples_seen - self.examples_seen,
-            loss=report.metrics["train/loss"],
-            accuracy=report.metrics["train/accuracy"],
-            speed=report.metrics["train/examples_per_second"],
+            measured="loss {train/loss:.4f}  accuracy {train/accuracy:.4f}  {train/examples_per_second:,.0f} examples/s".format(
+                **report.metrics
+            ),
         )
         self.examples_seen = report.examples_seen
 

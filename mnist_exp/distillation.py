@@ -65,7 +65,7 @@ def load_finished(run: str, output_dir: Path) -> checkpoint.Checkpoint:
     saved = checkpoint.load(folder / output.NAME)
     check(saved.config)
     epochs = sum(phase["epochs"] for phase in saved.config["phases"].values())
-    if not saved.history or saved.history[-1][1]["epoch"] < epochs:  # a search stops the hopeless, which are finished, too
+    if not saved.history or saved.history[-1][1].get("epoch", 0) < epochs:  # a search stops the hopeless, which are finished, too
         raise UserError(f"teacher.runs: {run} was stopped before its last epoch. Take one that was trained to its end.")
     return saved
 

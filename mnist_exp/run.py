@@ -4,12 +4,11 @@
 import json
 import os
 import re
-import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,11 +18,12 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from mnist_exp import ROOT, output
+from mnist_exp import CONF, HOME, output
 from mnist_exp.command_line import answer
-from mnist_exp.config import PARTS, build, check, digest, nodes, resolve
-from mnist_exp.errors import PrunedError, UserError
-from mnist_exp.signals import raise_interrupted, uninterrupted
+from mnist_exp.config import build, check, digest, nodes, resolve
+from mnist_exp.errors import PrunedError, ResumableError, UserError
+from mnist_exp.overrides import PARTS, command, is_location, is_neutral, key_of, location_overrides
+from mnist_exp.signals import Interrupted, raise_interrupted, uninterrupted
 from mnist_exp.sweep import differing, short
 
 if TYPE_CHECKING:
@@ -35,22 +35,21 @@ if TYPE_CHECKING:
     from mnist_exp.pictures import History
     from mnist_exp.training import Stage, State
 
-ELSEWHERE = re.compile(r"(output_dir|save_every|tracking(\..*)?)=|hydra[./]")  # overrides that do not change the outcome
 MEASURED = ("time/", "train/examples_per_second")  # metrics that differ from run to run
 
 
 def main() -> None:
     """Run the command line; a user's mistake ends with a message and status 1, a signal with 128 + its number."""
-    answer(task, "`python -m mnist_exp.run resume=latest` goes on with a run, `-m sweep.resume=latest` with a sweep.")
+    answer(task)
 
 
-@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def task(composed: DictConfig) -> float | None:
     """Train, score and record one run, or go on with one; return its last validation accuracy, for Hydra's sweepers."""
     raise_interrupted()
     job = HydraConfig.get()
     config = resolve(composed)
-    overrides = [override for override in job.overrides.task if not override.startswith("sweep.")]
+    overrides = [override for override in job.overrides.task if key_of(override).partition(".")[0] != "sweep"]
     if config["sweep"]["resume"]:
         raise UserError(f"sweep.resume={config['sweep']['resume']} goes on with a sweep: put -m before it.")
     if config["resume"]:
@@ -58,35 +57,48 @@ def task(composed: DictConfig) -> float | None:
     elif config["rerun"]:
         outcome = rerun(config, overrides)
     else:
-        outcome = run(config, dict(job.runtime.choices), overrides)
+        outcome = run(config, dict(job.runtime.choices), [override for override in overrides if not is_location(override)])
     return outcome.last.get("val/accuracy")
 
 
 def resume(config: dict[str, Any], overrides: list[str]) -> "Outcome":
-    """Go on with the run that `config["resume"]` names, with the configuration in its last good checkpoint."""
+    """Go on with the run that `config["resume"]` names, with the recipe in its last good checkpoint."""
     from mnist_exp import checkpoint
 
     only_places(f"resume={config['resume']}", overrides)
     folder = output.find(Path(config["output_dir"]), config["resume"])
-    saved, problem = checkpoint.load_last_good(folder)
-    if problem:
-        print(f"{problem}\nGoing on from the checkpoint before it.", file=sys.stderr)
-    check(saved.config)
-    stored = saved.config | {"output_dir": config["output_dir"]}
-    stored["sweep"] = config["sweep"] | saved.config["sweep"] | {"data": config["sweep"]["data"]}
-    if config["sweep"]["id"] or any(override.startswith("tracking") for override in overrides):
-        stored["tracking"] = config["tracking"]
-    return run(stored, saved.choices, saved.overrides, saved, threads=int(saved.software["threads"]))
+    with output.hold(folder):  # before it is read: another process may be about to finish the run
+        output.refuse_finished(folder)
+        saved, problem = checkpoint.load_last_good(folder)
+        if problem:
+            print(f"{problem}\nGoing on from the checkpoint before it.", file=sys.stderr)
+        if saved.run_id != folder.name:
+            raise UserError(
+                f"{folder} holds the checkpoint of another run, {saved.run_id}: each run has a folder of its own name."
+            )
+        check(saved.config)
+        stored = here(saved.config, config) | {"resume": config["resume"]}
+        if not config["sweep"]["id"]:  # a job that is gone on with by itself remains what the sweep had made it
+            stored["sweep"] = saved.config["sweep"] | {"data": None, "search": False}
+        threads = saved.software.get("threads", "")
+        return run(stored, saved.choices, saved.overrides, saved, threads=int(threads) if threads.isdecimal() else None)
 
 
-def only_places(command: str, overrides: list[str]) -> None:
-    """Raise UserError if `overrides` say more than where things lie, beside a `command` that takes a run's own recipe."""
-    where = re.compile(r"(resume|rerun|output_dir|tracking(\..*)?)=")
-    changed = [override for override in overrides if not where.match(override)]
+def here(stored: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored configuration with all that says where things lie, and what a sweep says, from the present one."""
+    data = stored["data"]
+    if "root" in data:
+        data = data | {"root": config["data"].get("root") or os.environ.get("MNIST_ROOT", str(HOME / "data"))}
+    return stored | {key: config[key] for key in ("output_dir", "tracking", "sweep", "resume", "rerun")} | {"data": data}
+
+
+def only_places(chosen: str, overrides: list[str]) -> None:
+    """Raise UserError if `overrides` say more than where things lie, beside what takes a run's own recipe."""
+    changed = [override for override in overrides if not is_location(override) and key_of(override) not in ("resume", "rerun")]
     if changed:
         raise UserError(
-            f"{command} takes the run's own configuration: {' '.join(changed)} cannot change it. "
-            "Allowed beside it are output_dir and tracking, which say where the run lies. Start a new run for another recipe."
+            f"{chosen} takes the run's own configuration: {' '.join(changed)} cannot change it. Allowed beside it are "
+            "output_dir, tracking and data.root, which say where things lie. Start a new run for another recipe."
         )
 
 
@@ -98,16 +110,19 @@ def rerun(config: dict[str, Any], overrides: list[str]) -> "Outcome":
     original = build(config["tracking"], "tracking").read(config["rerun"])
     if original.record.status != "FINISHED":
         raise UserError(f"rerun={config['rerun']}: the run is {original.record.status}; only a FINISHED one can be compared.")
-    stored = original.config | {key: config[key] for key in ("output_dir", "tracking", "sweep", "resume", "rerun")}
-    check(stored)
+    check(original.recipe.config)
+    stored = here(original.recipe.config, config)
     now = provenance.software() | provenance.git_tags()
     before = original.record.tags
     changed = [f"{key} was {before.get(key)}, is {value}" for key, value in now.items() if before.get(key) != value]
     if changed:
         print(f"Not all is as it was: {'; '.join(changed)}.", file=sys.stderr)
-    threads = int(before.get("threads", 0)) or None
-    outcome = run(stored, original.choices, original.overrides, digests=original.record.digests, threads=threads)
-    differ = [key for key, points in original.points.items() if not key.startswith(MEASURED) and points != outcome.points[key]]
+    threads = int(before["threads"]) if before.get("threads", "").isdecimal() else None
+    recipe = original.recipe
+    outcome = run(stored, recipe.choices, recipe.overrides, digests=original.record.digests, threads=threads)
+    differ = [
+        key for key, points in original.points.items() if not key.startswith(MEASURED) and points != outcome.points.get(key)
+    ]
     if differ:
         raise UserError(f"Run {outcome.run_id} differs from run {config['rerun']} in {', '.join(sorted(differ))}.")
     print(f"Run {outcome.run_id} came out identical to run {config['rerun']} in every metric but the measured times.")
@@ -129,6 +144,8 @@ def run(
     Raises UserError before anything is recorded where the configuration, the data, the folder or the store will not do.
     """
     started = time.perf_counter() - (saved.elapsed if saved else 0.0)
+    if not {"model", "data"} <= choices.keys():
+        raise UserError("The stored recipe does not say which options of the groups model and data were chosen.")
     import torch
 
     from mnist_exp import checkpoint, provenance
@@ -188,8 +205,9 @@ def run(
         "data": data.name,
         "config_hash": digest(config),
         "overrides": " ".join(overrides),
+        "mlflow.source.name": command("run", *overrides) if sweep["id"] else provenance.command_line(),
     }
-    told = [override for override in overrides if not ELSEWHERE.match(override)]
+    told = [override for override in overrides if not is_neutral(override)]
     if sweep["id"]:
         told = differing(told, sweep["varied"])
         tags |= {"mlflow.parentRunId": sweep["id"], "sweep_id": sweep["id"], "job_num": str(sweep["job"])}
@@ -200,23 +218,25 @@ def run(
     seconds = defaultdict(float, saved.seconds if saved else {})
     run_id = saved.run_id if saved else None
     with ExitStack() as lock, ExitStack() as held:  # the lock is let go when the run's end is written, not before
-        if run_id:
-            lock.enter_context(output.hold(output_dir / run_id))
-        tracker.open()  # which may have to wait, and can be stopped
+        # Which may have to wait, and can be stopped; a job waits for a store that is away, or a sweep would lose all the rest.
+        tracker.open(waits=bool(sweep["id"]))
         with uninterrupted():  # what has begun is told how it ended
             tracked = held.enter_context(tracker.start(run_name(choices, told, data.name), tags, run_id))
         folder = output_dir / tracked.run_id
         if not run_id:
             lock.enter_context(output.hold(folder))
+        lock.enter_context(how_to_go_on(folder, config))
         if not sweep["id"]:
-            tracked.reap()
+            tracked.reap(output_dir)
         actual = {"precision": str(precision).removeprefix("torch."), "device": device.type, "data": data.name}
         tracked.params(selection(config, choices) | actual)
         tracked.text(OmegaConf.to_yaml(config), "config.yaml")
         tracked.text(json.dumps({"config": config, "choices": choices, "overrides": overrides}), "recipe.json")
         if not saved:
             tracked.text(provenance.packages(), "provenance/packages.txt")
-            tracked.text(provenance.uncommitted(), "provenance/uncommitted.diff")
+            uncommitted = provenance.uncommitted()
+            tracked.text(uncommitted.patch, "provenance/uncommitted.diff")
+            tracked.text(uncommitted.unrecorded, "provenance/unrecorded.txt")
         else:
             tracked.tags(owner | {"resumed": f"at {display.examples_seen:,} examples" + (f"; {changed}" if changed else "")})
         for stage in stages:
@@ -231,7 +251,7 @@ def run(
 
         if not saved:
             save(None)
-        told_search = follow(sweep["study"], sweep["job"]) if sweep["study"] else None
+        told_search = follow(output_dir / sweep["id"], sweep["job"]) if sweep["search"] and sweep["id"] else None
         with display:
             for report in fit(
                 model, stages, data, seed=seed, precision=precision, save_every=config["save_every"], resume_from=state
@@ -273,6 +293,20 @@ def run(
     rows |= {"run": tracked.run_id, "checkpoint": os.path.relpath(folder / output.NAME)}
     display.results(rows, tracked.how_to_open())
     return outcome
+
+
+@contextmanager
+def how_to_go_on(folder: Path, config: dict[str, Any]) -> Iterator[None]:
+    """Add the command that goes on with the run in `folder` to an exception from outside that leaves it unfinished.
+
+    A sweep says itself how its jobs are gone on with.
+    """
+    try:
+        yield
+    except (Interrupted, ResumableError, MemoryError, RuntimeError) as error:
+        if not (config["sweep"]["id"] or output.is_finished(folder)):
+            error.add_note(f"`{command('run', f'resume={folder.name}', *location_overrides(config))}` goes on with the run.")
+        raise
 
 
 @cache
@@ -361,11 +395,10 @@ def result_rows(results: dict[str, float], data: "Dataset") -> dict[str, str]:
 
 def description(rows: dict[str, str], overrides: list[str], notice: str | None) -> str:
     """Return the run's description in Markdown, which the MLflow UI shows above everything else."""
-    command = shlex.join(["python", "-m", "mnist_exp.run", *overrides])
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     warning = f"**{notice}**\n\n" if notice else ""
     return (
-        f"{warning}| | |\n| --- | --- |\n{table}\n\nRepeat it: `{command}`\n\n"
+        f"{warning}| | |\n| --- | --- |\n{table}\n\nRepeat it: `{command('run', *overrides)}`\n\n"
         "Pictures, configuration, checkpoint and the uncommitted changes are under Artifacts."
     )
 

@@ -1,18 +1,21 @@
 """A search: Optuna proposes the jobs of a sweep by the results of those before, and stops the hopeless ones early."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import IntervalSweep
 
+from mnist_exp.definition import Definition, Job
 from mnist_exp.errors import UserError
-from mnist_exp.sweep import RANKED_BY, GridSweeper, Job, Sweep, by_job, is_done, quoted
+from mnist_exp.sweep import RANKED_BY, GridSweeper, Sweep, by_job, is_done
 from mnist_exp.workers import cores
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
 
 STUDY = "search"
+DATABASE = "optuna.db"  # in the sweep's folder
 
 
 class OptunaSweeper(GridSweeper):
@@ -24,7 +27,7 @@ class OptunaSweeper(GridSweeper):
     (Bergstra et al. 2011), and a trial whose validation accuracy lies below the median at the same step is pruned.
     """
 
-    chosen = " hydra/sweeper=optuna"
+    chosen = ("hydra/sweeper=optuna",)
 
     def __init__(self, n_trials: int, at_once: int | None, params: dict[str, str] | None = None) -> None:
         super().__init__(params)
@@ -32,10 +35,10 @@ class OptunaSweeper(GridSweeper):
             raise UserError(f"hydra.sweeper: n_trials={n_trials} and at_once={at_once} must be at least 1.")
         self.n_trials, self.at_once = n_trials, at_once
 
-    def total(self, jobs: list[Job], definition: dict[str, Any]) -> int:
+    def total(self, jobs: list[Job], definition: Definition | None) -> int:
         """Return how many jobs there will be: as many as the search was begun with, unless the command line says otherwise."""
         told = any(override.startswith("hydra.sweeper.n_trials=") for override in self.composed.hydra.overrides.hydra)
-        return self.n_trials if told else int(definition.get("total", self.n_trials))
+        return definition.total if definition and not told else self.n_trials
 
     def check(self, config: dict[str, Any]) -> None:
         """Raise UserError where a search could see the test set."""
@@ -53,11 +56,10 @@ class OptunaSweeper(GridSweeper):
 
     def run_jobs(self, sweep: Sweep) -> None:
         """Propose, run and judge until there are n_trials jobs."""
-        database = sweep.folder.absolute() / "optuna.db"
-        if sweep.jobs and not database.exists():
-            raise UserError(f"The study of this search is not in {database}: name the output_dir that it was begun with.")
-        study = open_study(f"sqlite:///{database}", self.recipe["seed"])
-        sweep.told.append(f"sweep.study={quoted(f'sqlite:///{database}')}")
+        if sweep.jobs and not (sweep.folder / DATABASE).exists():
+            raise UserError(f"The study of this search is not in {sweep.folder}: name the output_dir that it was begun with.")
+        study = open_study(sweep.folder, self.recipe["seed"])
+        sweep.told.append("sweep.search=true")
         space = self._space(sweep.overrides)
         jobs = sweep.jobs
         while True:
@@ -92,27 +94,51 @@ class OptunaSweeper(GridSweeper):
         return space
 
 
-def open_study(uri: str, seed: int) -> "Study":
-    """Return the study at `uri`, created if it is missing; raises UserError without Optuna."""
+def open_study(folder: Path, seed: int) -> "Study":
+    """Return the study in a sweep's `folder`, created if it is missing; raises UserError without Optuna."""
     try:
         import optuna
     except ImportError as error:
         raise UserError("hydra/sweeper=optuna needs Optuna: pip install -e '.[search]'.") from error
+    from sqlalchemy.exc import SQLAlchemyError
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        study_name=STUDY, storage=uri, load_if_exists=True, direction="maximize", pruner=optuna.pruners.MedianPruner()
-    )
-    study.sampler = optuna.samplers.TPESampler(seed=seed + 1000 * len(study.trials))  # or it would propose the first ones again
+    database = folder.absolute() / DATABASE
+    try:
+        study = optuna.create_study(
+            study_name=STUDY,
+            storage=f"sqlite:///{database}",
+            load_if_exists=True,
+            direction="maximize",
+            pruner=optuna.pruners.MedianPruner(),
+        )
+        done = len(study.trials)
+    except (RuntimeError, ValueError, KeyError, SQLAlchemyError) as error:
+        raise UserError(f"{database} cannot be read as the study of a search: {str(error).splitlines()[0]}") from error
+    study.sampler = optuna.samplers.TPESampler(seed=seed + 1000 * done)  # or it would propose the first ones again
     return study
 
 
 def suggest(trial: "Trial", key: str, value: Any) -> object:
-    """Return the trial's value of `key`, as it is written on a command line."""
+    """Return the trial's value of `key`, as it is written on a command line.
+
+    Raises UserError where the study holds another than may be proposed: whoever can write to it can prescribe one.
+    """
     if isinstance(value, str):
         return value
-    if isinstance(value, list):
-        return trial.suggest_categorical(key, value)
-    return trial.suggest_float(key, float(value.start), float(value.end), log="log" in value.tags)
+    try:
+        if isinstance(value, list):
+            proposed: object = trial.suggest_categorical(key, value)
+            is_allowed = proposed in value
+        else:
+            start, end = float(value.start), float(value.end)
+            proposed = trial.suggest_float(key, start, end, log="log" in value.tags)
+            is_allowed = start <= proposed <= end
+    except (TypeError, ValueError) as error:
+        raise UserError(f"The study of this search is damaged: its value of {key} cannot be used: {error}") from error
+    if not is_allowed:
+        raise UserError(f"The study of this search is damaged: it prescribes {key}={proposed}, which was not to be searched.")
+    return proposed
 
 
 def judge(study: "Study", sweep: Sweep) -> None:
@@ -130,11 +156,11 @@ def judge(study: "Study", sweep: Sweep) -> None:
             study.tell(trial.number, state=TrialState.FAIL)
 
 
-def follow(uri: str, number: int) -> Callable[[int, Mapping[str, float]], bool]:
+def follow(folder: Path, number: int) -> Callable[[int, Mapping[str, float]], bool]:
     """Return what a job calls with examples seen and metrics of each report, to learn whether its trial is hopeless."""
     import optuna
 
-    study = open_study(uri, seed=0)
+    study = open_study(folder, seed=0)
     (frozen,) = [trial for trial in study.get_trials() if trial.number == number]
     trial = optuna.trial.Trial(study, frozen._trial_id)
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as an exception, so that a run or a sweep that is stopped can write down how it ended."""
+"""SIGINT, SIGTERM and SIGHUP as an exception, so that a run or a sweep that is stopped can write down how it ended."""
 
 import os
 import signal
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = signal.SIGINT, signal.SIGTERM
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 _holds = 0  # blocks of `uninterrupted` that are open
 _arrived: int | None = None  # the signal that waits for their end
 _hook_before = sys.unraisablehook
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived."""
+    """One of SIGNALS arrived."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"Stopped by {signal.Signals(signum).name}.")
@@ -24,10 +24,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 def raise_interrupted() -> None:
-    """Have the first of either signal raise Interrupted, and further ones ignored while the end is written."""
+    """Have the first of SIGNALS raise Interrupted, and further ones ignored while the end is written.
+
+    A SIGHUP that is ignored, as `nohup` has it, stays ignored.
+    """
     global _hook_before
     for signum in SIGNALS:
-        signal.signal(signum, _interrupt)
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, _interrupt)
     if sys.unraisablehook is not _raise_again:
         _hook_before, sys.unraisablehook = sys.unraisablehook, _raise_again
 
@@ -55,10 +59,15 @@ def uninterrupted() -> Iterator[None]:
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     global _arrived
     for repeated in SIGNALS:
-        signal.signal(repeated, lambda *_: None)  # not SIG_IGN: Python complains of one that has arrived already
+        if signal.getsignal(repeated) == _interrupt:
+            signal.signal(repeated, _ignore)  # not SIG_IGN: Python complains of one that has arrived already
     if not _holds:
         raise Interrupted(signum)
     _arrived = signum
+
+
+def _ignore(signum: int, frame: FrameType | None) -> None:
+    pass
 
 
 def _raise_again(unraisable: "sys.UnraisableHookArgs") -> None:

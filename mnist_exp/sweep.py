@@ -4,10 +4,11 @@ import csv
 import io
 import json
 import re
+import shlex
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,10 @@ from omegaconf import DictConfig, open_dict
 
 from mnist_exp import output
 from mnist_exp.config import build, digest, resolve
-from mnist_exp.errors import UserError
-from mnist_exp.signals import raise_interrupted, uninterrupted
+from mnist_exp.definition import Definition, Job
+from mnist_exp.errors import ResumableError, UserError
+from mnist_exp.overrides import command, is_location, key_of, location_overrides, quoted
+from mnist_exp.signals import Interrupted, raise_interrupted, uninterrupted
 
 if TYPE_CHECKING:
     from mnist_exp.tracking import NoTracker, Record
@@ -32,29 +35,10 @@ if TYPE_CHECKING:
 RANKED_BY = "val/accuracy"  # never the test set's
 CLOCKS_DIFFER = 60_000  # ms, at most, between the machines of a cluster
 ROWS_SHOWN = 50  # MLflow cuts a description at 8,000 characters
+BEST_NAMED = 3
 # Colours that colour-blind people tell apart (Okabe and Ito, 2008).
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 SHOWN = ("val/accuracy", "test/accuracy", "test/loss", "time/total_seconds")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One job of a sweep: its number, its overrides, and the digest of the configuration that they compose."""
-
-    number: int
-    overrides: list[str]
-    config_hash: str
-
-
-def key_of(override: str) -> str:
-    """Return what an override overrides."""
-    return override.partition("=")[0].lstrip("+~")
-
-
-def quoted(value: str) -> str:
-    """Return a text as Hydra reads it back from a command line, whatever it holds."""
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def differing(overrides: Sequence[str], varied: Sequence[str]) -> list[str]:
@@ -93,15 +77,8 @@ class Sweep:
 
     def store_definition(self, sweeper: str) -> None:
         """Leave in the parent what `sweep.resume` needs."""
-        jobs = [vars(job) for job in self.jobs]
-        definition = {
-            "sweeper": sweeper,
-            "total": self.total,
-            "overrides": self.overrides,
-            "software": self.software,
-            "jobs": jobs,
-        }
-        self.tracked.text(json.dumps(definition, indent=1), "sweep.json")
+        definition = Definition(sweeper, self.total, self.overrides, self.software, self.jobs)
+        self.tracked.text(definition.as_json(), "sweep.json")
 
 
 class GridSweeper(Sweeper):
@@ -110,7 +87,7 @@ class GridSweeper(Sweeper):
     params: choices by key, as on the command line, for presets.
     """
 
-    chosen = ""  # what the command line needs to have this sweeper
+    chosen: tuple[str, ...] = ()  # what the command line needs to have this sweeper
 
     def __init__(self, params: dict[str, str] | None = None) -> None:
         self.params = params or {}
@@ -136,27 +113,26 @@ class GridSweeper(Sweeper):
             raise UserError("sweep.on_failure=stop needs hydra/launcher=workers: other launchers start all jobs at once.")
         tracker = build(config["tracking"], "tracking")
         output_dir = output.make_folder(Path(config["output_dir"]))
-        given = [override for override in arguments if not key_of(override).startswith("sweep.")]
-        where = [override for override in given if re.match(r"(output_dir|tracking(\..*)?)=", override)]
+        given = [override for override in arguments if key_of(override).partition(".")[0] != "sweep"]
+        where = [override for override in given if is_location(override)]
         overrides = [f"{key}={value}" for key, value in self.params.items()]
         overrides += [override for override in given if override not in where]
         software = provenance.software()
-        sweep_id, definition = None, {}
+        sweep_id, definition = None, None
         if wishes["resume"]:
-            tracker.reap()
+            tracker.reap(output_dir)
             parent, definition = tracker.find_sweep(wishes["resume"], finished_too=False)
-            if not any(key_of(override) == "output_dir" for override in where):
-                output_dir = output.make_folder(Path(parent.tags["output_dir"]))
-                where.append(f"output_dir={quoted(str(output_dir))}")
+            self._refuse_elsewhere(parent, output_dir, where)
             if not wishes["insist"]:
                 self._refuse_changes(definition, overrides, software)
-            sweep_id, overrides, jobs = parent.run_id, definition["overrides"], [Job(**job) for job in definition["jobs"]]
+            sweep_id, overrides, jobs = parent.run_id, definition.overrides, definition.jobs
         else:
             jobs = self.define(overrides)
         getattr(self.launcher, "warm_up", lambda: None)()  # now that nothing is left to be refused
         varied = self.varied(jobs, overrides)
         owner = provenance.owner_tags(output_dir)
         tags = provenance.git_tags() | software | owner | {"overrides": " ".join(overrides)}
+        tags["mlflow.source.name"] = command("run", "-m", *self.chosen, *overrides)
         total = self.total(jobs, definition)
         tags["sweep_jobs"] = str(total)
         with ExitStack() as lock, ExitStack() as held:  # the lock is let go when the sweep's end is written, not before
@@ -166,19 +142,20 @@ class GridSweeper(Sweeper):
             with uninterrupted():  # what has begun is told how it ended
                 tracked = held.enter_context(tracker.start(f"sweep {' by '.join(varied) or 'of one'}", tags, sweep_id))
             folder = output_dir / tracked.run_id
+            again = command("run", "-m", *self.chosen, f"sweep.resume={tracked.run_id}", *location_overrides(config))
+            lock.enter_context(how_to_go_on(again))
             told = [f"sweep.id={tracked.run_id}", f"sweep.varied={json.dumps(varied)}"]
             sweep = Sweep(tracked, jobs, total, varied, overrides, where, told, folder, software, wishes["insist"])
             if sweep_id:
                 tracked.tags(owner)
             else:
                 lock.enter_context(output.hold(folder))
-                tracked.reap()
+                tracked.reap(output_dir)
                 sweep.store_definition(type(self).__name__)
             display = SweepDisplay(total)
-            again = f"python -m mnist_exp.run -m{self.chosen} sweep.resume={tracked.run_id}"
 
             def conclude() -> list[dict[str, str]]:
-                tracked.reap()
+                tracked.reap(output_dir)
                 rows = table(sweep.jobs, tracked.children(), sweep.returns)
                 if rows:
                     tracked.text(as_csv(rows), "results.csv")
@@ -226,8 +203,8 @@ class GridSweeper(Sweeper):
     def check(self, config: dict[str, Any]) -> None:
         """Raise UserError on the configuration of a job that this sweeper must not run."""
 
-    def total(self, jobs: list[Job], definition: dict[str, Any]) -> int:
-        """Return how many jobs there will be; definition: of the sweep that is gone on with, or empty."""
+    def total(self, jobs: list[Job], definition: Definition | None) -> int:
+        """Return how many jobs there will be; definition: of the sweep that is gone on with, if one is."""
         return len(jobs)
 
     def varied(self, jobs: list[Job], overrides: list[str]) -> list[str]:
@@ -250,12 +227,12 @@ class GridSweeper(Sweeper):
     def _launch_missing(self, sweep: Sweep, jobs: list[Job]) -> None:
         """Have the launcher run what has not finished: from its last checkpoint, where it has one, else from the start."""
         if not sweep.insist:
-            wait_for_orphans(sweep.tracked)
+            wait_for_orphans(sweep.tracked, sweep.folder.parent)
         children = sweep.tracked.children()
         latest = by_job(children)
-        data = {child.tags["data"] for child in children if child.status == "FINISHED"}
+        data = {child.tags.get("data", "") for child in children if child.status == "FINISHED"}
         one_data = len(data) == 1 and not any(re.match(r"data\b", key) for key in sweep.varied)
-        expected = [f"sweep.data={data.pop()}"] if one_data and not sweep.insist else []
+        expected = [f"sweep.data={quoted(data.pop())}"] if one_data and not sweep.insist else []
         painted = colours(sweep.jobs)
         todo: dict[int, list[str]] = {}
         for job in jobs:
@@ -279,20 +256,32 @@ class GridSweeper(Sweeper):
             results = [_failed(error) for _ in todo]
         sweep.returns |= dict(zip(todo, results, strict=True))
         for number, child in by_job(sweep.tracked.children()).items():
-            if number in todo and child.status == "RUNNING":  # wherever it ran, its launcher has returned without it
-                sweep.tracked.close(child.run_id, "its process died")
+            if number in todo and child.status in ("RUNNING", "KILLED"):  # wherever it ran, its launcher has returned without it
+                sweep.tracked.close(child.run_id, reason(sweep.returns[number]) or "its process died")
 
-    def _refuse_changes(self, definition: dict[str, Any], overrides: list[str], software: dict[str, str]) -> None:
+    def _refuse_elsewhere(self, parent: "Record", output_dir: Path, where: list[str]) -> None:
+        """Raise UserError if a sweep says that its checkpoints lie elsewhere, and the command line does not say where.
+
+        The tag is never followed by itself: whoever can write to the store could send a sweep anywhere with it.
+        """
+        there = parent.tags.get("output_dir", "")
+        if there != str(output_dir.absolute()) and not any(key_of(override) == "output_dir" for override in where):
+            raise UserError(
+                f"sweep.resume={parent.run_id}: the sweep was begun with another output_dir than {output_dir.absolute()}: its "
+                f"parent says {there!r}. If its checkpoints lie there, add {shlex.quote(f'output_dir={quoted(there)}')}."
+            )
+
+    def _refuse_changes(self, definition: Definition, overrides: list[str], software: dict[str, str]) -> None:
         """Raise UserError if what the sweep was defined by has changed since."""
-        then = definition["software"]
-        changed = [f"{key} was {then[key]}, is {value}" for key, value in software.items() if then[key] != value]
-        if type(self).__name__ != definition["sweeper"]:
-            changed.append(f"the sweeper was {definition['sweeper'].lower()}: hydra/sweeper={definition['sweeper'].lower()}")
-        if overrides and overrides != definition["overrides"]:
-            changed.append(f"the command line was {' '.join(definition['overrides'])}, is {' '.join(overrides)}")
-        for stored in definition["jobs"]:
-            if self.job(stored["number"], stored["overrides"]).config_hash != stored["config_hash"]:
-                changed.append(f"the configuration of job {stored['number']} ({' '.join(stored['overrides'])}) is another")
+        then = definition.software
+        changed = [f"{key} was {then.get(key)}, is {value}" for key, value in software.items() if then.get(key) != value]
+        if type(self).__name__ != definition.sweeper:
+            changed.append(f"the sweeper was {definition.sweeper.lower()}: hydra/sweeper={definition.sweeper.lower()}")
+        if overrides and overrides != definition.overrides:
+            changed.append(f"the command line was {' '.join(definition.overrides)}, is {' '.join(overrides)}")
+        for stored in definition.jobs:
+            if self.job(stored.number, stored.overrides).config_hash != stored.config_hash:
+                changed.append(f"the configuration of job {stored.number} ({' '.join(stored.overrides)}) is another")
                 break
         if changed:
             raise UserError(
@@ -338,14 +327,14 @@ def _without_hydra(composed: DictConfig) -> DictConfig:
 def by_job(children: list["Record"]) -> dict[int, "Record"]:
     """Return the child that stands for each job: the finished one, else the newest."""
     ordered = sorted(children, key=lambda child: (child.status == "FINISHED", child.started))
-    return {int(child.tags["job_num"]): child for child in ordered}
+    return {child.job: child for child in ordered if child.job is not None}
 
 
-def wait_for_orphans(tracked: "NoTracker", patience: float = 60.0) -> None:
+def wait_for_orphans(tracked: "NoTracker", output_dir: Path, patience: float = 60.0) -> None:
     """Wait for the jobs that a killed parent has left behind: they end themselves. Raises UserError if one does not."""
     deadline = time.monotonic() + patience
     while True:
-        tracked.reap()
+        tracked.reap(output_dir)
         alive = [child for child in tracked.children() if child.status == "RUNNING"]
         if not alive:
             return
@@ -353,7 +342,7 @@ def wait_for_orphans(tracked: "NoTracker", patience: float = 60.0) -> None:
             raise UserError(
                 f"Run {alive[0].run_id} of this sweep is still worked on, as far as can be seen, by process "
                 f"{alive[0].tags.get('pid')} on {alive[0].tags.get('host')}. Wait for it or stop it; if it is dead, "
-                "`python -m mnist_exp.runs reap` on that machine says so, or go on with sweep.insist=true."
+                f"`{command('runs', 'reap')}` on that machine says so, or go on with sweep.insist=true."
             )
         time.sleep(1)
 
@@ -377,6 +366,22 @@ class Progress:
         return statuses["FINISHED"], statuses["FAILED"] + statuses["KILLED"], max(best, default=None)
 
 
+def reason(returned: JobReturn | None) -> str:
+    """Return in one line why a job did not finish, as it has told its launcher; empty where it has not."""
+    value = returned._return_value if returned else None
+    return str(value).splitlines()[0] if isinstance(value, BaseException) and str(value) else ""
+
+
+@contextmanager
+def how_to_go_on(again: str) -> Iterator[None]:
+    """Add the command `again` to an exception that leaves a sweep unfinished."""
+    try:
+        yield
+    except (Interrupted, ResumableError) as error:
+        error.add_note(f"`{again}` goes on with the sweep.")
+        raise
+
+
 def table(jobs: list[Job], children: list["Record"], returns: dict[int, JobReturn]) -> list[dict[str, str]]:
     """Return a row for each job: number, name, status, metrics, run, error."""
     latest = by_job(children)
@@ -384,10 +389,10 @@ def table(jobs: list[Job], children: list["Record"], returns: dict[int, JobRetur
     for job in jobs:
         child, returned = latest.get(job.number), returns.get(job.number)
         value = returned._return_value if returned else None
-        error = str(value).splitlines()[0] if isinstance(value, BaseException) and str(value) else ""
+        error = reason(returned)
         if child:
             status = "PRUNED" if "pruned" in child.tags else child.status
-            error = (child.tags.get("error") or error) if status != "FINISHED" else ""
+            error = (error or child.tags.get("error", "")) if status != "FINISHED" else ""
         elif returned and returned.status == JobStatus.COMPLETED:
             status = "FINISHED"
         else:
@@ -408,9 +413,12 @@ def description(rows: list[dict[str, str]], tracked: "NoTracker", again: str) ->
     scored = [row for row in rows if row["status"] == "FINISHED" and row[RANKED_BY]]
     lines = [f"{len(rows)} jobs: {counts}."]
     if scored:
-        best = max(scored, key=lambda row: float(row[RANKED_BY]))
-        link = tracked.link(best["run"])
-        lines.append(f"Best by {RANKED_BY}: [{best['name']}]({link}), {float(best[RANKED_BY]):.2%}.")
+        highest = max(float(row[RANKED_BY]) for row in scored)
+        best = [row for row in scored if float(row[RANKED_BY]) == highest]
+        named = ", ".join(f"[{row['name']}]({tracked.link(row['run'])})" for row in best[:BEST_NAMED])
+        more = f" and {len(best) - BEST_NAMED} more" if len(best) > BEST_NAMED else ""
+        tied = f"{len(best)} tie: " if len(best) > 1 else ""
+        lines.append(f"Best by {RANKED_BY}, {highest:.2%}: {tied}{named}{more}.")
     shown = ("job", "name", "status", *SHOWN)
     lines += ["", f"| {' | '.join(shown)} |", f"|{' --- |' * len(shown)}"]
     lines += [f"| {' | '.join(row[key] for key in shown)} |" for row in rows[:ROWS_SHOWN]]

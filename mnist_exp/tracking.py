@@ -3,8 +3,10 @@
 import base64
 import copy
 import json
+import logging
 import os
 import platform
+import re
 import shlex
 import time
 import traceback
@@ -18,25 +20,30 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
 from filelock import FileLock
 
-from mnist_exp import ROOT, exported, output
-from mnist_exp.errors import PrunedError, UserError
+from mnist_exp import exported, output
+from mnist_exp.definition import Definition, parse_definition
+from mnist_exp.errors import PrunedError, ResumableError, UserError
+from mnist_exp.exported import GRAPH
+from mnist_exp.overrides import absolute_path, check_stored, command, default_store
+from mnist_exp.redaction import has_credentials, redact, redact_all, without_credentials
 from mnist_exp.signals import uninterrupted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
     from mlflow.entities import Run
-    from torch import Tensor, nn
+    from torch import nn
     from torch.export import ExportedProgram
 
     from mnist_exp.data import Dataset
 
+Result = TypeVar("Result")
 LEADERBOARD = "leaderboard"
 LEADERBOARD_COLUMNS = (
     "metrics.`test/accuracy`",
@@ -47,12 +54,13 @@ LEADERBOARD_COLUMNS = (
 )
 BATCH_LIMIT = 1000  # of metrics in one MLflow request
 OUTCOME = "outcome.json"  # a run's history and mistakes, for comparisons
-GRAPH = Path("data") / "model.pt2"  # where MLflow keeps a model's graph
 # By architecture and example: the graph, and the files around it.
 _traced: "dict[tuple[str, bytes], tuple[ExportedProgram, dict[Path, bytes]]]" = {}
 TRACES_KEPT = 8
 RETRY_AFTER = 10.0  # seconds until a store that did not answer is tried again, while training goes on
-PATIENCE = 30.0  # seconds to wait for it at the end of the run
+PATIENCE = 120.0  # seconds to wait for it where nothing else is left to do: at the end of a run, before a job of a sweep
+DIED = "its process died"
+LEFT = "its process no longer works on it"
 
 
 @dataclass(frozen=True)
@@ -74,20 +82,37 @@ class Record:
     digests: dict[str, str]
     artifacts: str
 
+    @property
+    def job(self) -> int | None:
+        """The number of the job of a sweep that the run stands for, None for other runs."""
+        number = self.tags.get("job_num", "")
+        return int(number) if number.isdecimal() and len(number) < 10 else None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a run is made again: its resolved configuration, the option of each group, and the overrides of its command line."""
+
+    config: dict[str, Any]
+    choices: dict[str, str]
+    overrides: list[str]
+
 
 @dataclass(frozen=True)
 class Original:
     """All that running a run again takes, and what it came to: the points of each metric, by examples seen."""
 
     record: Record
-    config: dict[str, Any]
-    choices: dict[str, str]
-    overrides: list[str]
+    recipe: Recipe
     points: dict[str, dict[int, float]]
 
 
-class StoreGoneError(UserError):
-    """The store did not come back before the end of the run."""
+class StoreAwayError(UserError):
+    """The store does not answer."""
+
+
+class StoreGoneError(ResumableError):
+    """The store did not come back before the end of the run, or refuses to take what it records."""
 
 
 class NoTracker:
@@ -98,8 +123,8 @@ class NoTracker:
 
     run_id: str
 
-    def open(self) -> None:
-        """Open the store without beginning a run; raises UserError."""
+    def open(self, *, waits: bool = False) -> None:
+        """Open the store without beginning a run; raises UserError, where it `waits` only after PATIENCE seconds."""
 
     def start(self, name: str, tags: Mapping[str, str], run_id: str | None = None) -> Self:
         """Begin the run called `name`, or go on with the run `run_id`, whose tags stay as they are."""
@@ -147,18 +172,21 @@ class NoTracker:
         """Remove a run that another takes the place of."""
 
     def close(self, run_id: str, why: str) -> bool:
-        """Set another run, whose process is known to be dead, to KILLED; return whether it was RUNNING."""
+        """Set a run that nobody works on to KILLED, and note why unless it has said itself; return whether it was RUNNING."""
         return False
 
-    def reap(self) -> list[Record]:
-        """Set the runs to KILLED that are RUNNING in the store though their process is dead, and return them."""
+    def reap(self, output_dir: Path) -> list[Record]:
+        """Set the runs to KILLED that are RUNNING in the store though nobody works on them, and return them.
+
+        output_dir: where locks tell whether somebody does; of runs elsewhere, only the process is looked for.
+        """
         return []
 
     def read(self, run_id: str) -> Original:
         """Return what the store holds of a run; raises UserError where that does not suffice to run it again."""
         raise UserError("tracking=none holds no runs: name the store that does with MLFLOW_TRACKING_URI.")
 
-    def find_sweep(self, sweep: str, *, finished_too: bool) -> tuple[Record, dict[str, Any]]:
+    def find_sweep(self, sweep: str, *, finished_too: bool) -> tuple[Record, Definition]:
         """Return a sweep's parent and definition by its id, or `latest` for the newest, finished or not. Raises UserError."""
         raise UserError("tracking=none holds no sweeps: name the store that does with MLFLOW_TRACKING_URI.")
 
@@ -201,19 +229,40 @@ class MLflowTracker(NoTracker):
         self.open()
         adopted = self._project_run()
         if run_id:
-            run_path(self.client, run_id)
-            self._reopen(run_id)
+            self._patiently(lambda: run_path(self.client, run_id))
+            self._patiently(lambda: self._reopen(run_id))
         elif adopted:
             self.run_id = adopted
-            self.client.update_run(adopted, name=name)
+            self.client.update_run(adopted, name=redact(name))
             self.tags(tags)
         else:
-            self.run_id = self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags)).info.run_id
+            created = self.client.create_run(self.experiment_id, run_name=redact(name), tags=redact_all(dict(tags)))
+            self.run_id = created.info.run_id
         return self
 
-    def open(self) -> None:
-        if not hasattr(self, "client"):
-            self.client, self.experiment_id = open_store(self.uri, self.experiment)
+    def open(self, *, waits: bool = False) -> None:
+        deadline = time.monotonic() + (PATIENCE if waits else 0.0)
+        while not hasattr(self, "client"):
+            try:
+                self.client, self.experiment_id = open_store(self.uri, self.experiment)
+            except StoreAwayError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(1)
+
+    def _patiently(self, operation: Callable[[], Result]) -> Result:
+        """Return what `operation` reads from the store, which may be away for a while; raises StoreGoneError."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                with uninterrupted():
+                    return operation()
+            except UserError:
+                raise
+            except Exception as error:  # a server, a database and a disk fail in their own ways
+                if _is_refusal(error) or time.monotonic() > deadline:
+                    raise StoreGoneError(f"{self.uri} does not answer as it should: {str(error).splitlines()[0]}") from error
+            time.sleep(1)
 
     def _project_run(self) -> str | None:
         """Return the run that `mlflow run` has made for this process, if it lies where our runs are looked for."""
@@ -233,6 +282,8 @@ class MLflowTracker(NoTracker):
         for key in run.data.metrics:
             self._recorded |= {(key, point.step) for point in self.client.get_metric_history(run_id, key)}
         self._datasets = {item.dataset.name for item in run.inputs.dataset_inputs} if run.inputs else set()
+        for key in {"error", "pruned"} & run.data.tags.keys():  # of an end that is none any more
+            self.client.delete_tag(run_id, key)
         self.client.update_run(run_id, status="RUNNING")
 
     @uninterrupted()
@@ -248,13 +299,22 @@ class MLflowTracker(NoTracker):
         self._outbox.append(partial(self._terminate, status, self.run_id))
         deadline = time.monotonic() + PATIENCE
         while lost := self._send():
+            reason = str(lost).splitlines()[0]
+            if _is_refusal(lost):
+                raise StoreGoneError(
+                    f"{self.uri} refuses what run {self.run_id} records: {reason}\nThe checkpoint holds the run. If it was "
+                    f"deleted, bring it back with `{self._mlflow('runs', 'restore', '--run-id', self.run_id)}`."
+                ) from error
             if time.monotonic() > deadline:
                 raise StoreGoneError(
-                    f"{self.uri} no longer takes what run {self.run_id} records: {str(lost).splitlines()[0]}\n"
-                    f"Nothing is lost: the checkpoint holds the run. Once the store is back, "
-                    f"`python -m mnist_exp.run resume={self.run_id}` sends the rest."
+                    f"{self.uri} no longer takes what run {self.run_id} records: {reason}\n"
+                    "Nothing is lost: the checkpoint holds the run."
                 ) from error
             time.sleep(1)
+
+    def _mlflow(self, *arguments: str) -> str:
+        """Return the shell command of MLflow's own command line for this store."""
+        return f"{_store_variable(self.uri)}{shlex.join(['mlflow', *arguments])}"
 
     def _terminate(self, status: str, run_id: str) -> None:
         began = self.client.get_run(run_id).info.start_time
@@ -280,13 +340,13 @@ class MLflowTracker(NoTracker):
     def params(self, params: Mapping[str, object]) -> None:
         from mlflow.entities import Param
 
-        entities = [Param(key, str(value)) for key, value in params.items()]
+        entities = [Param(key, redact(str(value))) for key, value in params.items()]
         self._queue(lambda: self.client.log_batch(self.run_id, params=entities))
 
     def tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        entities = [RunTag(key, value) for key, value in tags.items()]
+        entities = [RunTag(key, redact(value)) for key, value in tags.items()]
         self._queue(lambda: self.client.log_batch(self.run_id, tags=entities))
 
     def metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -309,7 +369,7 @@ class MLflowTracker(NoTracker):
         self._points = []
 
     def text(self, text: str, path: str) -> None:
-        self._queue(lambda: self.client.log_text(self.run_id, text, path))
+        self._queue(lambda: self.client.log_text(self.run_id, redact(text), path))
 
     def figure(self, draw: Callable[[], "Figure"], path: str) -> None:
         form = {"dpi": 80, "pil_kwargs": {"compress_level": 1}}
@@ -333,7 +393,7 @@ class MLflowTracker(NoTracker):
             name=f"{data.name}-{split}",
             digest=part.digest,
             source_type="local",
-            source=json.dumps({"uri": data.source}),
+            source=json.dumps({"uri": redact(data.source)}),
             schema=json.dumps(schema),
             profile=json.dumps({"num_rows": len(part), "epoch_size": part.epoch_size}),
         )
@@ -342,7 +402,7 @@ class MLflowTracker(NoTracker):
 
     def model(self, model: "nn.Module", example: Any, folder: Path, config: dict[str, Any]) -> None:
         shape = {key: value for key, value in config["model"].items() if key != "dropout"}  # which the graph does not have
-        exported.save(folder, config, partial(export, model, example, architecture=json.dumps(shape)))
+        exported.save(folder, model, config, partial(export, model, example, architecture=json.dumps(shape)))
         self._queue(lambda: self._log_model(folder))
 
     def _log_model(self, folder: Path) -> None:
@@ -363,53 +423,59 @@ class MLflowTracker(NoTracker):
 
     def children(self, sweep_id: str | None = None, ended_after: int = 0) -> list[Record]:
         ended = f" and attributes.end_time > {ended_after}" if ended_after else ""
-        return read_runs(self.client, self.experiment_id, f"tags.sweep_id = '{sweep_id or self.run_id}'{ended}")
+        where = f"tags.sweep_id = '{sweep_id or self.run_id}'{ended}"
+        found = self._patiently(lambda: read_runs(self.client, self.experiment_id, where))
+        return [record for record in found if record.job is not None]
 
-    @uninterrupted()
     def delete(self, run_id: str) -> None:
-        self.client.delete_run(run_id)
+        self._patiently(lambda: self.client.delete_run(run_id))
 
-    def reap(self) -> list[Record]:
+    def reap(self, output_dir: Path) -> list[Record]:
         self.open()
-        running = read_runs(self.client, self.experiment_id, "attributes.status = 'RUNNING'")
-        return [record for record in running if self._reap_if_dead(record)]
+        running = self._patiently(lambda: read_runs(self.client, self.experiment_id, "attributes.status = 'RUNNING'"))
+        return [record for record in running if self._reap_if_dead(record, output_dir)]
 
-    def _reap_if_dead(self, record: Record) -> bool:
+    def _reap_if_dead(self, record: Record, output_dir: Path) -> bool:
         if record.tags.get("host") != platform.node() or not {"pid", "output_dir"} <= record.tags.keys():
             return False
-        folder = Path(record.tags["output_dir"]) / record.run_id
-        if not (folder / output.LOCK).exists():  # killed, or about to create its folder
-            return not _lives(int(record.tags["pid"])) and self.close(record.run_id, "its process died")
+        why = LEFT if _lives(record.tags["pid"]) else DIED
+        folder = output_dir.absolute() / record.run_id
+        # The tag could name any folder: a lock is looked at only where this command's own output goes.
+        if record.tags["output_dir"] != str(output_dir.absolute()) or not (folder / output.LOCK).exists():
+            return why == DIED and self.close(record.run_id, why)
         with output.idle(folder) as idle:
-            return idle and self.close(record.run_id, "its process died")
+            return idle and self.close(record.run_id, why)
 
-    @uninterrupted()
     def close(self, run_id: str, why: str) -> bool:
-        if self.client.get_run(run_id).info.status != "RUNNING":  # it has ended since it was looked for
-            return False
-        self.client.set_tag(run_id, "error", why)
-        self._terminate("KILLED", run_id)
-        return True
+        def close() -> bool:
+            run = self.client.get_run(run_id)
+            is_running = bool(run.info.status == "RUNNING")  # it may have ended since it was looked for
+            if is_running or run.data.tags.get("error") in (DIED, LEFT):
+                self.client.set_tag(run_id, "error", redact(why))
+            if is_running:
+                self._terminate("KILLED", run_id)
+            return is_running
+
+        return self._patiently(close)
 
     def read(self, run_id: str) -> Original:
-        from mlflow.exceptions import MlflowException
+        from pydantic import TypeAdapter, ValidationError
 
         self.open()
         run_path(self.client, run_id)
         run = self.client.get_run(run_id)
         if "sweep_jobs" in run.data.tags:
-            raise UserError(f"Run {run_id} is a sweep: name one of its jobs, which `python -m mnist_exp.runs list` shows.")
+            raise UserError(f"Run {run_id} is a sweep: name one of its jobs, which `{command('runs', 'list')}` shows.")
         try:
-            with TemporaryDirectory() as folder:
-                recipe = json.loads(Path(self.client.download_artifacts(run_id, "recipe.json", folder)).read_text())
-            config, choices, overrides = dict(recipe["config"]), dict(recipe["choices"]), list(recipe["overrides"])
-        except (MlflowException, OSError, ValueError, KeyError, TypeError) as error:
+            recipe = TypeAdapter(Recipe).validate_json(self._download(run_id, "recipe.json"))
+        except (OSError, ValidationError) as error:
             raise UserError(f"Run {run_id} does not hold its recipe.json as it should: {str(error).splitlines()[0]}") from error
+        check_stored(recipe.overrides, f"recipe.json of run {run_id}")
         histories = {key: self.client.get_metric_history(run_id, key) for key in run.data.metrics}
         points = {key: {point.step: point.value for point in history} for key, history in histories.items()}
-        return Original(_record(run), config, choices, overrides, points)
+        return Original(_record(run), recipe, points)
 
-    def find_sweep(self, sweep: str, *, finished_too: bool) -> tuple[Record, dict[str, Any]]:
+    def find_sweep(self, sweep: str, *, finished_too: bool) -> tuple[Record, Definition]:
         self.open()
         sweeps = read_runs(self.client, self.experiment_id, "tags.sweep_jobs LIKE '%'")
         allowed = [record for record in sweeps if finished_too or record.status != "FINISHED"]
@@ -429,18 +495,21 @@ class MLflowTracker(NoTracker):
         what = "" if finished_too else " that could be gone on with"
         raise UserError(f"sweep {sweep}: there is no such sweep{what} in {self.uri}; those there: {known}.")
 
-    def _definition(self, record: Record) -> dict[str, Any] | None:
+    def _definition(self, record: Record) -> Definition | None:
+        try:
+            return parse_definition(self._download(record.run_id, "sweep.json"), f"sweep.json of run {record.run_id}")
+        except OSError:
+            return None
+
+    def _download(self, run_id: str, path: str) -> bytes:
+        """Return the content of an artifact; raises OSError where it is not to be had."""
         from mlflow.exceptions import MlflowException
 
-        with TemporaryDirectory() as folder:
-            try:
-                definition = json.loads(Path(self.client.download_artifacts(record.run_id, "sweep.json", folder)).read_text())
-                for job in definition["jobs"]:
-                    if not (isinstance(job["number"], int) and all(isinstance(override, str) for override in job["overrides"])):
-                        return None
-                return definition if all(isinstance(override, str) for override in definition["overrides"]) else None
-            except (MlflowException, OSError, ValueError, KeyError, TypeError):
-                return None
+        try:
+            with TemporaryDirectory() as folder:
+                return Path(self.client.download_artifacts(run_id, path, folder)).read_bytes()
+        except MlflowException as error:
+            raise OSError(str(error)) from error
 
     def outcomes(self, records: list[Record]) -> list[tuple[Record, Any]]:
         from mlflow.artifacts import download_artifacts
@@ -478,21 +547,23 @@ class MLflowTracker(NoTracker):
 
     def how_to_open(self) -> str:
         if self.uri.startswith("http"):
-            return f"{self.uri}{run_path(self.client, self.run_id)}"
-        store = "" if self.uri == f"sqlite:///{ROOT / 'mlflow.db'}" else f"MLFLOW_TRACKING_URI={shlex.quote(self.uri)} "
-        return f"{store}{os.path.relpath(ROOT / 'scripts' / 'ui')} {self.run_id}"
+            return f"{without_credentials(self.uri)}{run_path(self.client, self.run_id)}"
+        return f"{_store_variable(self.uri)}{command('ui', self.run_id)}"
 
 
 @uninterrupted()
 def read_runs(client: "MlflowClient", experiment_id: str, where: str = "") -> list[Record]:
-    """Return the runs of an experiment for which MLflow's filter `where` holds, the newest first, in one query a thousand."""
+    """Return the runs of an experiment for which MLflow's filter `where` holds, the newest first, in one query a thousand.
+
+    A run whose id is not of MLflow's form is left out: ids become the names of folders.
+    """
     runs: list[Run] = []
     token: str | None = ""
     while token is not None:
         page = client.search_runs([experiment_id], where, max_results=1000, page_token=token or None)
         runs += page
         token = page.token
-    return [_record(run) for run in runs]
+    return [_record(run) for run in runs if re.fullmatch("[0-9a-f]{32}", run.info.run_id)]
 
 
 def _record(run: "Run") -> Record:
@@ -504,14 +575,28 @@ def _record(run: "Run") -> Record:
     return Record(*texts, info.start_time, info.end_time, *held, info.artifact_uri)
 
 
-def _lives(pid: int) -> bool:
+def _lives(pid: str) -> bool:
+    """Return whether this machine has a process of that number; one that is no number counts as alive."""
+    if not (pid.isdecimal() and 0 < int(pid) < 2**31):
+        return True
     try:
-        os.kill(pid, 0)
+        os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
     return True
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Return whether the store has answered and will not do what was asked, however often it is asked again."""
+    code = getattr(error, "error_code", None)  # of MLflow's exceptions
+    return code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "BAD_REQUEST", "PERMISSION_DENIED")
+
+
+def _store_variable(uri: str) -> str:
+    """Return the assignment before a shell command that reads the store at `uri`; none for the default, or with credentials."""
+    return "" if uri == default_store() or has_credentials(uri) else f"MLFLOW_TRACKING_URI={shlex.quote(uri)} "
 
 
 def export(model: "nn.Module", example: Any, folder: Path, architecture: str) -> None:
@@ -568,29 +653,25 @@ def _trace(model: "nn.Module", example: Any, folder: Path) -> None:
     )
 
 
-def load_model(uri: str) -> "Callable[[Tensor], Tensor]":
-    """Return the model at `uri`: a folder, or what MLflow calls models:/<model id>; no code of the model's is run.
+def load_model(uri: str) -> "nn.Module":
+    """Return the model at `uri`, a folder or what MLflow calls models:/<model id>, in evaluation mode.
 
-    It maps images, uint8 (n, 1, 28, 28), to logits, float32 (n, 10). Raises UserError if it is not whole.
+    It maps images, uint8 (n, 1, 28, 28), to logits, float32 (n, 10). Raises UserError if it is not one that this program
+    exported, whole. Nothing of the folder is executed, see `exported.load`.
     """
-    import mlflow.pytorch
+    from mlflow.artifacts import download_artifacts
 
-    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
     try:
-        folder = mlflow.artifacts.download_artifacts(uri)
-        exported.verify(Path(folder))
-        model: Callable[[Tensor], Tensor] = mlflow.pytorch.load_model(folder)
-    except UserError:
-        raise
-    except Exception as error:  # a store, a disk, and, where a file was forged, anything within torch
+        folder = Path(uri) if Path(uri).is_dir() else Path(download_artifacts(uri))
+    except Exception as error:  # a store and a disk fail in their own ways
         raise UserError(f"{uri} cannot be loaded as a model: {str(error).splitlines()[0]}") from error
-    return model
+    return exported.load(folder)
 
 
 def absolute_uri(uri: str) -> str:
     """Return `uri` with a relative SQLite path made absolute; raises UserError on a scheme that is not supported."""
     if uri.startswith("sqlite:///"):
-        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+        return absolute_path(uri)
     if urlsplit(uri).scheme in ("http", "https"):
         return uri.rstrip("/")
     raise UserError(
@@ -609,6 +690,8 @@ def open_store(uri: str, experiment: str) -> tuple["MlflowClient", str]:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default of 7 waits four minutes for a dead server
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds without an answer; that of 120 outlasts a worker's grace
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # into the middle of our bars
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # of each attempt that failed; we say it when all have
     import mlflow
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -622,11 +705,26 @@ def open_store(uri: str, experiment: str) -> tuple["MlflowClient", str]:
     except UserError:
         raise
     except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
-        raise UserError(
-            f"tracking.uri={uri} (MLFLOW_TRACKING_URI) cannot be opened: {str(error).splitlines()[0]}\n"
-            "Allowed are a SQLite file in a folder that can be written, and a tracking server that answers. "
+        problem = f"tracking.uri={uri} (MLFLOW_TRACKING_URI) cannot be opened: {str(error).splitlines()[0]}"
+        if "out-of-date database schema" in str(error):
+            raise UserError(_how_to_upgrade(uri)) from error
+        raise StoreAwayError(
+            f"{problem}\nAllowed are a SQLite file in a folder that can be written, and a tracking server that answers. "
             "Start the server, name another store, or use tracking=none."
         ) from error
+
+
+def _how_to_upgrade(uri: str) -> str:
+    """Return what to do about a database of another version of MLflow."""
+    import mlflow
+
+    path = uri.removeprefix("sqlite:///")
+    copy = shlex.join(["cp", path, f"{path}.backup"])
+    return (
+        f"tracking.uri={uri} (MLFLOW_TRACKING_URI) has the database schema of another version of MLflow than "
+        f"{mlflow.__version__}. Make a backup, then upgrade it: `{copy} && {shlex.join(['mlflow', 'db', 'upgrade', uri])}`. "
+        "If a newer MLflow wrote it, install that one instead."
+    )
 
 
 def _open_experiment(mlflow: Any, uri: str, experiment: str, artifact_location: str | None) -> tuple["MlflowClient", str]:
@@ -638,7 +736,7 @@ def _open_experiment(mlflow: Any, uri: str, experiment: str, artifact_location: 
     if found is not None and found.lifecycle_stage == "deleted":
         raise UserError(
             f"tracking.experiment={experiment} was deleted in {uri}. Restore it with "
-            f"`mlflow experiments restore --experiment-id {found.experiment_id}`, or name another."
+            f"`{_store_variable(uri)}mlflow experiments restore --experiment-id {found.experiment_id}`, or name another."
         )
     view, state = f"mlflow.sharedViewState.{LEADERBOARD}", leaderboard_view()
     try:
@@ -679,5 +777,10 @@ def run_path(client: "MlflowClient", run_id: str) -> str:
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
-        raise UserError(f"There is no run {run_id} in {client.tracking_uri}: MLFLOW_TRACKING_URI names the store.") from error
+        if not _is_refusal(error):
+            raise
+        raise UserError(
+            f"There is no run {run_id} in {client.tracking_uri}: MLFLOW_TRACKING_URI or tracking.uri names the store, and "
+            "tracking=none is for runs that were started with it."
+        ) from error
     return f"/#/experiments/{run.info.experiment_id}/runs/{run_id}?workflowType=machine_learning"

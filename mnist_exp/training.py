@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mnist_exp.config import PARTS
 from mnist_exp.data import Dataset, derive_seed, generator
 from mnist_exp.distillation import NoTeacher
 from mnist_exp.errors import UserError
 from mnist_exp.evaluation import evaluate
+from mnist_exp.overrides import PARTS
 
 REPORTS_PER_EPOCH = 20
 State = dict[str, Any]  # the phase, its steps done, the examples seen, and the states of all that changes in training
@@ -116,8 +116,13 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype:
         return PRECISIONS[precision]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    has_bf16 = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
+
+
+def cpu_has_bf16() -> bool:
+    """Return whether the CPU has instructions for bf16; those that emulate it are faster in fp32."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def hold_freed_memory() -> None:
@@ -143,6 +148,12 @@ def plan(model: nn.Module, phases: Mapping[str, Phase], data: Dataset, output_di
         if phase.split not in data.splits or phase.split == "test":
             allowed = ", ".join(split for split in data.splits if split != "test")
             raise UserError(f"phases.{name}.split={phase.split} cannot be trained on: allowed with this data: {allowed}.")
+        epoch_size = data.splits[phase.split].epoch_size
+        if phase.batch_size > epoch_size:
+            raise UserError(
+                f"phases.{name}.batch_size={phase.batch_size} is not valid: allowed is at most {epoch_size}, the examples of an "
+                f"epoch of the split {phase.split}."
+            )
         steps_per_epoch = data.splits[phase.split].steps(phase.batch_size)
         try:
             optimizer = phase.optimizer(model.parameters())
@@ -180,6 +191,8 @@ def fit(
     device = next(model.parameters()).device
     examples_seen, epochs_done = 0, 0
     names = [stage.name for stage in stages]
+    if resume_from and not _fits(resume_from, names):
+        raise UserError("The checkpoint does not hold a state of this run's phases. Start the run again.")
     first_stage = names.index(resume_from["phase"]) if resume_from else 0
     for position, stage in enumerate(stages):
         phase, split = stage.phase, data.splits[stage.phase.split]
@@ -189,10 +202,7 @@ def fit(
         scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         first_epoch, steps_done = 0, 0
         if resume_from and position == first_stage:
-            model.load_state_dict(resume_from["model"])
-            stage.optimizer.load_state_dict(resume_from["optimizer"])
-            stage.scheduler.load_state_dict(resume_from["scheduler"])
-            scaler.load_state_dict(resume_from["scaler"])
+            _restore(resume_from, model, stage, scaler)
             examples_seen = resume_from["examples_seen"]
             first_epoch, steps_done = divmod(resume_from["steps"], stage.steps_per_epoch)
             epochs_done += first_epoch
@@ -288,6 +298,22 @@ def _not_finite(what: str, value: str, stage: Stage, epoch: int, step: int, lear
 def weighted_mean(values: list[float], weights: list[int]) -> float:
     """Return the mean of `values` over examples, of which each value stands for so many as its weight."""
     return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+
+
+def _fits(state: State, phases: list[str]) -> bool:
+    counts = [state.get("steps"), state.get("examples_seen")]
+    return state.get("phase") in phases and all(isinstance(count, int) and count >= 0 for count in counts)
+
+
+def _restore(state: State, model: nn.Module, stage: Stage, scaler: torch.amp.GradScaler) -> None:
+    """Put a state that a report held back; raises UserError where it is another network's or optimizer's."""
+    try:
+        for part, owner in (("model", model), ("optimizer", stage.optimizer), ("scheduler", stage.scheduler), ("scaler", scaler)):
+            owner.load_state_dict(state[part])
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"The checkpoint's state does not fit phase {stage.name} as this version builds it: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _state(model: nn.Module, stage: Stage, scaler: torch.amp.GradScaler, steps: int, examples_seen: int) -> State:

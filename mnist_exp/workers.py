@@ -23,7 +23,9 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from mnist_exp.command_line import safe_output
 from mnist_exp.errors import PrunedError, UserError
+from mnist_exp.signals import Interrupted
 
 SERVER_DIED = 255  # what multiprocessing calls the exit code of a worker whose server is gone
 GRACE = 60.0  # seconds that a worker has to write down how its job ended
@@ -62,14 +64,19 @@ class WorkersLauncher(Launcher):
         """Have the server of the workers begin its imports, unless it has."""
         tracks = str(self.config.tracking.get("_target_", "")).endswith("MLflowTracker")
         FORKS.set_forkserver_preload(NEEDED + NEEDED_TO_TRACK if tracks else NEEDED)
-        with environment(self.environment):
-            forkserver.ensure_running()
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # or a terminal that is closed would end the server first
+        try:
+            with environment(self.environment):
+                forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGHUP, before)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; those that `sweep.on_failure=stop` keeps from starting come back as UNKNOWN."""
         setup_globals()
         count = min(self.processes or cores(), len(job_overrides))
-        payload = cloudpickle.dumps((self.context, self.config, self.task_function, Singleton.get_state()))
+        ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        payload = cloudpickle.dumps((self.context, self.config, self.task_function, Singleton.get_state(), ignores_hangup))
         stop_on_failure = self.config.sweep.on_failure == "stop"
         waiting = deque(enumerate(map(list, job_overrides), initial_job_idx))
         results = {number: JobReturn() for number, _ in waiting}
@@ -93,6 +100,10 @@ class WorkersLauncher(Launcher):
                         failed = result.status == JobStatus.FAILED and not isinstance(result._return_value, PrunedError)
                         if failed and stop_on_failure:
                             waiting.clear()
+        except Interrupted as interrupted:  # the jobs say that the same signal has stopped them
+            for worker in workers:
+                worker.stop(interrupted.signum)
+            raise
         finally:
             for worker in workers:
                 worker.stop()
@@ -165,11 +176,13 @@ class Worker:
         result.status = JobStatus.FAILED
         return result
 
-    def stop(self) -> None:
-        """Have the process end; a job that it runs ends as on SIGTERM."""
+    def stop(self, signum: int = signal.SIGTERM) -> None:
+        """Have the process end; a job that it runs ends as on the signal. Later calls change nothing."""
         self.connection.close()
-        if self.job is not None:
-            self.process.terminate()
+        if self.job is not None and self.process.pid:
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, signum)
+        self.job = None
 
     def join(self) -> None:
         """Wait for the end of the process, and enforce it after a while."""
@@ -184,8 +197,9 @@ def work(connection: "Connection[Any, Any]", payload: bytes) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
-    context, config, task_function, state = cloudpickle.loads(payload)
-    with suppress(EOFError, ConnectionError, KeyboardInterrupt):  # the end of the sweep, in peace or by a signal
+    context, config, task_function, state, ignores_hangup = cloudpickle.loads(payload)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if ignores_hangup else signal.SIG_DFL)  # and not the server's
+    with safe_output(), suppress(EOFError, ConnectionError, KeyboardInterrupt):  # the end of the sweep, in peace or by a signal
         while True:
             number, overrides = connection.recv()
             setup_globals()

@@ -28,7 +28,7 @@ from mlflow import MlflowClient
 from rich.console import Console
 from rich.table import Table
 
-from mnist_exp import ROOT
+from mnist_exp import CONF
 from mnist_exp.config import build, resolve
 from mnist_exp.data import MNIST_FILES
 from mnist_exp.training import choose_precision, fit, hold_freed_memory, plan
@@ -71,7 +71,7 @@ def run_ours(template: Path, folder: Path, seed: int) -> dict[str, float]:
 
 def run_dataloader(root: str, form: str, seed: int) -> dict[str, float]:
     """Run the yardstick; return what it took."""
-    script = str(ROOT / "scripts" / "dataloader.py")
+    script = str(Path(__file__).with_name("dataloader.py"))
     wall, memory, printed = command(script, "--transforms", form, "--seed", str(seed), "--root", root)
     return {"wall": wall, "memory": memory, **json.loads(printed)}
 
@@ -92,7 +92,7 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 def training_parts(overrides: list[str]) -> dict[str, float]:
     """Train in this process with a clock at every border; return seconds by part, and of the whole as `training`."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         config = resolve(compose("config", ["data.fallback=null", "device=cpu", "tracking=none", "~phases.finetune", *overrides]))
     data = build(config["data"], "data", seed=0)
     model = build(config["model"], "model")
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         root = Path(resolve(compose("config"))["data"]["root"])
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in (OURS, *FORMS)}
     started: dict[str, list[float]] = {"--help": [], "tab completion": []}

@@ -19,6 +19,7 @@ from itertools import product
 from pathlib import Path
 
 from mnist_exp.data import load_digits
+from mnist_exp.definition import Definition, Job
 from mnist_exp.tracking import OUTCOME, MLflowTracker
 
 
@@ -26,10 +27,10 @@ def make_sweep(store: str, arms: Iterable[str], seeds: int, better: float = 0.00
     """Record a sweep over `arms` of the model and over seeds, each arm `better` than the one before; return its id."""
     data = load_digits(0.02, seed=0)
     jobs = [[f"model={arm}", f"seed={seed}"] for arm, seed in product(arms, range(seeds))]
-    definition = {"sweeper": "Grid", "overrides": ["model=" + ",".join(arms), f"seed=range(0,{seeds})"], "jobs": []}
-    definition["jobs"] = [{"number": number, "overrides": job} for number, job in enumerate(jobs)]
+    overrides = ["model=" + ",".join(arms), f"seed=range(0,{seeds})"]
+    definition = Definition("Grid", len(jobs), overrides, {}, [Job(number, job, "") for number, job in enumerate(jobs)])
     with MLflowTracker(store, "mnist_exp").start("sweep model by seed", {"sweep_jobs": str(len(jobs))}) as parent:
-        parent.text(json.dumps(definition), "sweep.json")
+        parent.text(definition.as_json(), "sweep.json")
         parent.tags({"mlflow.note.content": f"{len(jobs)} jobs: {len(jobs)} FINISHED."})
     chance = random.Random(0)
     for number, (arm, seed) in enumerate(product(arms, range(seeds))):

@@ -20,7 +20,7 @@ from benchmark import run_dataloader, spread, unpacked_mnist
 from hydra import compose, initialize_config_dir
 from mlflow import MlflowClient
 
-from mnist_exp import ROOT
+from mnist_exp import CONF
 from mnist_exp.config import resolve
 
 PARALLEL = "in parallel"
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         root = Path(resolve(compose("config"))["data"]["root"])
     a_run: dict[str, list[float]] = {way: [] for way in (*WAYS, *YARDSTICKS)}
     for seed in range(arguments.rounds):

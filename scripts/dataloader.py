@@ -27,6 +27,10 @@ TRANSFORMS = {
 }
 
 
+CAPABILITIES = torch.cpu.get_capabilities()
+HAS_BF16 = any(CAPABILITIES.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
 class SqueezeExcite(nn.Module):
     """Scale each channel by a gate computed from the means of all channels."""
 
@@ -62,7 +66,7 @@ def train(
     """Train for one epoch."""
     model.train()
     for images, labels in batches:
-        with torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=HAS_BF16):
             loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()

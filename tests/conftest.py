@@ -13,7 +13,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from mnist_exp import ROOT, checkpoint, output
+from mnist_exp import CONF, HOME, checkpoint, output
 from mnist_exp.config import build, resolve
 from mnist_exp.data import MNIST_FILES, Dataset, load_digits
 from mnist_exp.run import main
@@ -58,7 +58,7 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def mnist_root() -> Path:
-    root = Path(os.environ.get("MNIST_ROOT", ROOT / "data"))
+    root = Path(os.environ.get("MNIST_ROOT", HOME / "data"))
     if not all((root / "MNIST" / "raw" / f"{name}.gz").exists() for name in MNIST_FILES):
         pytest.skip(f"the real MNIST is not in {root}: set MNIST_ROOT to a torchvision root that holds MNIST/raw/*.gz")
     return root
@@ -90,14 +90,15 @@ def digits() -> Dataset:
 
 @pytest.fixture(scope="session")
 def short_digits(digits: Dataset) -> Dataset:
-    """Digits with epochs of one pass: enough to take steps, not to learn."""
-    return replace(digits, splits={name: replace(split, epoch_size=len(split)) for name, split in digits.splits.items()})
+    """Digits with epochs of one pass, or of a batch of fine-tuning: enough to take steps, not to learn."""
+    sizes = {name: max(128, len(split)) for name, split in digits.splits.items()}
+    return replace(digits, splits={name: replace(split, epoch_size=sizes[name]) for name, split in digits.splits.items()})
 
 
 @pytest.fixture
 def composed() -> Iterator[Compose]:
     """Compose and check the configuration as the command line does."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         yield lambda *overrides: resolve(compose("config", list(overrides)))
 
 

@@ -5,7 +5,7 @@ PACKAGE = Path(__file__).parents[1] / "mnist_exp"
 ENTRY_POINTS = {"run", "runs", "compare"}
 ONLY = {
     "mlflow": {"tracking"},
-    "hydra": {"run", "compare", "command_line", "config", "sweep", "workers", "search"},
+    "hydra": {"run", "compare", "command_line", "config", "overrides", "sweep", "workers", "search"},
     "optuna": {"search"},
     "rich": {"console"},
 }

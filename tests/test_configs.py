@@ -4,14 +4,13 @@ import pytest
 import torch
 from conftest import finished
 
-from mnist_exp import ROOT
+from mnist_exp import CONF
 from mnist_exp.config import build, check
 from mnist_exp.data import Dataset
 from mnist_exp.errors import UserError
 from mnist_exp.models import count_parameters
 from mnist_exp.training import fit, plan
 
-CONF = ROOT / "conf"
 CLUSTERS = {"ray_cluster": "hydra_plugins.hydra_ray_launcher", "slurm": "hydra_plugins.hydra_submitit_launcher"}
 TAUGHT = {"ensemble", "record", "under_10k"}  # files that need finished runs to learn from
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.parent != CONF)

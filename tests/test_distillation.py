@@ -5,7 +5,7 @@ import torch
 from conftest import CommandLine, finished
 from hydra import compose, initialize_config_dir
 
-from mnist_exp import ROOT, checkpoint, output
+from mnist_exp import CONF, checkpoint, output
 from mnist_exp.config import build, resolve
 from mnist_exp.data import load_digits
 from mnist_exp.distillation import Ensemble
@@ -47,7 +47,7 @@ def test_a_student_is_trained_resumed_and_run_again(in_process: CommandLine, sto
 
 def test_runs_that_cannot_teach(in_process: CommandLine, tmp_path: Path, mnist_root: Path) -> None:
     outputs, digits = tmp_path / "outputs", load_digits(0.02, seed=0)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):  # closed again, for the command line to open its own
+    with initialize_config_dir(str(CONF), version_base="1.3"):  # closed again, for the command line to open its own
         config = resolve(compose("config", ["data=digits"]))
     run, pruned = finished(config, digits, outputs), finished(config, digits, outputs, epochs=0.5)
     nobody = "0" * 32

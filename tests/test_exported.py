@@ -1,6 +1,8 @@
 import json
+import os
 import pickle
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -8,55 +10,63 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from test_checkpoint import Bomb
 
-from mnist_exp import ROOT, exported
+from mnist_exp import CONF, exported
 from mnist_exp.config import build, resolve
 from mnist_exp.errors import UserError
-from mnist_exp.exported import SEAL
+from mnist_exp.exported import GRAPH, SEAL, WEIGHTS
 from mnist_exp.tracking import export, load_model
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("original") / "model"
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         config = resolve(compose("config"))
     model = build(config["model"], "model").eval()
     images = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
-    exported.save(folder, config, partial(export, model, images.numpy(), architecture="original"))
-    torch.save(model.state_dict(), folder.with_name("weights.pt"))
+    exported.save(folder, model, config, partial(export, model, images.numpy(), architecture="original"))
     return folder
 
 
 @pytest.fixture
 def folder(original: Path, tmp_path: Path) -> Path:
-    exported.save(tmp_path / "model", exported.verify(original), partial(copied, original))
-    return tmp_path / "model"
+    return shutil.copytree(original, tmp_path / "model")
 
 
-def copied(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(SEAL))
+def seal(folder: Path, **changes: object) -> None:
+    """Write the checksums of what is in the folder now, as whoever forges one can."""
+    noted = json.loads((folder / SEAL).read_text()) | {"sha256": exported._digests(folder)} | changes
+    (folder / SEAL).write_text(json.dumps(noted))
 
 
 def test_an_exported_model_predicts_the_same_and_knows_its_configuration(original: Path) -> None:
+    import mlflow.pytorch
+
     model = build(exported.verify(original)["model"], "model").eval()
-    model.load_state_dict(torch.load(original.with_name("weights.pt"), weights_only=True))
+    model.load_state_dict(torch.load(original / WEIGHTS, weights_only=True))
     images = torch.randint(0, 256, (7, 1, 28, 28), dtype=torch.uint8)
-    torch.testing.assert_close(load_model(str(original))(images), model(images))
+    assert load_model(str(original))(images).equal(model(images))
+    torch.testing.assert_close(mlflow.pytorch.load_model(str(original))(images), model(images))
     assert [path.name for path in original.parent.iterdir() if "partial" in path.name] == []
 
 
 def test_models_of_one_architecture_share_a_graph_but_not_their_weights(original: Path, tmp_path: Path) -> None:
-    node = exported.verify(original)["model"]
+    import mlflow.pytorch
+
+    config = exported.verify(original)
     images = torch.randint(0, 256, (7, 1, 28, 28), dtype=torch.uint8)
-    models = [build(node, "model").eval() for _ in range(3)]
+    models = [build(config["model"], "model").eval() for _ in range(3)]
     for number, model in enumerate(models):
         model.blocks[0].norm.running_mean.add_(number)  # a buffer that training moves
-        exported.save(tmp_path / str(number), {}, partial(export, model, images[:2].numpy(), architecture="shared"))
+        graph = partial(export, model, images[:2].numpy(), architecture="shared")
+        exported.save(tmp_path / str(number), model, config, graph)
     for number, model in enumerate(models):
-        torch.testing.assert_close(load_model(str(tmp_path / str(number)))(images), model(images))
+        assert load_model(str(tmp_path / str(number)))(images).equal(model(images))
+        torch.testing.assert_close(mlflow.pytorch.load_model(str(tmp_path / str(number)))(images), model(images))
 
 
 def test_a_failed_export_leaves_the_one_before(folder: Path) -> None:
@@ -66,7 +76,7 @@ def test_a_failed_export_leaves_the_one_before(folder: Path) -> None:
         raise OSError("No space left on device")
 
     with pytest.raises(UserError, match=r"output_dir: .* cannot be written: No space left"):
-        exported.save(folder, {}, full)
+        exported.save(folder, torch.nn.Identity(), {}, full)
     exported.verify(folder)
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
@@ -79,12 +89,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "foreign": (lambda folder: (folder / SEAL).unlink(), "is not a model exported by this program"),
     "not JSON": (lambda folder: (folder / SEAL).write_text("["), "is damaged"),
     "another JSON": (lambda folder: (folder / SEAL).write_text("[]"), "is damaged"),
-    "older": (lambda folder: edit_seal(folder, format_version=0), "has format version 0: this program reads 1"),
-    "truncated": (lambda folder: (folder / "data/model.pt2").write_bytes(b"PK"), "'data/model.pt2' was changed"),
-    "missing": (lambda folder: (folder / "data/model.pt2").unlink(), "'data/model.pt2' is missing"),
-    "added": (lambda folder: (folder / "code.py").touch(), "'code.py' was added"),
+    "older": (lambda folder: edit_seal(folder, format_version=1), "has format version 1: this program reads 2"),
+    "truncated": (lambda folder: (folder / GRAPH).write_bytes(b"PK"), "'data/model.pt2' was changed"),
+    "missing": (lambda folder: (folder / WEIGHTS).unlink(), "'weights.pt' is missing"),
+    "added": (lambda folder: (folder / "code.py").touch(), "'code.py' is no part of one"),
     "climbing": (lambda folder: edit_seal(folder, sha256={"../../etc/passwd": "0"}), "passwd' is missing"),
+    "no model": (lambda folder: edit_seal(folder, config={}), "is missing: give it a value"),
+    "another network": (lambda folder: edit_seal(folder, config=wider(folder)), "does not hold the weights of this model"),
 }
+
+
+def wider(folder: Path) -> dict[str, object]:
+    config = json.loads((folder / SEAL).read_text())["config"]
+    config["model"]["channels"] = [9, 16, 20]
+    return config
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -95,15 +113,81 @@ def test_what_is_wrong_with_an_exported_model_is_said(kind: str, folder: Path) -
         load_model(str(folder))
 
 
-def test_a_forged_model_with_a_pickle_inside_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    archive = folder / "data" / "model.pt2"
-    with zipfile.ZipFile(archive) as whole:
+# Attacks: what a folder holds, with checksums that fit, never runs.
+
+BOMB = "import os; os.system('touch exploded')\n"
+
+
+def describe(folder: Path, **flavor: object) -> None:
+    """Change the description of the pytorch flavor."""
+    described = yaml.safe_load((folder / "MLmodel").read_text())
+    described["flavors"]["pytorch"] |= flavor
+    (folder / "MLmodel").write_text(yaml.safe_dump(described))
+
+
+def with_code(folder: Path) -> None:
+    (folder / "code").mkdir()
+    (folder / "code" / "sympy.py").write_text(BOMB)
+    describe(folder, code="code")
+
+
+def with_expression(folder: Path) -> None:
+    edit_archive(folder, "models/model.json", lambda text: text.replace(b'"expr_str": "', b'"expr_str": "' + EXPRESSION, 1))
+
+
+def with_pickle(folder: Path) -> None:
+    edit_archive(folder, "model.pt", lambda _: pickle.dumps(Bomb()))
+
+
+EXPRESSION = b"__import__('os').system('touch exploded') + "
+
+
+def edit_archive(folder: Path, ending: str, change: Callable[[bytes], bytes]) -> None:
+    with zipfile.ZipFile(folder / GRAPH) as whole:
         records = {name: whole.read(name) for name in whole.namelist()}
-    with zipfile.ZipFile(archive, "w") as forged:
+    with zipfile.ZipFile(folder / GRAPH, "w") as forged:
         for name, content in records.items():
-            forged.writestr(name, pickle.dumps(Bomb()) if "sample_inputs" in name or name.endswith(".pt") else content)
-    exported.save(folder, {}, partial(copied, folder.rename(tmp_path / "moved")))
-    with pytest.raises(UserError, match="Deserializing model using pickle is disallowed"):
+            forged.writestr(name, change(content) if name.endswith(ending) else content)
+
+
+ATTACKS: dict[str, tuple[Callable[[Path], object], str | None]] = {
+    "code": (with_code, "'code' is no part of one"),
+    "code outside": (lambda folder: describe(folder, code=".."), r"flavors\.pytorch\.code in its MLmodel is foreign"),
+    "a loader": (lambda folder: describe(folder, loader_module="os"), r"flavors\.pytorch\.loader_module in its MLmodel is foreign"),
+    "another flavor": (
+        lambda folder: (folder / "MLmodel").write_text((folder / "MLmodel").read_text().replace("flavors:", "flavors:\n  x: {y: 1}")),
+        r"flavors\.x\.y in its MLmodel is foreign",
+    ),
+    "a tag": (lambda folder: (folder / "MLmodel").write_text("!!python/object/apply:os.system [touch exploded]"), "is damaged"),
+    "weights": (lambda folder: torch.save(Bomb(), folder / WEIGHTS), "does not hold the weights of this model"),
+    "a link": (lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).symlink_to("/etc/hostname")), "is no part of one"),
+    "expressions in the graph": (with_expression, None),  # which is not read
+    "a pickle in the graph": (with_pickle, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ATTACKS)
+def test_a_forged_model_runs_nothing(kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    attack, message = ATTACKS[kind]
+    attack(folder)
+    seal(folder)
+    if message is None:
         load_model(str(folder))
+    else:
+        with pytest.raises(UserError, match=message):
+            load_model(str(folder))
+    assert sys.path == before
     assert not (tmp_path / "exploded").exists()
+
+
+def test_the_attacks_would_succeed_with_mlflow_s_own_loader(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why the graph is for those who trust the folder only: with this failing, the other attacks may prove nothing."""
+    import mlflow.pytorch
+
+    monkeypatch.chdir(tmp_path)
+    with_expression(folder)
+    mlflow.pytorch.load_model(str(folder))
+    assert (tmp_path / "exploded").exists()
+    os.unlink("exploded")

@@ -19,7 +19,7 @@ import pytest
 from conftest import CommandLine
 from mlflow import MlflowClient
 
-from mnist_exp import ROOT, checkpoint, output
+from mnist_exp import CHECKOUT, checkpoint, output
 from mnist_exp.tracking import LEADERBOARD, open_store
 
 SHORT = ("data=digits", "~phases.train")
@@ -96,7 +96,7 @@ def test_a_resumed_run_says_so_and_whether_the_software_changed(in_process: Comm
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been() -> None:
     """Five kills; `scripts/kill_and_resume.py` makes fifty."""
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "kill_and_resume.py", "--kills", "5"], capture_output=True, text=True, check=False
+        [sys.executable, CHECKOUT / "scripts" / "kill_and_resume.py", "--kills", "5"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

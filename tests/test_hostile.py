@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
-from mnist_exp import ROOT, checkpoint
+from mnist_exp import CONF, checkpoint
 from mnist_exp.checkpoint import Checkpoint
 from mnist_exp.config import resolve
 from mnist_exp.data import load_mnist
@@ -105,7 +105,7 @@ VALUES = st.one_of(
 @given(overrides=st.lists(st.one_of(st.builds("{}={}".format, KEYS, VALUES), st.text(max_size=15)), min_size=1, max_size=3))
 def test_any_command_line(overrides: list[str]) -> None:
     """What the command line shows as one message; the last is what Hydra raises for a value that it cannot use."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             composed = compose("config", overrides)
         except (HydraException, OmegaConfBaseException, ValueError, AttributeError):

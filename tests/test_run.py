@@ -14,7 +14,7 @@ from conftest import CommandLine
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from mnist_exp import ROOT, checkpoint, output
+from mnist_exp import CHECKOUT, checkpoint, output
 from mnist_exp.config import build
 from mnist_exp.data import load_digits
 from mnist_exp.evaluation import evaluate
@@ -111,7 +111,8 @@ def test_provenance(finished) -> None:
     run, _, _ = finished
     tags = run.data.tags
     assert (
-        tags["mlflow.source.git.commit"] == subprocess.check_output(["git", "-C", ROOT, "rev-parse", "HEAD"], text=True).strip()
+        tags["mlflow.source.git.commit"]
+        == subprocess.check_output(["git", "-C", CHECKOUT, "rev-parse", "HEAD"], text=True).strip()
     )
     assert tags["git.dirty"] in ("true", "false")
     assert tags["git.branch"]
@@ -122,7 +123,7 @@ def test_provenance(finished) -> None:
     diff = artifact(finished, "provenance/uncommitted.diff")
     assert bool(diff.read_text()) == (tags["git.dirty"] == "true")
     if diff.read_text():
-        subprocess.run(["git", "-C", ROOT, "apply", "--check", "--reverse", diff], check=True)
+        subprocess.run(["git", "-C", CHECKOUT, "apply", "--check", "--reverse", diff], check=True)
 
 
 def test_the_description_can_be_read(finished) -> None:
@@ -136,7 +137,7 @@ def test_the_terminal_shows_table_id_and_how_to_open(finished) -> None:
     run, _, output = finished
     for part in ("test/accuracy", "19,674", "time/train_seconds", "digits: train 1,408", run.info.run_id, "examples/s"):
         assert part in output
-    assert f"scripts/ui {run.info.run_id}" in output
+    assert f"python -m mnist_exp.ui {run.info.run_id}" in output
 
 
 def test_checkpoint_and_logged_model_predict_what_was_scored(finished) -> None:
@@ -362,7 +363,7 @@ def test_as_an_mlflow_project(store: str, tmp_path: Path) -> None:
     mlflow = Path(sys.executable).with_name("mlflow")
     overrides = f"data=digits ~phases.train model=plain_cnn 'phases.finetune.optimizer.betas=[0.8, 0.9]' output_dir={tmp_path}"
     done = subprocess.run(
-        [mlflow, "run", ROOT, "--env-manager", "local", "--experiment-name", "mnist_exp", "-P", f"overrides={overrides}"],
+        [mlflow, "run", CHECKOUT, "--env-manager", "local", "--experiment-name", "mnist_exp", "-P", f"overrides={overrides}"],
         capture_output=True,
         text=True,
         env=os.environ | {"PATH": f"{mlflow.parent}:{os.environ['PATH']}"},

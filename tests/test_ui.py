@@ -15,7 +15,6 @@ from conftest import chromium
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
-from mnist_exp import ROOT
 from mnist_exp.run import description
 from mnist_exp.tracking import MLflowTracker, run_path
 
@@ -31,7 +30,7 @@ HOSTILE = "<img src=x onerror=\"document.title='it ran'\"><script>document.title
 
 @pytest.fixture
 def ui(store: str) -> Iterator[str]:
-    """`scripts/ui` on a store with one run: the link that it prints."""
+    """`python -m mnist_exp.ui` on a store with one run: the link that it prints."""
     with MLflowTracker(store, "mnist_exp").start("se_cnn mnist seed=7", {"overrides": "seed=7"}) as tracker:
         tracker.figure(lambda: Figure(), "pictures/confusion_matrix.png")
         tracker.tags({"mlflow.note.content": description({}, [f"output_dir={HOSTILE}"], HOSTILE)})
@@ -39,7 +38,7 @@ def ui(store: str) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, str(ROOT / "scripts" / "ui"), "--port", str(port)]
+    command = [sys.executable, "-m", "mnist_exp.ui", "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         try:
             assert server.stdout is not None
@@ -101,7 +100,7 @@ def test_html_in_a_description_does_not_run(ui: str, store: str, tmp_path: Path)
 
 
 def test_a_run_that_is_not_there_has_no_page(store: str) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "ui"), "nonsense"]
+    command = [sys.executable, "-m", "mnist_exp.ui", "nonsense"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "There is no run nonsense" in done.stderr

@@ -1,0 +1,144 @@
+"""Override strings: what they name, which of them may come out of a store, and how they are written as a command."""
+
+import os
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
+from hydra.errors import HydraException
+
+from mnist_exp import HOME
+from mnist_exp.errors import UserError
+from mnist_exp.redaction import has_credentials
+
+PARTS = ("optimizer", "scheduler", "augmentation", "teacher")  # shared at the top; a phase may choose its own
+RECIPE = {"seed", "batch_size", "precision", "device", "phases", "data", "model", *PARTS}  # keys that decide a run's outcome
+GROUPS = {"data", "model", "phase", "experiment", *PARTS}  # groups of conf/ that such keys are chosen from
+# Where data, checkpoints and records lie: taken from the command line and the environment, never from a store.
+LOCATIONS = ("output_dir", "tracking", "data.root")
+# Keys that do not change a run's outcome.
+NEUTRAL = (*LOCATIONS, "save_every", "resume", "rerun", "sweep")
+_PACKAGE = re.compile(rf"phases\.\w+(\.({'|'.join(PARTS)}))?")
+
+
+def key_of(override: str) -> str:
+    """Return the key or group that an override names."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def is_location(override: str) -> bool:
+    """Return whether an override says where something lies."""
+    return _names(key_of(override), LOCATIONS)
+
+
+def is_neutral(override: str) -> bool:
+    """Return whether an override leaves a run's outcome as it is."""
+    key = key_of(override)
+    return _names(key, NEUTRAL) or key.startswith(("hydra.", "hydra/"))
+
+
+def quoted(value: str) -> str:
+    """Return a text as Hydra reads it back from a command line, in quotes where it needs them."""
+    if re.fullmatch(r"[A-Za-z/_][\w/.:-]*", value) and value.lower() not in ("null", "true", "false", "inf", "nan"):
+        return value
+    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def command(module: str, *overrides: str) -> str:
+    """Return the shell command that runs a module of this package: `command("run", "seed=1")`."""
+    return shlex.join(["python", "-m", f"mnist_exp.{module}", *overrides])
+
+
+def location_overrides(config: Mapping[str, Any]) -> list[str]:
+    """Return the overrides by which another command finds what a run of this configuration leaves; none for the defaults.
+
+    Credentials are never among them: a tracking.uri that holds some is left to MLFLOW_TRACKING_URI.
+    """
+    overrides = []
+    output_dir = Path(config["output_dir"]).absolute()
+    if output_dir != HOME / "outputs":
+        overrides.append(f"output_dir={quoted(str(output_dir))}")
+    uri = config["tracking"].get("uri")
+    if uri is None:
+        overrides.append("tracking=none")
+    elif (uri := absolute_path(uri)) != default_store() and not has_credentials(uri):
+        overrides.append(f"tracking.uri={quoted(uri)}")
+    if config["tracking"].get("experiment", "mnist_exp") != "mnist_exp":
+        overrides.append(f"tracking.experiment={quoted(config['tracking']['experiment'])}")
+    root = config.get("data", {}).get("root")
+    if root is not None and root != os.environ.get("MNIST_ROOT", str(HOME / "data")):
+        overrides.append(f"data.root={quoted(str(Path(root).absolute()))}")
+    return overrides
+
+
+def default_store() -> str:
+    """Return the address of the store that is used unless another is named."""
+    return f"sqlite:///{HOME / 'mlflow.db'}"
+
+
+def absolute_path(uri: str) -> str:
+    """Return a SQLite address with its path made absolute, any other as it is."""
+    path = uri.removeprefix("sqlite:///")
+    return uri if path == uri else f"sqlite:///{Path(path).absolute()}"
+
+
+def check_stored(overrides: Iterable[str], source: str) -> None:
+    """Raise UserError unless all overrides, which were read from `source`, only choose among what conf/ offers for a recipe.
+
+    Anyone who can write the source can write them. Through Hydra, `hydra.*`, a search path or an option outside conf/ could run
+    code or write files, a resolver could read the environment, and a location could name a place outside the output folder.
+    """
+    for override in overrides:
+        problem = _problem(override)
+        if problem:
+            raise UserError(
+                f"{source} holds the override {override!r}, which {problem}. Expected overrides of the recipe's own keys and "
+                "groups, such as model=se_cnn or optimizer.lr=0.1. Start a new run or sweep with a command line of your own."
+            )
+
+
+def _problem(override: str) -> str | None:
+    """Return why an override must not come out of a store, None if it may."""
+    try:
+        (parsed,) = parse([override])
+        options = _options(parsed)
+    except HydraException:
+        return "is none that Hydra can read"
+    key, package = parsed.key_or_group, parsed.package
+    if re.search(r"\$\{[^}]*:", override):
+        return "calls a resolver"
+    if key in GROUPS:
+        if package is not None and not _PACKAGE.fullmatch(package):
+            return f"puts an option at {package}"
+        if parsed.is_force_add() or (parsed.is_add() and package is None):
+            return "adds to the configuration"
+        if any(not re.fullmatch(r"\w+", option) for option in options):
+            return "names an option outside conf/"
+        return None
+    if parsed.is_add() or parsed.is_force_add():
+        return "adds to the configuration"
+    if package is not None or key.partition(".")[0] not in RECIPE | {"save_every"} or _names(key, LOCATIONS):
+        return "names no key of the recipe"
+    return None
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Return what Hydra makes of override strings; raises HydraException."""
+    return OverridesParser.create().parse_overrides(list(overrides))
+
+
+def _options(parsed: Override) -> list[str]:
+    """Return the options that an override of a group names; a glob names none, it matches those in conf/."""
+    value = parsed.value()
+    if parsed.key_or_group not in GROUPS or isinstance(value, Glob) or (parsed.is_delete() and value is None):
+        return []
+    return list(parsed.sweep_string_iterator()) if parsed.is_discrete_sweep() else [parsed.get_value_element_as_str()]
+
+
+def _names(key: str, keys: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in keys)
