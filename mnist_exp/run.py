@@ -57,7 +57,8 @@ def task(composed: DictConfig) -> float | None:
     elif config["rerun"]:
         outcome = rerun(config, overrides)
     else:
-        outcome = run(config, dict(job.runtime.choices), [override for override in overrides if not is_location(override)])
+        choices = {group: option for group, option in job.runtime.choices.items() if option and not group.startswith("hydra/")}
+        outcome = run(config, choices, [override for override in overrides if not is_location(override)])
     return outcome.last.get("val/accuracy")
 
 

@@ -191,7 +191,7 @@ def fit(
     device = next(model.parameters()).device
     examples_seen, epochs_done = 0, 0
     names = [stage.name for stage in stages]
-    if resume_from and not _fits(resume_from, names):
+    if resume_from is not None and not _fits(resume_from, names):
         raise UserError("The checkpoint does not hold a state of this run's phases. Start the run again.")
     first_stage = names.index(resume_from["phase"]) if resume_from else 0
     for position, stage in enumerate(stages):

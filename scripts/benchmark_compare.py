@@ -23,13 +23,13 @@ from mnist_exp.definition import Definition, Job
 from mnist_exp.tracking import OUTCOME, MLflowTracker
 
 
-def make_sweep(store: str, arms: Iterable[str], seeds: int, better: float = 0.001) -> str:
-    """Record a sweep over `arms` of the model and over seeds, each arm `better` than the one before; return its id."""
+def make_sweep(store: str, arms: Iterable[str], seeds: int, factor: str = "model", better: float = 0.001) -> str:
+    """Record a sweep over `arms`, values of `factor`, and over seeds, each arm `better` than the one before; return its id."""
     data = load_digits(0.02, seed=0)
-    jobs = [[f"model={arm}", f"seed={seed}"] for arm, seed in product(arms, range(seeds))]
-    overrides = ["model=" + ",".join(arms), f"seed=range(0,{seeds})"]
+    jobs = [[f"{factor}={arm}", f"seed={seed}"] for arm, seed in product(arms, range(seeds))]
+    overrides = [f"{factor}={','.join(arms)}", f"seed=range(0,{seeds})"]
     definition = Definition("Grid", len(jobs), overrides, {}, [Job(number, job, "") for number, job in enumerate(jobs)])
-    with MLflowTracker(store, "mnist_exp").start("sweep model by seed", {"sweep_jobs": str(len(jobs))}) as parent:
+    with MLflowTracker(store, "mnist_exp").start(f"sweep {factor} by seed", {"sweep_jobs": str(len(jobs))}) as parent:
         parent.text(definition.as_json(), "sweep.json")
         parent.tags({"mlflow.note.content": f"{len(jobs)} jobs: {len(jobs)} FINISHED."})
     chance = random.Random(0)

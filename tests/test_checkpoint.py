@@ -73,7 +73,7 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "truncated": (lambda file: file[:-100], "is truncated"),
     "cut in the header": (lambda file: file[:40], "its header cannot be read"),
     "tampered with": (lambda file: file[:-50] + bytes([file[-50] ^ 1]) + file[-49:], "was changed after it was written"),
-    "of another version": (lambda file: forged(b"", version=0), "has format version 0: this program reads 2"),
+    "of another version": (lambda file: forged(b"", version=0), "has format version 0: this program reads 3"),
 }
 
 

@@ -14,6 +14,7 @@ from conftest import chromium
 from mlflow import MlflowClient
 
 from mnist_exp import compare
+from mnist_exp.overrides import quoted
 from mnist_exp.report import understood
 
 Compare = Callable[..., tuple[int, str, str]]
@@ -42,10 +43,10 @@ def report_of(store: str, sweep: str, folder: Path) -> str:
 
 
 def test_the_answer_is_printed_and_the_report_left_in_the_parent(run_compare: Compare, store: str, tmp_path: Path) -> None:
-    sweep = make_sweep(store, ("plain_cnn", "se_cnn", f"se{HOSTILE}"), seeds=5)
-    status, shown, _ = run_compare("sweep=latest", "factor=model", "baseline=plain_cnn")
+    sweep = make_sweep(store, ("plain_cnn", "se_cnn", quoted(f"se{HOSTILE}")), seeds=5, factor="model.name")
+    status, shown, _ = run_compare("sweep=latest", "factor=model.name", "baseline=plain_cnn")
     assert status == 0
-    said = "In test/accuracy, against model=plain_cnn (98.10 %)"
+    said = "In test/accuracy, against model.name=plain_cnn (98.10 %)"
     assert said in shown
     assert "se_cnn is higher by 0.1" in shown
     assert "can show differences of 0." in shown
@@ -60,7 +61,7 @@ def test_the_answer_is_printed_and_the_report_left_in_the_parent(run_compare: Co
         assert (part in page) == (part != "train.setting"), part  # settings that are the same everywhere are not shown
     assert page.count('src="data:image/svg+xml') == 6
     assert page.count('class="digit"') == 12, "pictures of the images that divide the arms"
-    assert f"sweep={sweep} factor=model baseline=plain_cnn" in page
+    assert f"sweep={sweep} factor=model.name baseline=plain_cnn" in page
     assert HOSTILE not in page, "a model's name is text, not HTML"
     assert not re.search(r"(src|href|url)\s*[=(]\s*[\"']?(?!data:)\w", page), "the file needs nothing outside itself"
 
@@ -122,13 +123,13 @@ def test_an_outcome_that_cannot_be_understood_is_counted_not_drawn(outcome: str)
 
 
 def test_foreign_and_broken_stores_are_answered_in_words(run_compare: Compare, store: str, tmp_path: Path) -> None:
-    sweep = make_sweep(store, ("plain_cnn", "$a_$", "[8,16]"), seeds=2)
+    sweep = make_sweep(store, ("plain_cnn", "$a_$", "[8,16]"), seeds=2, factor="model.name")
     files = Path(MlflowClient(store).get_run(sweep).info.artifact_uri.removeprefix("file://"))
     for child in MlflowClient(store).search_runs(["1"], f"tags.sweep_id = '{sweep}'")[:2]:
         Path(child.info.artifact_uri.removeprefix("file://"), "outcome.json").write_text('{"history": 1}')
     status, shown, _ = run_compare("baseline=[8,16]")
     assert status == 0, "an arm's name is what was typed, and no formula"
-    assert "against model=[8,16]" in shown
+    assert "against model.name=[8,16]" in shown
     assert "2 runs left no history and mistakes that could be read" in report_of(store, sweep, tmp_path)
     (files / "report.html").unlink()
     (files / "report.html").mkdir()
@@ -144,7 +145,7 @@ def test_foreign_and_broken_stores_are_answered_in_words(run_compare: Compare, s
 @pytest.mark.slow
 @pytest.mark.skipif(chromium() is None, reason="the report is looked at in chromium, which is not installed")
 def test_the_report_reads_on_a_phone_and_prints(run_compare: Compare, store: str, tmp_path: Path) -> None:
-    sweep = make_sweep(store, ("plain_cnn", "se_cnn", f"se{HOSTILE}"), seeds=5)
+    sweep = make_sweep(store, ("plain_cnn", "se_cnn", quoted(f"se{HOSTILE}")), seeds=5, factor="model.name")
     assert run_compare("baseline=plain_cnn")[0] == 0
     page = report_of(store, sweep, tmp_path)
     assert "it ran" in page

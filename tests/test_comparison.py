@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 
 import pytest
 from hypothesis import given
@@ -60,13 +61,21 @@ def test_runs_are_paired_by_seed_and_the_answer_says_by_how_much_they_differ() -
     assert not found[2].is_detected
 
 
-def test_no_difference_is_said_to_be_none_and_how_many_seeds_would_show_it() -> None:
+def test_no_difference_is_said_to_be_none_and_what_the_pairs_can_show() -> None:
     arms = arrange(scored(TWO_MODELS, 0.0002), TWO_MODELS, "model", "plain_cnn")
     found = rows(arms, ["test/accuracy"])
     assert "se_cnn shows no detectable difference: " in answer(arms, found)
-    (unknown,) = unknowns(arms, found)
-    assert "n = 5 pairs can show differences of 0." in unknown
-    assert "more seeds (power 80 %, level 5 %)." in unknown
+    shows, correction = unknowns(arms, found)
+    assert re.fullmatch(r"se_cnn: n = 5 pairs can show differences of 0\.\d\d points or more \(power 80 %, level 5 %\)\.", shows)
+    assert correction == "Seeds that are added after a look at the result need a correction: the intervals hold for one look."
+
+
+@pytest.mark.parametrize("better", [0.0, 0.0001, 0.0002, 0.0005])
+def test_no_number_of_further_seeds_is_derived_from_the_difference_that_was_seen(better: float) -> None:
+    arms = arrange(scored(TWO_MODELS, better), TWO_MODELS, "model", "plain_cnn")
+    said = " ".join(unknowns(arms, rows(arms, ["test/accuracy"])))
+    assert "more seeds" not in said
+    assert "seen here" not in said
 
 
 def test_several_arms_are_corrected_for_their_number() -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -65,7 +66,7 @@ def test_a_run_that_is_stopped_while_it_reads_or_writes_keeps_no_lock_on_the_sto
             for step in itertools.count():
                 tracker.metrics({"value": step}, step)
                 tracker.flush()
-                tracker.reap()
+                tracker.reap(Path())
 
     for attempt in range(5):
         raise_interrupted()

@@ -48,7 +48,7 @@ def test_a_sweep_has_a_parent_and_a_child_for_every_job(
     for number, child in enumerate(children):
         assert child.tags["mlflow.parentRunId"] == child.tags["sweep_id"] == parent.info.run_id
         assert child.tags["job_num"] == str(number)
-        assert child.tags["differs"] == f"model={child.params['model']} {child.tags['overrides'].split()[-2]}"
+        assert child.tags["differs"] == f"model={child.params['model']} {child.tags['overrides'].split()[-1]}"
     assert len({child.tags["config_hash"] for child in children}) == 4
     rows = results(parent, store, tmp_path)
     assert [(row["status"], row["run"]) for row in rows] == [(child.status, child.run_id) for child in children]

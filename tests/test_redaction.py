@@ -1,0 +1,70 @@
+import io
+import logging
+import sys
+
+import pytest
+
+from mnist_exp.command_line import SafeOutput, safe_output
+from mnist_exp.redaction import MASK, redact, redact_all, without_credentials
+
+MASKED = {
+    "postgresql://user:password@host/db": "postgresql://***@host/db",
+    "http://user:pa/ss@wo'rd@host:5000/#/x": "http://***@host:5000/#/x",
+    "see http://token@host, or x@y": "see http://***@host, or x@y",
+    "['tracking.uri=http://user:123@host']": "['tracking.uri=http://***@host']",
+    '{"uri": "http://host:5000", "mail": "a@b"}': '{"uri": "http://host:5000", "mail": "a@b"}',
+    "sqlite:////home/a@b/mlflow.db": "sqlite:////home/a@b/mlflow.db",
+    "http://127.0.0.1:5000/#/experiments/1": "http://127.0.0.1:5000/#/experiments/1",
+    "git@github.com:x/y": "git@github.com:x/y",
+}
+
+
+@pytest.mark.parametrize("text", MASKED)
+def test_the_user_part_of_an_address_is_masked(text: str) -> None:
+    assert redact(text) == MASKED[text]
+    assert redact(redact(text)) == redact(text)
+
+
+@pytest.mark.parametrize("name", ["MLFLOW_TRACKING_PASSWORD", "GITHUB_TOKEN", "my_secret", "AWS_ACCESS_KEY_ID"])
+def test_values_of_secret_variables_are_masked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "hunter/22")
+    assert redact("it is hunter/22, or hunter%2F22") == f"it is {MASK}, or {MASK}"
+    monkeypatch.setenv(name, "short")
+    assert redact("short") == "short"
+
+
+def test_nested_values_are_masked_and_others_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_KEY", "hunter22")
+    value = {"a": ["http://u:p@h", 1, None, 0.5, True], "hunter22": ("x",)}
+    assert redact_all(value) == {"a": ["http://***@h", 1, None, 0.5, True], MASK: ("x",)}
+
+
+def test_an_address_can_be_had_without_its_user() -> None:
+    assert without_credentials("http://user:password@host:5000") == "http://host:5000"
+    assert without_credentials("sqlite:////a/b.db") == "sqlite:////a/b.db"
+
+
+def test_what_is_printed_and_logged_is_masked(capsys: pytest.CaptureFixture[str]) -> None:
+    with safe_output():
+        print("http://user:password@host")
+        logger = logging.getLogger("test_redaction")
+        handler = logging.StreamHandler()
+        logger.addHandler(handler)
+        logger.warning("http://user:password@host")
+        logger.removeHandler(handler)
+    printed = capsys.readouterr()
+    assert printed.out == printed.err == "http://***@host\n"
+
+
+def test_output_that_nobody_reads_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+        def flush(self) -> None:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with safe_output():
+        print("x", flush=True)
+    assert SafeOutput(Closed()).write("abc") == 3
