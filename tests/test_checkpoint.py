@@ -98,6 +98,23 @@ def test_what_is_wrong_is_said_nothing_runs_and_the_last_good_one_is_used(
     assert not (tmp_path / "exploded").exists()
 
 
+def test_a_damaged_checkpoint_does_not_take_the_place_of_the_good_one_before_it(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        checkpoint.save(tmp_path, one(name))
+    (tmp_path / NAME).write_bytes((tmp_path / NAME).read_bytes()[:-100])
+    checkpoint.save(tmp_path, one("third"))
+    assert [checkpoint.load(tmp_path / name).run_id for name in (NAME, PREVIOUS)] == ["third", "first"]
+    checkpoint.save(tmp_path, one("fourth"))
+    assert [checkpoint.load(tmp_path / name).run_id for name in (NAME, PREVIOUS)] == ["fourth", "third"]
+
+
+def test_no_credentials_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "hunter22")
+    checkpoint.save(tmp_path, one("first", {"tracking": {"uri": "http://user:password@host"}, "device": "hunter22"}))
+    assert checkpoint.load(tmp_path / NAME).config == {"tracking": {"uri": "http://***@host"}, "device": "***"}
+    assert not any(secret in (tmp_path / NAME).read_bytes() for secret in (b"password", b"hunter22"))
+
+
 def test_a_run_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -> None:
     code = f"""
 import time

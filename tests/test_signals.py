@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: raised once, wherever they arrive, and never within what must be written whole."""
+"""SIGINT, SIGTERM and SIGHUP: raised once, wherever they arrive, and never within what must be written whole."""
 
 import itertools
 import os
@@ -9,13 +9,30 @@ from pathlib import Path
 
 import pytest
 
-from mnist_exp.signals import Interrupted, raise_interrupted, uninterrupted
+from mnist_exp.signals import SIGNALS, Interrupted, raise_interrupted, uninterrupted
 from mnist_exp.tracking import MLflowTracker
 
 
 @pytest.fixture(autouse=True)
 def _signals_raise(handlers_put_back: None) -> None:
     raise_interrupted()
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_is_raised(signum: signal.Signals) -> None:
+    with pytest.raises(Interrupted, match=f"Stopped by {signum.name}") as raised:
+        signal.raise_signal(signum)
+    assert raised.value.exit_status == 128 + signum
+
+
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    raise_interrupted()
+    signal.raise_signal(signal.SIGHUP)
+    with pytest.raises(Interrupted, match="Stopped by SIGTERM"):
+        signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGHUP)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_a_signal_is_raised_at_the_end_of_the_outermost_block_that_must_be_whole() -> None:

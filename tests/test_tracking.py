@@ -1,7 +1,9 @@
 import base64
 import json
 import os
+import sqlite3
 import zlib
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,56 @@ def test_a_database_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"this is no database, but long enough to be looked at" * 10)
     with pytest.raises(UserError, match="cannot be opened"):
         open_store(f"sqlite:///{tmp_path}/mlflow.db", "test")
+
+
+def test_a_database_of_an_older_mlflow_is_answered_with_how_to_upgrade_it(store: str, tmp_path: Path) -> None:
+    database = tmp_path / "mlflow.db"
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '5b0e9adcef9c'")  # of MLflow 2.5
+        connection.commit()
+    with pytest.raises(UserError) as refused:
+        open_store(store, "test")
+    said = str(refused.value)
+    assert "has the database schema of another version of MLflow than" in said
+    assert f"`cp {database} {database}.backup && mlflow db upgrade {store}`" in said
+    assert "another store" not in said
+
+
+def test_a_run_that_is_gone_on_with_forgets_how_it_had_ended(store: str) -> None:
+    def stop(tracker: MLflowTracker, run_id: str | None) -> None:
+        with tracker.start("name", {}, run_id):
+            raise KeyboardInterrupt("Stopped by SIGINT.")
+
+    tracker = MLflowTracker(store, "test")
+    with pytest.raises(KeyboardInterrupt):
+        stop(tracker, None)
+    assert MlflowClient(store).get_run(tracker.run_id).data.tags["error"] == "Stopped by SIGINT."
+    with MLflowTracker(store, "test").start("name", {}, tracker.run_id):
+        pass
+    run = MlflowClient(store).get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert "error" not in run.data.tags
+
+
+def test_no_credentials_reach_the_store(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_PASSWORD", "hunter22")
+    secret = "http://user:secret-word@host hunter22"
+    tracker = MLflowTracker(store, "test")
+
+    def fail() -> None:
+        with tracker.start(secret, {"a": secret}):
+            tracker.params({"b": secret})
+            tracker.tags({"c": secret})
+            tracker.text(secret, "text.txt")
+            raise ValueError(secret)
+
+    with pytest.raises(ValueError, match="hunter22"):
+        fail()
+    tracker.client.set_terminated(tracker.run_id, "RUNNING")
+    tracker.close(tracker.run_id, secret)
+    files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(b"***@host ***" in content for content in files)
+    assert not any(word in content for word in (b"secret-word", b"hunter22") for content in files)
 
 
 def test_a_deleted_experiment_is_named_with_the_remedy(store: str) -> None:

@@ -229,3 +229,23 @@ def test_resuming_from_any_checkpoint_ends_in_the_same_state(composed, short_dig
             speed = {"train/examples_per_second"}
             assert expected.metrics.keys() == actual.metrics.keys()
             assert all(expected.metrics[key] == actual.metrics[key] for key in expected.metrics.keys() - speed)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx512_f": True, "avx512_bf16": False}, torch.float32),  # where bf16 is emulated, at a quarter of the speed
+        ({"avx2": True}, torch.float32),
+        ({}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"neon": True, "bf16": True}, torch.bfloat16),
+        ({"sve_bf16": True}, torch.bfloat16),
+    ],
+)
+def test_bf16_is_chosen_only_where_the_cpu_has_it(
+    capabilities: dict[str, bool], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert choose_precision("auto", torch.device("cpu")) == expected
+    assert choose_precision("bf16", torch.device("cpu")) == torch.bfloat16
