@@ -14,6 +14,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -302,19 +303,24 @@ class MLflowTracker(NoTracker):
             reason = str(lost).splitlines()[0]
             if _is_refusal(lost):
                 raise StoreGoneError(
-                    f"{self.uri} refuses what run {self.run_id} records: {reason}\nThe checkpoint holds the run. If it was "
-                    f"deleted, bring it back with `{self._mlflow('runs', 'restore', '--run-id', self.run_id)}`."
+                    f"{self.uri} refuses what run {self.run_id} records: {reason}\n"
+                    f"What is on the disk is kept. If it was deleted, bring it back with `{self._how_to_restore()}`."
                 ) from error
             if time.monotonic() > deadline:
                 raise StoreGoneError(
                     f"{self.uri} no longer takes what run {self.run_id} records: {reason}\n"
-                    "Nothing is lost: the checkpoint holds the run."
+                    "Nothing is lost: what is on the disk is kept."
                 ) from error
             time.sleep(1)
 
-    def _mlflow(self, *arguments: str) -> str:
-        """Return the shell command of MLflow's own command line for this store."""
-        return f"{_store_variable(self.uri)}{shlex.join(['mlflow', *arguments])}"
+    def _how_to_restore(self) -> str:
+        """Return the command that brings back the run, or its experiment where that was deleted with all its runs."""
+        from mlflow.exceptions import MlflowException
+
+        with suppress(MlflowException):
+            if self.client.get_experiment(self.experiment_id).lifecycle_stage == "deleted":
+                return _how_to_restore(self.uri, self.experiment_id)
+        return f"{_store_variable(self.uri)}mlflow runs restore --run-id {self.run_id}"
 
     def _terminate(self, status: str, run_id: str) -> None:
         began = self.client.get_run(run_id).info.start_time
@@ -599,6 +605,10 @@ def _store_variable(uri: str) -> str:
     return "" if uri == default_store() or has_credentials(uri) else f"MLFLOW_TRACKING_URI={shlex.quote(uri)} "
 
 
+def _how_to_restore(uri: str, experiment_id: str) -> str:
+    return f"{_store_variable(uri)}mlflow experiments restore --experiment-id {experiment_id}"
+
+
 def export(model: "nn.Module", example: Any, folder: Path, architecture: str) -> None:
     """Write the model as an MLflow model, a graph that loads without this code.
 
@@ -736,7 +746,7 @@ def _open_experiment(mlflow: Any, uri: str, experiment: str, artifact_location: 
     if found is not None and found.lifecycle_stage == "deleted":
         raise UserError(
             f"tracking.experiment={experiment} was deleted in {uri}. Restore it with "
-            f"`{_store_variable(uri)}mlflow experiments restore --experiment-id {found.experiment_id}`, or name another."
+            f"`{_how_to_restore(uri, found.experiment_id)}`, or name another."
         )
     view, state = f"mlflow.sharedViewState.{LEADERBOARD}", leaderboard_view()
     try:

@@ -1,17 +1,19 @@
-"""Kill runs with SIGKILL at random moments, resume them, and compare with the run that was never interrupted.
+"""Kill runs at random moments, resume them, and compare with the run that was never interrupted.
 
-    python scripts/kill_and_resume.py [--kills 50] [--seed 0]
+    python scripts/kill_and_resume.py [--kills 50] [--seed 0] [--signals KILL]
 
 Each trial starts the real command line on `digits` and kills the process a random time after its run has begun: while it
 records the start, in either phase, at the border, while a checkpoint or MLflow is written, at the end. It resumes the run,
 kills that too, until one attempt gets through, and compares weights, optimizer state, metric history and MLflow's points with
 those of a run that was never interrupted, bit for bit. What was killed before its first checkpoint is started again.
+After a signal that can be caught (`--signals TERM,INT,HUP`) the run must also be KILLED in MLflow, or FINISHED if it was.
 """
 
 import argparse
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -87,7 +89,22 @@ def wait_for_run(folder: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.01)
 
 
-def trial(template: Path, folder: Path, chance: random.Random, longest: float) -> tuple[int, int, list[str]]:
+def check_end(folder: Path, process: subprocess.Popen[bytes], signum: signal.Signals) -> None:
+    """Raise SystemExit unless the process, which was sent the signal, says and records how it ended."""
+    finished = list(folder.glob("outputs/*/finished"))
+    # -signum: Python has let go of its handlers, once all was recorded.
+    if process.returncode not in ((0, 128 + signum, -signum) if finished else (128 + signum,)):
+        raise SystemExit(f"after {signum.name} the process ended with {process.returncode}")
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    runs = [run for experiment in client.search_experiments() for run in client.search_runs([experiment.experiment_id])]
+    statuses = [run.info.status for run in runs[:1]]  # the newest; those before it were killed before a first checkpoint
+    if statuses not in ([], ["FINISHED"] if finished else ["KILLED"]):
+        raise SystemExit(f"after {signum.name} the run is {statuses} in MLflow, finished: {bool(finished)}")
+
+
+def trial(
+    template: Path, folder: Path, chance: random.Random, longest: float, signals: list[signal.Signals]
+) -> tuple[int, int, list[str]]:
     """Run, kill and resume until the run has finished; return the kills, the restarts, and where the kills fell."""
     folder.mkdir()
     shutil.copyfile(template, folder / "mlflow.db")
@@ -99,9 +116,12 @@ def trial(template: Path, folder: Path, chance: random.Random, longest: float) -
             finish(process, chance.uniform(0, longest))
             return kills, restarts, places
         except subprocess.TimeoutExpired:
-            process.kill()
+            signum = chance.choice(signals)
+            process.send_signal(signum)
             process.communicate()
         kills += 1
+        if signum != signal.SIGKILL:
+            check_end(folder, process, signum)
         saved = {path.parent for path in folder.glob("outputs/*/checkpoint*.pt")}
         if not saved:
             restarts += 1
@@ -109,7 +129,7 @@ def trial(template: Path, folder: Path, chance: random.Random, longest: float) -
             process = start(folder, *RECIPE)
             continue
         (run,) = saved
-        if (run / output.FINISHED).exists():
+        if output.is_finished(run):
             return kills, restarts, [*places, "after the end"]
         state = checkpoint.load_last_good(run)[0].state
         places.append(f"{state['phase']}, step {state['steps']}" if state else "before the first step")
@@ -121,7 +141,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signals", default="KILL", help="from which one is drawn for each kill, such as TERM,INT,HUP")
     arguments = parser.parse_args()
+    signals = [signal.Signals[f"SIG{name}"] for name in arguments.signals.split(",")]
     with tempfile.TemporaryDirectory() as base, ThreadPoolExecutor(CORES) as pool:
         template, whole = Path(base) / "template.db", Path(base) / "whole"
         MlflowClient(f"sqlite:///{template}").search_experiments()
@@ -136,7 +158,7 @@ def main() -> None:
 
         def compared(number: int) -> tuple[int, int, list[str]]:
             folder = Path(base) / f"trial-{number}"
-            result = trial(template, folder, random.Random(f"{arguments.seed}/{number}"), longest)
+            result = trial(template, folder, random.Random(f"{arguments.seed}/{number}"), longest, signals)
             found = differences(expected, outcome(folder))
             if found:
                 raise SystemExit(f"trial {number}: differs from the uninterrupted run in {found[:10]}")

@@ -2,7 +2,10 @@
 
 import contextlib
 import os
+import re
+import shlex
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -14,12 +17,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from conftest import CommandLine
 from mlflow import MlflowClient
 
 from mnist_exp import CHECKOUT, checkpoint, output
+from mnist_exp.overrides import quoted
 from mnist_exp.tracking import LEADERBOARD, open_store
 
 SHORT = ("data=digits", "~phases.train")
@@ -127,8 +132,8 @@ def server(template_database: Path, tmp_path: Path) -> Iterator[tuple[str, Calla
                 assert processes[-1].poll() is None
                 time.sleep(0.25)
 
-    def stop() -> None:
-        processes[-1].terminate()
+    def stop(signum: int = signal.SIGTERM) -> None:
+        os.killpg(processes[-1].pid, signum)
         processes[-1].wait(timeout=30)
 
     start()
@@ -136,16 +141,10 @@ def server(template_database: Path, tmp_path: Path) -> Iterator[tuple[str, Calla
     stop()
 
 
-def begin(address: str, tmp_path: Path, epochs: int, **environment: str) -> subprocess.Popen[str]:
-    """Start a run against the store and wait until it has reported its first epoch."""
-    command = [
-        sys.executable,
-        "-m",
-        "mnist_exp.run",
-        *SHORT,
-        f"phases.finetune.epochs={epochs}",
-        f"output_dir={tmp_path}/outputs",
-    ]
+def begin(address: str, tmp_path: Path, epochs: int, *, sweep: tuple[str, ...] = (), **environment: str) -> subprocess.Popen[str]:
+    """Start a run, or a sweep, against the store and wait until a run has reported its first epoch."""
+    recipe = [*sweep, *SHORT, f"phases.finetune.epochs={epochs}"]
+    command = [sys.executable, "-m", "mnist_exp.run", *recipe, f"output_dir={quoted(str(tmp_path / 'outputs'))}"]
     environment |= {"MLFLOW_TRACKING_URI": address}
     process = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     client = MlflowClient(address)
@@ -202,6 +201,183 @@ def go_on(folder: Path, address: str) -> None:
         check=True,
         capture_output=True,
     )
+
+
+SECRET = uuid4().hex  # not written here, or the uncommitted changes could hold it
+
+
+def assert_nowhere(secret: str, folder: Path, *texts: str) -> None:
+    """The secret is in none of the files in `folder` and in none of the texts."""
+    holders = [path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    assert holders == []
+    assert not any(secret in text for text in texts)
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_with_a_password_that_is_recorded_nowhere(server, tmp_path: Path) -> None:
+    address = server[0].replace("://", f"://user:{SECRET}@")
+    process = begin(address, tmp_path, epochs=100)
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert f"resume={folder.name}" in error
+    environment = os.environ | {"MLFLOW_TRACKING_URI": "sqlite:////proc/nowhere.db"}
+    command = [sys.executable, "-m", "mnist_exp.run", f"resume={folder.name}", f"output_dir={folder.parent}"]
+    typed = [*command, f"tracking.uri='{address}'"]
+    done = subprocess.run(typed, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_complete(server[0], 100)
+    assert_nowhere(SECRET, tmp_path, out, error, done.stdout, done.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("typed", [False, True], ids=["environment", "typed"])
+def test_a_sweep_is_resumed_with_a_password_that_is_recorded_nowhere(server, tmp_path: Path, typed: bool) -> None:
+    address = server[0].replace("://", f"://user:{SECRET}@")
+    where = [f"output_dir={tmp_path}/outputs", *([f"tracking.uri='{address}'"] if typed else [])]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": "sqlite:////proc/nowhere.db" if typed else address}
+    command = [sys.executable, "-m", "mnist_exp.run", "-m"]
+    recipe = [*SHORT, "seed=0,1", "phases.finetune.optimizer.lr=0.001,1e29"]  # of which two jobs fail
+    first = subprocess.run([*command, *recipe, *where], env=environment, capture_output=True, text=True, check=False)
+    assert "2 of 4 jobs did not finish" in first.stderr
+    second = subprocess.run(
+        [*command, "sweep.resume=latest", *where], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "2 of 4 jobs did not finish" in second.stderr
+    assert_nowhere(SECRET, tmp_path, first.stdout, first.stderr, second.stdout, second.stderr)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_costs_a_sweep_no_job(server, tmp_path: Path) -> None:
+    """Two jobs end while it is away, and wait to record that; two others begin, and wait to open it."""
+    address, stop, start = server
+    process = begin(address, tmp_path, epochs=15, sweep=("-m", "seed=range(0,4)"))
+    stop(signal.SIGKILL)
+    time.sleep(25)
+    start()
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert "0 failed or stopped" in out
+    for noise in ("Retrying", "View run", "Traceback"):
+        assert noise not in out + error
+    client = MlflowClient(address)
+    runs = client.search_runs(["1"])
+    assert [run.info.status for run in runs] == ["FINISHED"] * 5
+    assert not any("error" in run.data.tags for run in runs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deleted", ["parent", "experiment"])
+def test_what_is_deleted_during_a_sweep_can_be_brought_back(deleted: str, store: str, tmp_path: Path) -> None:
+    process = begin(store, tmp_path, epochs=40, sweep=("-m", "seed=range(0,3)"))
+    client = MlflowClient(store)
+    (parent,) = client.search_runs(["1"], "tags.sweep_jobs LIKE '%'")
+    if deleted == "parent":
+        client.delete_run(parent.info.run_id)
+    else:
+        client.delete_experiment("1")
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert "Traceback" not in error
+    bring_back, go_on_with = re.findall("`([^`]+)`", error)
+    assert "restore" in bring_back
+    for command in (bring_back, go_on_with):
+        shell(command)
+    runs = client.search_runs(["1"])
+    assert [run.info.status for run in runs] == ["FINISHED"] * 4
+    assert not any("error" in run.data.tags for run in runs)
+
+
+def shell(command: str) -> str:
+    """Type a command that was printed, which must succeed; return what it prints."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("sweep", [(), ("-m", "seed=0,1")], ids=["run", "sweep"])
+def test_the_command_that_is_printed_goes_on(
+    signum: signal.Signals, sweep: tuple[str, ...], template_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As typed into a shell, in another folder and without the environment of the first."""
+    folder = tmp_path / "a b's"
+    folder.mkdir()
+    shutil.copyfile(template_database, folder / "mlflow.db")
+    address = f"sqlite:///{folder}/mlflow.db"
+    process = begin(address, folder, epochs=60, sweep=sweep)
+    process.send_signal(signum)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert f"Stopped by {signum.name}.\n`python -m mnist_exp.run " in error
+    children = [run for run in MlflowClient(address).search_runs(["1"]) if "sweep_jobs" not in run.data.tags]
+    assert {run.info.status for run in children} == {"KILLED"}
+    assert {run.data.tags["error"] for run in children} == {f"Stopped by {signum.name}."}
+    before = {run.info.run_id: run.data.tags for run in MlflowClient(address).search_runs(["1"])}
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (command,) = re.findall("`([^`]+)`", error)
+    shown = shell(command)
+    runs = MlflowClient(address).search_runs(["1"])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for run in runs:
+        assert "error" not in run.data.tags
+        for key in ("mlflow.source.name", "overrides"):
+            assert run.data.tags[key] == before[run.info.run_id][key]
+    assert "Open it in the MLflow UI: MLFLOW_TRACKING_URI=" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [("run", *SHORT), ("run", "-m", *SHORT, "seed=0,1"), ("runs", "list")], ids=str)
+def test_output_that_nobody_reads_is_no_error(arguments: tuple[str, ...], store: str, tmp_path: Path) -> None:
+    module, *overrides = arguments
+    places = [f"output_dir={tmp_path}/outputs"] if module == "run" else []
+    command = shlex.join([sys.executable, "-m", f"mnist_exp.{module}", *overrides, *places])
+    reader = ["bash", "-c", f"({command}; echo $? >{tmp_path}/status) 2>{tmp_path}/errors | true"]
+    subprocess.run(reader, check=True, stdout=subprocess.DEVNULL)
+    assert (tmp_path / "status").read_text() == "0\n", (tmp_path / "errors").read_text()
+    assert "Error" not in (tmp_path / "errors").read_text()
+    for run in MlflowClient(store).search_runs(["1"]):
+        assert run.info.status == "FINISHED"
+        assert "error" not in run.data.tags
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sweep", [(), ("-m", "seed=0,1")], ids=["run", "sweep"])
+def test_of_two_that_resume_at_the_same_moment_one_is_refused(sweep: tuple[str, ...], store: str, tmp_path: Path) -> None:
+    process = begin(store, tmp_path, epochs=60, sweep=sweep)
+    process.terminate()
+    process.communicate(timeout=60)
+    resume = ["-m", "sweep.resume=latest"] if sweep else ["resume=latest"]
+    command = [sys.executable, "-m", "mnist_exp.run", *resume, f"output_dir={tmp_path}/outputs"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate(timeout=240)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1], errors
+    assert any("is being worked on by another process" in error for error in errors)
+    assert not any("Traceback" in error for error in errors)
+    runs = MlflowClient(store).search_runs(["1"])
+    assert [run.info.status for run in runs] == ["FINISHED"] * (3 if sweep else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="to become another user takes root")
+@pytest.mark.parametrize("resume", [False, True])
+def test_another_user_is_told_which_folder_cannot_be_written(resume: bool, tmp_path: Path) -> None:
+    """Root without its privilege to read and write whatever it likes is another user than the owner of the folder."""
+    outputs = tmp_path / "outputs"
+    run_id = "0" * 32
+    (outputs / run_id).mkdir(parents=True)
+    (outputs / run_id / output.LOCK).touch(mode=0o600)
+    for path in (outputs / run_id / output.LOCK, outputs / run_id, outputs):
+        os.chown(path, 65534, 65534)
+    command = [sys.executable, "-m", "mnist_exp.run", *([f"resume={run_id}"] if resume else SHORT), f"output_dir={outputs}"]
+    theirs = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command, "tracking=none"]
+    done = subprocess.run(theirs, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"output_dir: {outputs}" in done.stderr
+    assert "cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
