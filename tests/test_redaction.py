@@ -3,7 +3,9 @@ import logging
 import sys
 
 import pytest
+from hydra import compose, initialize_config_dir
 
+from mnist_exp import CONF
 from mnist_exp.command_line import SafeOutput, safe_output
 from mnist_exp.redaction import MASK, redact, redact_all, without_credentials
 
@@ -48,6 +50,7 @@ def test_what_is_printed_and_logged_is_masked(capsys: pytest.CaptureFixture[str]
     with safe_output():
         print("http://user:password@host")
         logger = logging.getLogger("test_redaction")
+        logger.propagate = False  # others' handlers may hold the closed streams of other tests
         handler = logging.StreamHandler()
         logger.addHandler(handler)
         logger.warning("http://user:password@host")
@@ -68,3 +71,10 @@ def test_output_that_nobody_reads_is_no_error(monkeypatch: pytest.MonkeyPatch) -
     with safe_output():
         print("x", flush=True)
     assert SafeOutput(Closed()).write("abc") == 3
+
+
+def test_ray_is_sent_no_credentials() -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        overrides = ["hydra/launcher=ray_cluster", "tracking.uri='http://user:password@host:5000'"]
+        config = compose("config", overrides, return_hydra_config=True)
+    assert config.hydra.launcher.ray.init.runtime_env.env_vars.MLFLOW_TRACKING_URI == "http://host:5000"

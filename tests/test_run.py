@@ -330,6 +330,13 @@ def test_the_stack_trace_is_there_for_those_who_ask(command_line: CommandLine) -
     assert "batch_size=0 is not valid" in done.stderr
 
 
+def test_a_signal_before_anything_is_recorded_advises_nothing(in_process: CommandLine, store: str, monkeypatch) -> None:
+    monkeypatch.setattr(output, "make_folder", lambda _: signal.raise_signal(signal.SIGINT))
+    done = in_process("data=digits")
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stderr.strip() == "Stopped by SIGINT."
+
+
 # What must answer at once.
 
 

@@ -1,6 +1,7 @@
 """Sweeps through the real command line: parent, children, failures, resume, rerun, other launchers."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import pytest
 from conftest import CommandLine
+from hydra.core.utils import JobReturn, JobStatus
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from mnist_exp.sweep import short
-from mnist_exp.tracking import Record, read_runs
+from mnist_exp.definition import Job
+from mnist_exp.sweep import description, short, table
+from mnist_exp.tracking import DIED, MLflowTracker, NoTracker, Record, StoreGoneError, read_runs
 
 SHORT = ("-m", "data=digits", "~phases.train", "phases.finetune.epochs=1")
 FAILING = "phases.finetune.optimizer.lr=0.001,1e29"  # the second ends with a loss that is not finite
@@ -28,9 +31,12 @@ def parent_and_children(store: str) -> tuple[Run, list[Record]]:
     return client.get_run(parent.run_id), sorted(children, key=lambda child: int(child.tags["job_num"]))
 
 
+def artifact(parent: Run, store: str, tmp_path: Path, name: str) -> str:
+    return Path(MlflowClient(store).download_artifacts(parent.info.run_id, name, str(tmp_path))).read_text()
+
+
 def results(parent: Run, store: str, tmp_path: Path) -> list[dict[str, str]]:
-    text = Path(MlflowClient(store).download_artifacts(parent.info.run_id, "results.csv", str(tmp_path))).read_text()
-    return list(csv.DictReader(text.splitlines()))
+    return list(csv.DictReader(artifact(parent, store, tmp_path, "results.csv").splitlines()))
 
 
 def test_a_sweep_has_a_parent_and_a_child_for_every_job(
@@ -41,6 +47,9 @@ def test_a_sweep_has_a_parent_and_a_child_for_every_job(
     assert "2 of 4 jobs did not finish; the first of them, job 1: The loss became" in done.stderr
     assert "Traceback" not in done.stderr
     parent, children = parent_and_children(store)
+    definition = json.loads(artifact(parent, store, tmp_path, "sweep.json"))
+    hashes = [job["config_hash"] for job in definition["jobs"]]
+    assert hashes == [child.tags["config_hash"] for child in children], "composed in the parent as by Hydra"
     assert [child.status for child in children] == ["FINISHED", "FAILED", "FINISHED", "FAILED"]
     assert parent.info.status == "FAILED"
     assert parent.info.run_name == "sweep model by phases.finetune.optimizer.lr"
@@ -73,6 +82,40 @@ def test_names_are_short() -> None:
     assert {override: short(override, choices) for override in shown} == shown
 
 
+def test_runs_that_tie_are_named_together() -> None:
+    rows = [
+        {"job": str(number), "name": f"seed={number}", "status": "FINISHED", "val/accuracy": accuracy, "test/accuracy": "",
+         "test/loss": "", "time/total_seconds": "", "run": str(number)}
+        for number, accuracy in enumerate(("1", "0.99", "1", "1", "1"))
+    ]  # fmt: skip
+    note = description(rows, NoTracker(), "again")
+    assert "Best by val/accuracy, 100.00%: 4 tie: [seed=0](), [seed=2](), [seed=3]() and 1 more." in note
+    assert "Best by val/accuracy, 99.00%: [seed=1]()." in description(rows[1:2], NoTracker(), "again")
+
+
+@pytest.mark.parametrize(("tag", "shown"), [(DIED, "the store is gone"), ("Stopped by SIGINT.", "the store is gone")])
+def test_the_reason_that_a_job_returned_comes_before_the_reaper_s(tag: str, shown: str) -> None:
+    tags = {"job_num": "0", "error": tag}
+    child = Record("0" * 32, "1", "name", "KILLED", 0, 1, {}, {}, tags, {}, "")
+    returned = JobReturn(status=JobStatus.FAILED)
+    returned.return_value = StoreGoneError("the store is gone\nand more")
+    (row,) = table([Job(0, [], "")], [child], {0: returned})
+    assert row["error"] == shown
+    (row,) = table([Job(0, [], "")], [child], {})
+    assert row["error"] == tag
+
+
+def test_who_is_reaped_is_told_why_once_that_is_known(store: str) -> None:
+    tracker = MLflowTracker(store, "mnist_exp").start("name", {})
+    assert tracker.close(tracker.run_id, DIED)
+    assert not tracker.close(tracker.run_id, "the store was gone")
+    (record,) = read_runs(tracker.client, tracker.experiment_id)
+    assert (record.status, record.tags["error"]) == ("KILLED", "the store was gone")
+    tracker.close(record.run_id, DIED)
+    (record,) = read_runs(tracker.client, tracker.experiment_id)
+    assert record.tags["error"] == "the store was gone"
+
+
 def test_resume_without_m_says_what_is_missing(in_process: CommandLine, store: str) -> None:
     done = in_process("sweep.resume=latest")
     assert done.returncode == 1
@@ -83,6 +126,14 @@ def test_a_sweep_with_a_mistake_in_one_job_does_not_begin(in_process: CommandLin
     done = in_process(*SHORT, "batch_size=64,0")
     assert done.returncode == 1
     assert "batch_size=0 is not valid" in done.stderr
+    assert not MlflowClient(store).search_experiments(filter_string="name = 'mnist_exp'")
+
+
+def test_a_mistake_in_a_late_job_is_found_before_the_first(in_process: CommandLine, store: str) -> None:
+    seeds = ",".join(map(str, [*range(100), -1, *range(101, 120)]))
+    done = in_process(*SHORT, f"seed={seeds}")
+    assert done.returncode == 1
+    assert "seed=-1 is not valid" in done.stderr
     assert not MlflowClient(store).search_experiments(filter_string="name = 'mnist_exp'")
 
 
