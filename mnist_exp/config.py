@@ -129,6 +129,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "*teacher.runs": (_different_runs, "a list of the ids of finished runs, each of 32 hexadecimal digits and named once"),
     "data.root": (_text, "a folder"),
     "tracking.uri": (_text, "sqlite:////path.db, or http(s)://host:port of an MLflow server"),
+    "tracking.patience": (_number(lambda value: value >= 0), "a number of at least 0, in seconds"),
     "tracking.experiment": (_text, "the name of an MLflow experiment"),
     "model.se": (_or_null(lambda value: isinstance(value, dict)), "a squeeze-excitation, or null"),
     "data.finetune_fraction": (_number(lambda value: 0 < value < 1), "a number between 0 and 1"),

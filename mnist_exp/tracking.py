@@ -59,7 +59,6 @@ OUTCOME = "outcome.json"  # a run's history and mistakes, for comparisons
 _traced: "dict[tuple[str, bytes], tuple[ExportedProgram, dict[Path, bytes]]]" = {}
 TRACES_KEPT = 8
 RETRY_AFTER = 10.0  # seconds until a store that did not answer is tried again, while training goes on
-PATIENCE = 120.0  # seconds to wait for it where nothing else is left to do: at the end of a run, before a job of a sweep
 DIED = "its process died"
 LEFT = "its process no longer works on it"
 
@@ -125,7 +124,7 @@ class NoTracker:
     run_id: str
 
     def open(self, *, waits: bool = False) -> None:
-        """Open the store without beginning a run; raises UserError, where it `waits` only after PATIENCE seconds."""
+        """Open the store without beginning a run; raises UserError, where it `waits` for one that is away only after a while."""
 
     def start(self, name: str, tags: Mapping[str, str], run_id: str | None = None) -> Self:
         """Begin the run called `name`, or go on with the run `run_id`, whose tags stay as they are."""
@@ -211,15 +210,17 @@ class NoTracker:
 class MLflowTracker(NoTracker):
     """Records the run in the MLflow store at `uri`, in `experiment`; both are created where they are missing.
 
-    uri: sqlite:///path of a database file, or http(s):// of a tracking server.
+    uri: sqlite:///path of a database file, or http(s):// of a tracking server; patience: seconds to wait for a store that is
+    away where nothing else is left to do, at the end of a run and before a job of a sweep.
     Raises UserError from `start` where the store cannot be opened.
     """
 
     client: "MlflowClient"
 
-    def __init__(self, uri: str, experiment: str) -> None:
+    def __init__(self, uri: str, experiment: str, patience: float = 120.0) -> None:
         self.uri = absolute_uri(uri)
         self.experiment = experiment
+        self.patience = patience
         self._points: list[Any] = []  # metrics since the last flush
         self._recorded: set[tuple[str, int]] = set()  # (metric, step): a run that is gone on with repeats what it knows
         self._datasets: set[str] = set()  # recorded already: MLflow may refuse to take one twice
@@ -242,7 +243,7 @@ class MLflowTracker(NoTracker):
         return self
 
     def open(self, *, waits: bool = False) -> None:
-        deadline = time.monotonic() + (PATIENCE if waits else 0.0)
+        deadline = time.monotonic() + (self.patience if waits else 0.0)
         while not hasattr(self, "client"):
             try:
                 self.client, self.experiment_id = open_store(self.uri, self.experiment)
@@ -253,7 +254,7 @@ class MLflowTracker(NoTracker):
 
     def _patiently(self, operation: Callable[[], Result]) -> Result:
         """Return what `operation` reads from the store, which may be away for a while; raises StoreGoneError."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + self.patience
         while True:
             try:
                 with uninterrupted():
@@ -298,7 +299,7 @@ class MLflowTracker(NoTracker):
             self.tags({"error": (str(error).strip() or type(error).__name__).splitlines()[0][:250]})
         self._queue_points()
         self._outbox.append(partial(self._terminate, status, self.run_id))
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + self.patience
         while lost := self._send():
             reason = str(lost).splitlines()[0]
             if _is_refusal(lost):
@@ -701,7 +702,8 @@ def open_store(uri: str, experiment: str) -> tuple["MlflowClient", str]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default of 7 waits four minutes for a dead server
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds without an answer; that of 120 outlasts a worker's grace
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # into the middle of our bars
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # of each attempt that failed; we say it when all have
+    for noisy in ("urllib3", "mlflow.store.db.utils"):  # of each attempt that failed; we say it when all have
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     import mlflow
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
