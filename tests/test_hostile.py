@@ -108,7 +108,7 @@ def test_any_command_line(overrides: list[str]) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             composed = compose("config", overrides)
-        except (HydraException, OmegaConfBaseException, ValueError, AttributeError):
+        except (HydraException, OmegaConfBaseException, ValueError, AttributeError, TypeError):
             return
         with contextlib.suppress(UserError):
             assert resolve(composed)["batch_size"] >= 1
