@@ -178,6 +178,7 @@ def check(config: dict[str, Any]) -> None:
         if not config.get(key) and config.get(key) != 0:
             raise UserError(f"{key} is missing: give it a value, or do not delete it (~{key}) on the command line.")
     for key, value in nodes({key: config[key] for key in sorted(config, key=lambda key: key == "phases")}):
+        check_plain(key, value)
         check_target(key, value)
         if isinstance(value, str) and "${" in value:  # a stored configuration is resolved: Hydra would do it again, and call
             raise UserError(f"{key}={value} is not valid: allowed are plain values, without ${{...}}.")
@@ -194,6 +195,19 @@ def check(config: dict[str, Any]) -> None:
     for key in ("data", "model", "tracking"):
         if not isinstance(config[key], dict) or "_target_" not in config[key]:
             raise UserError(f"{key}={config[key]} is not valid: allowed is an option of the group conf/{key}/.")
+
+
+def check_plain(key: str, value: Any) -> None:
+    """Raise UserError on a value that no configuration file can hold, or a key that says how Hydra calls a target.
+
+    Only a stored configuration can hold a tuple or a tensor. Hydra would look for targets inside a tuple, where `nodes` does not.
+    """
+    name = key.rpartition(".")[2]
+    is_instruction = re.fullmatch(r"_\w*_", name) and name not in ("_target_", "_partial_")
+    if is_instruction or (name == "_partial_" and value is not True):
+        raise UserError(f"{key}={value} is not allowed: allowed are _target_ and _partial_: true.")
+    if not (value is None or type(value) in (str, int, float, bool, list, dict)):
+        raise UserError(f"{key} is not valid: allowed are texts, numbers, true, false, null, lists and maps, not {type(value)}.")
 
 
 def check_target(key: str, value: Any) -> None:
@@ -217,8 +231,13 @@ def digest(config: dict[str, Any]) -> str:
 
 
 def nodes(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of everything in a resolved configuration, dicts and lists included."""
+    """Yield (dotted key, value) of everything in a resolved configuration, dicts and lists included.
+
+    Raises UserError on a key of a dict that is no text, and on one that holds a dot, which would pass for another place.
+    """
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        if isinstance(node, dict) and (not isinstance(key, str) or "." in key):
+            raise UserError(f"{path or 'The configuration'} has a key that is not allowed: {key!r}. Allowed are words.")
         inner = f"{path}.{key}" if path else str(key)
         yield inner, value
         if isinstance(value, dict | list):

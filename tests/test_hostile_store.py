@@ -159,6 +159,9 @@ def hostile_configs(config: dict[str, Any], bait: Path) -> dict[str, dict[str, A
         "teacher": config | {"phases": {"finetune": phase | {"teacher": reader}}},
         "optimizer": config | {"phases": {"finetune": phase | {"optimizer": opener}}},
         "nested": config | {"model": config["model"] | {"se": opener}},
+        "tuple": config | {"model": config["model"] | {"other": ({"inner": opener},)}},
+        "instruction": config | {"model": config["model"] | {"_args_": [(opener,)]}},
+        "dotted": config | {"phases": {"finetune": phase | {"teacher.optimizer": {"inner": opener}}}},
         "interpolated": config | {"device": "${oc.env:HOME}"},
     }
 
