@@ -1,8 +1,8 @@
-"""The one place where Hydra looks for sweepers and launchers that are not its own."""
+"""Hydra finds its plugins in this package only."""
 
-from mnist_exp.search import OptunaSweeper
-from mnist_exp.sweep import GridSweeper
-from mnist_exp.workers import WorkersLauncher
+from mnist_exp.sweep.grid import GridSweeper
+from mnist_exp.sweep.search import OptunaSweeper
+from mnist_exp.sweep.workers import WorkersLauncher
 
 
 class Grid(GridSweeper):

@@ -1,4 +1,4 @@
-"""The composed configuration: resolved to plain values, checked before anything is built, and built."""
+"""The composed configuration: resolve it to plain values, validate it, and instantiate its nodes."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatch
 from typing import Any
 
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -24,17 +24,20 @@ OmegaConf.register_new_resolver("scaled", lambda value, at, to: value * to / at,
 KEYS = RECIPE | {"output_dir", "save_every", "resume", "rerun", "sweep", "tracking"}
 REQUIRED = KEYS - {*PARTS, "save_every", "resume", "rerun"}  # the parts: through phases
 
-# What may be called where, as one name in one module, so that nothing else can be reached through it (torch.os.system).
+# The allowed targets of each part of the configuration. One name in one module: torch.os.system must not be reachable.
 TARGETS = {
-    "data": r"mnist_exp\.data\.load_\w+",
-    "model": r"(mnist_exp\.models|torch\.nn)\.[A-Z]\w*",
-    "optimizer": r"mnist_exp\.optimizers\.[a-z]\w*|torch\.optim\.[A-Z]\w*",
-    "scheduler": r"mnist_exp\.schedules\.[a-z]\w*|torch\.optim\.lr_scheduler\.[A-Z]\w*",
-    "augmentation": r"mnist_exp\.augmentation\.[A-Z]\w*",
-    "teacher": r"mnist_exp\.distillation\.[A-Z]\w*",
-    "tracking": r"mnist_exp\.tracking\.[A-Z]\w*Tracker",
-    "phase": r"mnist_exp\.training\.Phase",
+    "data": r"mnist_exp\.learning\.datasets\.load_\w+",
+    "model": r"(mnist_exp\.learning\.models|torch\.nn)\.[A-Z]\w*",
+    "optimizer": r"mnist_exp\.learning\.optim\.[a-z]\w*|torch\.optim\.[A-Z]\w*",
+    "scheduler": r"mnist_exp\.learning\.optim\.[a-z]\w*|torch\.optim\.lr_scheduler\.[A-Z]\w*",
+    "augmentation": r"mnist_exp\.learning\.augmentation\.[A-Z]\w*",
+    "teacher": r"mnist_exp\.experiment\.teachers\.[a-z]\w*",
+    "tracking": r"mnist_exp\.tracking\.(base|mlflow_store)\.[A-Z]\w*Store",
+    "phase": r"mnist_exp\.learning\.training\.PhaseConfig",
 }
+# The keys where a target may be. Hydra would call one anywhere, before the node around it.
+_PART = "|".join(PARTS)
+TARGET_KEY = re.compile(rf"(?:phases\.\w+\.)?({_PART})\._target_|(phase)s\.\w+\._target_|(data|tracking)\._target_|(model)\..*")
 
 
 def _integer(least: int) -> Callable[[Any], bool]:
@@ -82,61 +85,61 @@ def _or_null(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 TRUE_OR_FALSE = (lambda value: isinstance(value, bool), "true or false")
-# pattern of the key: (check, what is allowed)
+# pattern of the key: (check, expectation)
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "seed": (_integer(0), "an integer of at least 0"),
+    "seed": (_integer(0), "an integer >= 0"),
     "precision": (_one_of("auto", "fp32", "bf16", "fp16"), "auto, fp32, bf16 or fp16"),
     "device": (_one_of("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda or mps"),
     "output_dir": (_text, "a folder"),
-    "save_every": (_or_null(_integer(1)), "an integer of at least 1 (steps), or null"),
-    "resume": (_or_null(_run_id), "a run's id of 32 hexadecimal digits, latest, or null"),
-    "rerun": (_or_null(_one_run), "a run's id of 32 hexadecimal digits, or null"),
-    "sweep.resume": (_or_null(_run_id), "a sweep's id of 32 hexadecimal digits, latest, or null"),
+    "save_every": (_or_null(_integer(1)), "an integer >= 1 (steps), or null"),
+    "resume": (_or_null(_run_id), "a run id of 32 hexadecimal digits, latest, or null"),
+    "rerun": (_or_null(_one_run), "a run id of 32 hexadecimal digits, or null"),
+    "sweep.resume": (_or_null(_run_id), "a sweep id of 32 hexadecimal digits, latest, or null"),
     "sweep.on_failure": (_one_of("continue", "stop"), "continue or stop"),
-    "sweep.retries": (_integer(0), "an integer of at least 0"),
-    "sweep.insist": TRUE_OR_FALSE,
-    "sweep.id": (_or_null(_one_run), "a sweep's id, given by the sweep"),
-    "sweep.job": (_or_null(_integer(0)), "a job's number, given by the sweep"),
-    "sweep.colour": (_or_null(lambda value: bool(re.fullmatch("#[0-9A-Fa-f]{6}", str(value)))), "a color, given by the sweep"),
-    "sweep.varied": (lambda value: isinstance(value, list) and all(map(_text, value)), "keys, given by the sweep"),
-    "sweep.data": (_or_null(_text), "the name of a data set, given by the sweep"),
+    "sweep.retries": (_integer(0), "an integer >= 0"),
+    "sweep.force": TRUE_OR_FALSE,
+    "sweep.id": (_or_null(_one_run), "a sweep id, set by the sweep"),
+    "sweep.job": (_or_null(_integer(0)), "a job number, set by the sweep"),
+    "sweep.color": (_or_null(lambda value: bool(re.fullmatch("#[0-9A-Fa-f]{6}", str(value)))), "a color, set by the sweep"),
+    "sweep.varied": (lambda value: isinstance(value, list) and all(map(_text, value)), "keys, set by the sweep"),
+    "sweep.data": (_or_null(_text), "the name of a data set, set by the sweep"),
     "sweep.search": TRUE_OR_FALSE,
-    "*batch_size": (_integer(1), "an integer of at least 1"),
-    "*.epochs": (_integer(1), "an integer of at least 1"),
-    "*.lr": (_number(lambda value: value > 0), "a number above 0"),
-    "*.adamw_lr": (_number(lambda value: value > 0), "a number above 0"),
-    "*.weight_decay": (_number(lambda value: value >= 0), "a number of at least 0"),
-    "*.momentum": (_number(lambda value: 0 <= value < 1), "a number from 0 to below 1"),
-    "*.label_smoothing": (_number(lambda value: 0 <= value < 1), "a number from 0 to below 1"),
-    "*.max_grad_norm": (_or_null(_number(lambda value: value > 0)), "a number above 0, or null"),
+    "*batch_size": (_integer(1), "an integer >= 1"),
+    "*.epochs": (_integer(1), "an integer >= 1"),
+    "*.lr": (_number(lambda value: value > 0), "a number > 0"),
+    "*.adamw_lr": (_number(lambda value: value > 0), "a number > 0"),
+    "*.weight_decay": (_number(lambda value: value >= 0), "a number >= 0"),
+    "*.momentum": (_number(lambda value: 0 <= value < 1), "a number >= 0 and < 1"),
+    "*.label_smoothing": (_number(lambda value: 0 <= value < 1), "a number >= 0 and < 1"),
+    "*.max_grad_norm": (_or_null(_number(lambda value: value > 0)), "a number > 0, or null"),
     "*.split": (_text, "the name of a split of the data, such as train or finetune"),
-    "*.div_factor": (_number(lambda value: value > 0), "a number above 0"),
-    "*.final_div_factor": (_number(lambda value: value > 0), "a number above 0"),
+    "*.div_factor": (_number(lambda value: value > 0), "a number > 0"),
+    "*.final_div_factor": (_number(lambda value: value > 0), "a number > 0"),
     "*.pct_start": (_number(lambda value: 0 < value < 1), "a number between 0 and 1"),
     "*.min_factor": (_number(lambda value: 0 <= value <= 1), "a number from 0 to 1"),
-    "*.gamma": (_number(lambda value: 0 < value <= 1), "a number above 0, up to 1"),
+    "*.gamma": (_number(lambda value: 0 < value <= 1), "a number > 0 and <= 1"),
     "*.milestones": (_numbers(lambda value: 0 <= value <= 1), "a list of numbers from 0 to 1, fractions of the phase"),
     "*.degrees": (_number(lambda value: 0 <= value <= 180), "a number from 0 to 180"),
     "*augmentation.scale": (
         lambda value: _numbers(lambda item: item > 0)(value) and len(value) == 2 and value[0] <= value[1],
-        "[smallest, largest], both above 0",
+        "[smallest, largest], both > 0",
     ),
-    "*.translate": (_number(lambda value: 0 <= value < 1), "a number from 0 to below 1, a fraction of the side"),
+    "*.translate": (_number(lambda value: 0 <= value < 1), "a number >= 0 and < 1, a fraction of the side"),
     "*betas": (
         lambda value: _numbers(lambda item: 0 <= item < 1)(value) and len(value) == 2,
-        "two numbers from 0 to below 1",
+        "two numbers >= 0 and < 1",
     ),
-    "*teacher.runs": (_different_runs, "a list of the ids of finished runs, each of 32 hexadecimal digits and named once"),
+    "*teacher.runs": (_different_runs, "a list of different ids of finished runs, each of 32 hexadecimal digits"),
     "data.root": (_text, "a folder"),
     "tracking.uri": (_text, "sqlite:////path.db, or http(s)://host:port of an MLflow server"),
-    "tracking.patience": (_number(lambda value: value >= 0), "a number of at least 0, in seconds"),
+    "tracking.patience": (_number(lambda value: value >= 0), "a number of seconds >= 0"),
     "tracking.experiment": (_text, "the name of an MLflow experiment"),
     "model.se": (_or_null(lambda value: isinstance(value, dict)), "a squeeze-excitation, or null"),
     "data.finetune_fraction": (_number(lambda value: 0 < value < 1), "a number between 0 and 1"),
-    "data.validation_size": (lambda value: _integer(0)(value) and value < 60_000, "an integer from 0 to below 60000"),
+    "data.validation_size": (lambda value: _integer(0)(value) and value < 60_000, "an integer >= 0 and < 60000"),
     "data.fallback": (_one_of("digits", None), "digits or null"),
-    "model.dropout": (_number(lambda value: 0 <= value < 1), "a number from 0 to below 1"),
-    "model.hidden_features": (_or_null(_integer(1)), "an integer of at least 1, or null for no hidden layer"),
+    "model.dropout": (_number(lambda value: 0 <= value < 1), "a number >= 0 and < 1"),
+    "model.hidden_features": (_or_null(_integer(1)), "an integer >= 1, or null for no hidden layer"),
     "model.kernel_sizes": (
         lambda value: isinstance(value, list) and len(value) == 3 and all(_integer(1)(size) and size % 2 for size in value),
         "three odd integers",
@@ -144,16 +147,17 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.separable": TRUE_OR_FALSE,
     "model.conv_bias": TRUE_OR_FALSE,
     "model.mean_pool": TRUE_OR_FALSE,
-    "model.channels": (_three_integers, "three integers of at least 1"),
-    "model.depths": (_three_integers, "three integers of at least 1"),
-    "model.se.reduction": (_integer(1), "an integer of at least 1"),
+    "model.channels": (_three_integers, "three integers >= 1"),
+    "model.depths": (_three_integers, "three integers >= 1"),
+    "model.se.reduction": (_integer(1), "an integer >= 1"),
 }
 
 
 def resolve(composed: DictConfig) -> dict[str, Any]:
-    """Return a run's configuration as plain dicts and values, interpolations resolved and everything checked.
+    """Return a composed configuration as plain values, resolved and validated.
 
-    Raises UserError on unknown or missing keys, values out of range, and targets outside the allowed modules.
+    Raises:
+        UserError: A key is unknown or missing, a value is out of range, or a target is not allowed.
     """
     config = as_dict(composed)
     check(config)
@@ -161,7 +165,7 @@ def resolve(composed: DictConfig) -> dict[str, Any]:
 
 
 def as_dict(composed: DictConfig) -> dict[str, Any]:
-    """Return a configuration as plain dicts and values, interpolations resolved; raises UserError where they cannot be."""
+    """Return a configuration as plain values with all interpolations resolved; raises UserError if one cannot be."""
     try:
         config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -171,73 +175,78 @@ def as_dict(composed: DictConfig) -> dict[str, Any]:
 
 
 def check(config: dict[str, Any]) -> None:
-    """Raise UserError on the first thing in a resolved configuration that cannot be run."""
+    """Raise UserError on the first invalid entry of a resolved configuration."""
     for key in config.keys() - KEYS:
-        raise UserError(f"{key} is not a key of the configuration{did_you_mean(key, KEYS)}. Allowed: {', '.join(sorted(KEYS))}.")
+        raise UserError(
+            f"{key} is not a key of the configuration{did_you_mean(key, KEYS)}. Expected one of: {', '.join(sorted(KEYS))}."
+        )
     for key in sorted(REQUIRED):
         if not config.get(key) and config.get(key) != 0:
-            raise UserError(f"{key} is missing: give it a value, or do not delete it (~{key}) on the command line.")
+            raise UserError(f"{key} is missing: set it, or do not delete it (~{key}) on the command line.")
     for key, value in nodes({key: config[key] for key in sorted(config, key=lambda key: key == "phases")}):
         check_plain(key, value)
         check_target(key, value)
-        if isinstance(value, str) and "${" in value:  # a stored configuration is resolved: Hydra would do it again, and call
-            raise UserError(f"{key}={value} is not valid: allowed are plain values, without ${{...}}.")
-        for pattern, (valid, allowed) in RULES.items():
+        if isinstance(value, str) and "${" in value:  # Hydra would resolve it again, and call a resolver
+            raise UserError(f"{key}={value} is invalid: expected a plain value, without ${{...}}.")
+        for pattern, (valid, expected) in RULES.items():
             if fnmatch(key, pattern) and not valid(value):
-                raise UserError(f"{key}={value} is not valid: allowed is {allowed}. Set it with {key}=... on the command line.")
+                raise UserError(f"{key}={value} is invalid: expected {expected}. Set it with {key}=... on the command line.")
     if not isinstance(config["phases"], dict):
-        raise UserError(f"phases={config['phases']} is not valid: allowed are phases by name, as in conf/config.yaml.")
+        raise UserError(f"phases={config['phases']} is invalid: expected phases by name, as in conf/config.yaml.")
     for name, phase in config["phases"].items():
         if not isinstance(phase, dict) or "_target_" not in phase:
             raise UserError(f"phases.{name} is not a phase: add one with +phase@phases.{name}=finetune.")
         if not re.fullmatch(r"\w+", str(name)) or name in KEYS | {"total"}:
-            raise UserError(f"phases.{name} is not a name for a phase: allowed is a word that is no key of the configuration.")
+            raise UserError(f"phases.{name} is invalid: expected a word that is not a key of the configuration.")
+        for part in PARTS:
+            if phase.get(part) is None:
+                raise UserError(f"phases.{name}.{part} is missing: choose one with {part}@phases.{name}.{part}=OPTION.")
     for key in ("data", "model", "tracking"):
         if not isinstance(config[key], dict) or "_target_" not in config[key]:
-            raise UserError(f"{key}={config[key]} is not valid: allowed is an option of the group conf/{key}/.")
+            raise UserError(f"{key}={config[key]} is invalid: expected an option of the group conf/{key}/.")
 
 
 def check_plain(key: str, value: Any) -> None:
-    """Raise UserError on a value that no configuration file can hold, or a key that says how Hydra calls a target.
+    """Raise UserError on a value that no configuration file can contain, or on one of Hydra's own keys such as `_args_`.
 
-    Only a stored configuration can hold a tuple or a tensor. Hydra would look for targets inside a tuple, where `nodes` does not.
+    Only a forged configuration contains a tuple. Hydra would find targets in it, `nodes` would not.
     """
     name = key.rpartition(".")[2]
-    is_instruction = re.fullmatch(r"_\w*_", name) and name not in ("_target_", "_partial_")
-    if is_instruction or (name == "_partial_" and value is not True):
-        raise UserError(f"{key}={value} is not allowed: allowed are _target_ and _partial_: true.")
+    is_reserved = re.fullmatch(r"_\w*_", name) and name not in ("_target_", "_partial_")
+    if is_reserved or (name == "_partial_" and value is not True):
+        raise UserError(f"{key}={value} is not allowed: expected no reserved key but _target_ and _partial_: true.")
     if not (value is None or type(value) in (str, int, float, bool, list, dict)):
-        raise UserError(f"{key} is not valid: allowed are texts, numbers, true, false, null, lists and maps, not {type(value)}.")
+        raise UserError(f"{key} is invalid: expected a string, number, boolean, null, list or map, not {type(value)}.")
 
 
 def check_target(key: str, value: Any) -> None:
-    """Raise UserError if `key` names what is to be called, and `value` is not among what may be, at this place."""
+    """Raise UserError if `key` is a target and `value` is not allowed there."""
     if not key.endswith("_target_"):
         return
-    place = re.match(rf"phases\.\w+\.({'|'.join(PARTS)})\.|(phase)s\.\w+\._target_$|(\w+)\.", key)
-    role = next(filter(None, place.groups()), "") if place else ""
+    match = TARGET_KEY.fullmatch(key)
+    role = next(filter(None, match.groups()), "") if match else ""
     if not (isinstance(value, str) and re.fullmatch(TARGETS.get(role, "(?!)"), value)):
         raise UserError(
-            f"{key}={value} is not allowed: a target is a class or function of the module of mnist_exp, or of torch, that "
-            f"belongs there. To use another, wrap it in a function in mnist_exp."
+            f"{key}={value} is not allowed: expected a class or function of the matching module of mnist_exp or torch. "
+            "To use another one, wrap it in a function in mnist_exp."
         )
 
 
 def digest(config: dict[str, Any]) -> str:
-    """Return a short hash of what, in a resolved configuration, decides the outcome of a run."""
+    """Return a short hash of the part of a resolved configuration that affects the outcome of a run."""
     recipe = {key: value for key, value in config.items() if key not in NEUTRAL}
     recipe["data"] = {key: value for key, value in config["data"].items() if key != "root"}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def nodes(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of everything in a resolved configuration, dicts and lists included.
+    """Yield (dotted key, value) of every node of a resolved configuration, dicts and lists included.
 
-    Raises UserError on a key of a dict that is no text, and on one that holds a dot, which would pass for another place.
+    Raises UserError on a key that is not a string, or contains a dot and so could pass for a nested key.
     """
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
         if isinstance(node, dict) and (not isinstance(key, str) or "." in key):
-            raise UserError(f"{path or 'The configuration'} has a key that is not allowed: {key!r}. Allowed are words.")
+            raise UserError(f"{path or 'The configuration'} has the invalid key {key!r}: expected a word.")
         inner = f"{path}.{key}" if path else str(key)
         yield inner, value
         if isinstance(value, dict | list):
@@ -245,17 +254,22 @@ def nodes(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def build(node: Any, key: str, **arguments: Any) -> Any:
-    """Call what the node under `key` of a checked configuration stands for; raises UserError if it refuses."""
+    """Instantiate the node `key` of a validated configuration; raises UserError if its target raises."""
+    for inner, target in nodes(node, key):
+        if inner.endswith("_target_") and str(target).startswith("mnist_exp."):
+            module = target.rpartition(".")[0]
+            if getattr(get_object(target), "__module__", module) != module:  # a name that the module only imports
+                raise UserError(f"{inner}={target} is not allowed: expected a class or function that {module} defines.")
     try:
         return instantiate(node, _convert_="all", **arguments)
-    except Exception as error:  # whatever a constructor raises comes wrapped in Hydra's InstantiationException
+    except Exception as error:  # Hydra wraps any exception of a constructor in its InstantiationException
         cause = error.__cause__
         if isinstance(cause, UserError):
             raise cause from None
-        raise UserError(f"{key} cannot be built: {cause or error}. See its file in conf/ for what it takes.") from error
+        raise UserError(f"{key} cannot be built: {cause or error}. Its file in conf/ lists its arguments.") from error
 
 
 def did_you_mean(key: str, known: set[str]) -> str:
-    """Return ' (did you mean ...?)' with the known keys closest to `key`, or nothing."""
+    """Return ' (did you mean ...?)' with the known key closest to `key`, or an empty string."""
     close = get_close_matches(key, known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""

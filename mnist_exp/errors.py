@@ -1,13 +1,13 @@
-"""The exceptions whose message is all that the user gets to see."""
+"""The exceptions whose message is the whole answer to the user."""
 
 
 class UserError(Exception):
-    """Something the user can put right: names the key, its value, what is allowed, and the remedy."""
+    """A problem that the user can fix. The message names the key, its value, the expectation, and the remedy."""
 
 
 class ResumableError(UserError):
-    """Something beside the run failed, a disk or a store: the run can go on once that is put right."""
+    """A problem outside the run, such as a disk or a store: the run can be resumed once it is fixed."""
 
 
 class PrunedError(UserError):
-    """A search has stopped this run early, because others do better."""
+    """A search stopped this run early because others perform better."""

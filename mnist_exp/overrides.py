@@ -1,4 +1,4 @@
-"""Override strings: what they name, which of them may come out of a store, and how they are written as a command."""
+"""Override strings: parse them, decide which ones a store may contain, and write them as commands."""
 
 import os
 import re
@@ -13,51 +13,51 @@ from hydra.errors import HydraException
 
 from mnist_exp import HOME
 from mnist_exp.errors import UserError
-from mnist_exp.redaction import has_credentials
+from mnist_exp.redaction import has_credentials, redact
 
-PARTS = ("optimizer", "scheduler", "augmentation", "teacher")  # shared at the top; a phase may choose its own
-RECIPE = {"seed", "batch_size", "precision", "device", "phases", "data", "model", *PARTS}  # keys that decide a run's outcome
-GROUPS = {"data", "model", "phase", "experiment", *PARTS}  # groups of conf/ that such keys are chosen from
-# Where data, checkpoints and records lie: taken from the command line and the environment, never from a store.
+PARTS = ("optimizer", "scheduler", "augmentation", "teacher")  # shared by all phases, each of which may choose its own
+RECIPE = {"seed", "batch_size", "precision", "device", "phases", "data", "model", *PARTS}  # keys that affect a run's outcome
+GROUPS = {"data", "model", "phase", "experiment", *PARTS}  # their groups in conf/
+# Locations of data, checkpoints and records: taken from the command line and the environment, never from a store.
 LOCATIONS = ("output_dir", "tracking", "data.root")
-# Keys that do not change a run's outcome.
+# Keys that do not affect a run's outcome.
 NEUTRAL = (*LOCATIONS, "save_every", "resume", "rerun", "sweep")
 _PACKAGE = re.compile(rf"phases\.\w+(\.({'|'.join(PARTS)}))?")
 
 
 def key_of(override: str) -> str:
-    """Return the key or group that an override names."""
+    """Return the key or group of an override."""
     return override.partition("=")[0].lstrip("+~")
 
 
 def is_location(override: str) -> bool:
-    """Return whether an override says where something lies."""
+    """Return whether an override sets one of LOCATIONS."""
     return _names(key_of(override), LOCATIONS)
 
 
 def is_neutral(override: str) -> bool:
-    """Return whether an override leaves a run's outcome as it is."""
+    """Return whether an override does not affect a run's outcome."""
     key = key_of(override)
     return _names(key, NEUTRAL) or key.startswith(("hydra.", "hydra/"))
 
 
 def quoted(value: str) -> str:
-    """Return a text as Hydra reads it back from a command line, in quotes where it needs them."""
+    """Return a string in the form in which Hydra reads it from a command line, quoted if necessary."""
     if re.fullmatch(r"[A-Za-z/_][\w/.:-]*", value) and value.lower() not in ("null", "true", "false", "inf", "nan"):
         return value
-    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'")
+    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'").replace("${", "\\${")
     return f"'{escaped}'"
 
 
 def command(module: str, *overrides: str) -> str:
     """Return the shell command that runs a module of this package: `command("run", "seed=1")`."""
-    return shlex.join(["python", "-m", f"mnist_exp.{module}", *overrides])
+    return shlex.join(["python", "-m", f"mnist_exp.{module}", *map(redact, overrides)])  # quotes would hide a secret from redact
 
 
 def location_overrides(config: Mapping[str, Any]) -> list[str]:
-    """Return the overrides by which another command finds what a run of this configuration leaves; none for the defaults.
+    """Return the overrides with which another command finds the files and records of this configuration.
 
-    Credentials are never among them: a tracking.uri that holds some is left to MLFLOW_TRACKING_URI.
+    Defaults need none. An address with credentials is never included: the user sets MLFLOW_TRACKING_URI.
     """
     overrides = []
     output_dir = Path(config["output_dir"]).absolute()
@@ -77,63 +77,63 @@ def location_overrides(config: Mapping[str, Any]) -> list[str]:
 
 
 def default_store() -> str:
-    """Return the address of the store that is used unless another is named."""
+    """Return the address of the default store."""
     return f"sqlite:///{HOME / 'mlflow.db'}"
 
 
 def absolute_path(uri: str) -> str:
-    """Return a SQLite address with its path made absolute, any other as it is."""
+    """Return a SQLite address with its path made absolute, any other unchanged."""
     path = uri.removeprefix("sqlite:///")
     return uri if path == uri else f"sqlite:///{Path(path).absolute()}"
 
 
 def check_stored(overrides: Iterable[str], source: str) -> None:
-    """Raise UserError unless all overrides, which were read from `source`, only choose among what conf/ offers for a recipe.
+    """Raise UserError unless all overrides, read from `source`, set keys of the recipe or choose options in conf/.
 
-    Anyone who can write the source can write them. Through Hydra, `hydra.*`, a search path or an option outside conf/ could run
-    code or write files, a resolver could read the environment, and a location could name a place outside the output folder.
+    Anyone who can write to the source can change them. With Hydra, `hydra.*`, a search path or an option outside conf/ could run
+    code or write files, a resolver could read the environment, and a location could point outside the output folder.
     """
     for override in overrides:
         problem = _problem(override)
         if problem:
             raise UserError(
-                f"{source} holds the override {override!r}, which {problem}. Expected overrides of the recipe's own keys and "
-                "groups, such as model=se_cnn or optimizer.lr=0.1. Start a new run or sweep with a command line of your own."
+                f"{source} contains the override {override!r}, which {problem}. Expected overrides of the recipe's keys and "
+                "groups, such as model=se_cnn or optimizer.lr=0.1. Start a new run or sweep with your own command line."
             )
 
 
 def _problem(override: str) -> str | None:
-    """Return why an override must not come out of a store, None if it may."""
+    """Return the reason why a store must not contain an override, None if it may."""
     try:
         (parsed,) = parse([override])
         options = _options(parsed)
     except HydraException:
-        return "is none that Hydra can read"
+        return "Hydra cannot parse"
     key, package = parsed.key_or_group, parsed.package
-    if re.search(r"\$\{[^}]*:", override):
-        return "calls a resolver"
+    if re.search(r"\$\{(?![\w.]+\})", override):
+        return "contains an interpolation other than ${KEY}"
     if key in GROUPS:
         if package is not None and not _PACKAGE.fullmatch(package):
-            return f"puts an option at {package}"
+            return f"inserts an option at {package}"
         if parsed.is_force_add() or (parsed.is_add() and package is None):
             return "adds to the configuration"
         if any(not re.fullmatch(r"\w+", option) for option in options):
-            return "names an option outside conf/"
+            return "chooses an option outside conf/"
         return None
     if parsed.is_add() or parsed.is_force_add():
         return "adds to the configuration"
     if package is not None or key.partition(".")[0] not in RECIPE | {"save_every"} or _names(key, LOCATIONS):
-        return "names no key of the recipe"
+        return "is not a key of the recipe"
     return None
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
-    """Return what Hydra makes of override strings; raises HydraException."""
+    """Return override strings as parsed by Hydra; raises HydraException."""
     return OverridesParser.create().parse_overrides(list(overrides))
 
 
 def _options(parsed: Override) -> list[str]:
-    """Return the options that an override of a group names; a glob names none, it matches those in conf/."""
+    """Return the options that an override of a group chooses; a glob, which can only match files in conf/, counts as none."""
     value = parsed.value()
     if parsed.key_or_group not in GROUPS or isinstance(value, Glob) or (parsed.is_delete() and value is None):
         return []

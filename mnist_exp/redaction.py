@@ -1,4 +1,4 @@
-"""Keep credentials out of everything that is recorded or printed."""
+"""Masks credentials in all records and output."""
 
 import os
 import re
@@ -8,8 +8,8 @@ from urllib.parse import quote
 MASK = "***"
 SECRET_NAMES = ("PASSWORD", "TOKEN", "SECRET", "KEY")  # in the names of environment variables
 SHORTEST_SECRET = 6  # shorter values would mask ordinary words
-# user@ or user:password@ behind ://. A password may hold slashes (SQLAlchemy) and @ (http), so that the last @ of the word ends
-# it: rather mask an address whose path holds an @ than let a password through.
+# user@ or user:password@ after ://. A password may contain slashes (SQLAlchemy) and @ (http), so it extends to the last @ of the
+# word: masking an address whose path contains an @ is better than showing a password.
 _USER_PART = re.compile(r"(?<=://)(?:[^/\s\"@:]*:[^\s\"]*|[^/\s\"@:?#]+)@")
 
 
@@ -21,7 +21,7 @@ def redact(text: str) -> str:
 
 
 def redact_all(value: Any) -> Any:
-    """Return nested dicts, lists and tuples with every string in them redacted, keys included; all else stays as it is."""
+    """Return nested dicts, lists and tuples with every string in them redacted, including keys."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, dict):
@@ -37,12 +37,13 @@ def without_credentials(uri: str) -> str:
 
 
 def has_credentials(uri: str) -> bool:
-    """Return whether `uri` holds something that is masked where it is recorded."""
+    """Return whether `redact` changes `uri`."""
     return redact(uri) != uri
 
 
 def _secrets() -> list[str]:
-    """Return the values to mask, the longest first, so that none hides a part of another; as they are and percent-encoded."""
+    """Return the values to mask, also percent-encoded, the longest first because one may contain another."""
     named = (value for name, value in os.environ.items() if any(word in name.upper() for word in SECRET_NAMES))
-    secrets = {form for value in named if len(value) >= SHORTEST_SECRET for form in (value, quote(value, safe=""))}
+    parts = {part for value in named for part in (value, value.strip(), *value.splitlines())}  # a patch prefixes each line
+    secrets = {form for part in parts if len(part) >= SHORTEST_SECRET for form in (part, quote(part, safe=""))}
     return sorted(secrets, key=len, reverse=True)

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP as an exception, so that a run or a sweep that is stopped can write down how it ended."""
+"""Turns SIGINT, SIGTERM and SIGHUP into an exception, so that a stopped run or sweep can record its end."""
 
 import os
 import signal
@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-_holds = 0  # blocks of `uninterrupted` that are open
-_arrived: int | None = None  # the signal that waits for their end
-_hook_before = sys.unraisablehook
+_blocks = 0  # open blocks of `defer_signals`
+_pending: int | None = None  # the signal to raise at the end of the last block
+_original_hook = sys.unraisablehook
 
 
 class Interrupted(KeyboardInterrupt):
-    """One of SIGNALS arrived."""
+    """The process received one of SIGNALS."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"Stopped by {signal.Signals(signum).name}.")
@@ -23,47 +23,47 @@ class Interrupted(KeyboardInterrupt):
         self.exit_status = 128 + signum
 
 
-def raise_interrupted() -> None:
-    """Have the first of SIGNALS raise Interrupted, and further ones ignored while the end is written.
+def install_signal_handlers() -> None:
+    """Make the first of SIGNALS raise Interrupted; later ones are ignored while the run records its end.
 
-    A SIGHUP that is ignored, as `nohup` has it, stays ignored.
+    A SIGHUP that is already ignored, as under `nohup`, stays ignored.
     """
-    global _hook_before
+    global _original_hook
     for signum in SIGNALS:
         if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, _interrupt)
     if sys.unraisablehook is not _raise_again:
-        _hook_before, sys.unraisablehook = sys.unraisablehook, _raise_again
+        _original_hook, sys.unraisablehook = sys.unraisablehook, _raise_again
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Have a signal that arrives within the block raise Interrupted at its end, so that what is written there is whole.
+def defer_signals() -> Iterator[None]:
+    """Raise Interrupted at the end of the block if a signal arrives within it, so that the block completes.
 
-    A transaction that an exception cuts off anywhere may keep the lock on a SQLite database until its process ends.
+    A transaction that an exception interrupts may keep a SQLite database locked until the process ends.
     """
-    global _holds, _arrived
-    if threading.current_thread() is not threading.main_thread():  # signals arrive in that one alone
+    global _blocks, _pending
+    if threading.current_thread() is not threading.main_thread():  # only that thread receives signals
         yield
         return
-    _holds += 1
+    _blocks += 1
     try:
         yield
     finally:
-        _holds -= 1
-        if _arrived and not _holds:
-            signum, _arrived = _arrived, None
-            raise Interrupted(signum)  # also where an error leaves the block, which a sweep would outlive
+        _blocks -= 1
+        if _pending and not _blocks:
+            signum, _pending = _pending, None
+            raise Interrupted(signum)  # even if an error leaves the block: a sweep would continue after the error
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    global _arrived
+    global _pending
     for repeated in SIGNALS:
         if signal.getsignal(repeated) == _interrupt:
-            signal.signal(repeated, _ignore)  # not SIG_IGN: Python complains of one that has arrived already
-    if not _holds:
+            signal.signal(repeated, _ignore)  # not SIG_IGN: Python reports an error if the signal has already arrived
+    if not _blocks:
         raise Interrupted(signum)
-    _arrived = signum
+    _pending = signum
 
 
 def _ignore(signum: int, frame: FrameType | None) -> None:
@@ -71,9 +71,9 @@ def _ignore(signum: int, frame: FrameType | None) -> None:
 
 
 def _raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Send the signal again where Interrupted was raised in a destructor or a callback, out of which nothing comes."""
+    """Send the signal again if Interrupted was raised in a destructor or a callback, which swallow exceptions."""
     if isinstance(unraisable.exc_value, Interrupted):
-        raise_interrupted()
+        install_signal_handlers()
         threading.Timer(0.01, os.kill, (os.getpid(), unraisable.exc_value.signum)).start()
     else:
-        _hook_before(unraisable)
+        _original_hook(unraisable)

@@ -1,43 +1,51 @@
-"""Entry point: start the MLflow UI on our runs, lean, and print the link: python -m mnist_exp.ui [RUN_ID] [--port PORT]."""
+"""Command: start the MLflow UI, and print the link to the leaderboard or a run: python -m mnist_exp.ui [RUN_ID] [--port PORT]."""
 
 import argparse
 import os
 import socket
 import sys
 
-from mnist_exp.command_line import safe_output
+from mnist_exp.cli import safe_output
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import default_store
 from mnist_exp.redaction import without_credentials
-from mnist_exp.tracking import absolute_uri, leaderboard_path, open_store, run_path
+from mnist_exp.tracking.mlflow_store import MLflowStore
+from mnist_exp.tracking.views import leaderboard_path, run_path
 
 
 def main() -> None:
     """Parse the command line, print the link, become the server; a user's mistake ends with a message and status 1."""
     parser = argparse.ArgumentParser(prog="python -m mnist_exp.ui", description=__doc__)
-    parser.add_argument("run_id", nargs="?", help="open on this run instead of the leaderboard")
+    parser.add_argument("run_id", nargs="?", help="open this run instead of the leaderboard")
     parser.add_argument("--port", type=int, default=5000, choices=range(1, 65536), metavar="PORT")
     arguments = parser.parse_args()
     with safe_output():
         try:
-            uri = absolute_uri(os.environ.get("MLFLOW_TRACKING_URI", default_store()))
-            client, experiment_id = open_store(uri, "mnist_exp")
-            path = run_path(client, arguments.run_id) if arguments.run_id else leaderboard_path(experiment_id)
+            store = MLflowStore(os.environ.get("MLFLOW_TRACKING_URI", default_store()), "mnist_exp")
+            path = page_path(store, arguments.run_id)
         except UserError as error:
             print(error, file=sys.stderr)
             sys.exit(1)
-        if uri.startswith("http"):
-            print(f"{without_credentials(uri)}{path}")
+        if store.uri.startswith("http"):
+            print(f"{without_credentials(store.uri)}{path}")
             return
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", arguments.port)) == 0:
                 other = f"--port {arguments.port + 1}"
-                sys.exit(f"--port {arguments.port} is taken, perhaps by a UI that runs already. Use another: {other}")
+                sys.exit(f"--port {arguments.port} is in use, perhaps by another UI. Choose another one: {other}")
         print(f"http://127.0.0.1:{arguments.port}{path}", flush=True)
     # Four workers and the job runner would take 12 s and 1.7 GB instead of 6 s and 0.5 GB.
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-    serve = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri", uri, "--port", str(arguments.port)]
-    os.execv(sys.executable, serve)  # in this process, so that whoever stops it stops the server
+    server = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri", store.uri]
+    os.execv(sys.executable, [*server, "--port", str(arguments.port)])  # in this process, so that stopping it stops the server
+
+
+def page_path(store: MLflowStore, run_id: str | None) -> str:
+    """Return the path of the page of a run, or of the leaderboard; raises UserError if the run does not exist."""
+    store.open()
+    if run_id is None:
+        return leaderboard_path(store.experiment_id)
+    return run_path(store.get_run(run_id).info.experiment_id, run_id)
 
 
 if __name__ == "__main__":

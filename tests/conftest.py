@@ -13,11 +13,13 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from mnist_exp import CONF, HOME, checkpoint, output
+from mnist_exp import CONF, HOME
 from mnist_exp.config import build, resolve
-from mnist_exp.data import MNIST_FILES, Dataset, load_digits
+from mnist_exp.learning.data import Dataset
+from mnist_exp.learning.datasets import MNIST_FILES, load_digits
 from mnist_exp.run import main
 from mnist_exp.signals import SIGNALS
+from mnist_exp.storage import checkpoint, run_dir
 
 Compose = Callable[..., dict[str, Any]]
 CommandLine = Callable[..., subprocess.CompletedProcess[str]]
@@ -36,10 +38,17 @@ def finished(config: dict[str, Any], data: Dataset, output_dir: Path, epochs: fl
     digests = {name: split.digest for name, split in data.splits.items()}
     state = {"model": build(config["model"], "model").state_dict()}
     history = [(1, {"epoch": epochs or sum(phase["epochs"] for phase in config["phases"].values())})]
-    folder = output.make_folder(output_dir / run_id)
+    folder = run_dir.make_folder(output_dir / run_id)
     checkpoint.save(folder, checkpoint.Checkpoint(run_id, config, {}, [], digests, {}, state, history, {}, 0.0))
-    output.mark_finished(folder)
+    run_dir.mark_finished(folder)
     return run_id
+
+
+class Bomb:
+    """An object whose unpickling executes a command."""
+
+    def __reduce__(self):
+        return (os.system, ("touch exploded",))
 
 
 def chromium() -> str | None:
@@ -121,7 +130,7 @@ def command_line(tmp_path: Path) -> CommandLine:
 
 @pytest.fixture
 def handlers_put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Put back, after the test, what `signals.raise_interrupted` replaces in this process."""
+    """Put back, after the test, what `signals.install_signal_handlers` replaces in this process."""
     handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     yield

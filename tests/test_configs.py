@@ -6,10 +6,10 @@ from conftest import finished
 
 from mnist_exp import CONF
 from mnist_exp.config import build, check
-from mnist_exp.data import Dataset
 from mnist_exp.errors import UserError
-from mnist_exp.models import count_parameters
-from mnist_exp.training import fit, plan
+from mnist_exp.learning.data import Dataset
+from mnist_exp.learning.models import count_parameters
+from mnist_exp.learning.training import fit, prepare_phases
 
 CLUSTERS = {"ray_cluster": "hydra_plugins.hydra_ray_launcher", "slurm": "hydra_plugins.hydra_submitit_launcher"}
 TAUGHT = {"ensemble", "record", "under_10k"}  # files that need finished runs to learn from
@@ -39,7 +39,9 @@ def test_every_file_composes_and_runs(
         assert "train" in build(config["data"], "data", seed=0).splits
     build(config["tracking"] | ({"uri": f"sqlite:///{tmp_path}/mlflow.db"} if option == "mlflow" else {}), "tracking")
     phases = {name: build(node | {"epochs": 1}, name) for name, node in config["phases"].items()}
-    reports = list(fit(model, plan(model, phases, short_digits, tmp_path), short_digits, seed=0, precision=torch.float32))
+    reports = list(
+        fit(model, prepare_phases(model, phases, short_digits, tmp_path), short_digits, seed=0, precision=torch.float32)
+    )
     assert reports[-1].metrics["train/loss"] < 10
     assert {report.phase for report in reports} == set(config["phases"])
 
@@ -66,20 +68,20 @@ def test_the_scaled_learning_rate_grows_with_the_batch_size(composed) -> None:
 
 
 WRONG = {
-    "batch_size=0": "batch_size=0 is not valid: allowed is an integer of at least 1",
-    "batch_size=12.5": "batch_size=12.5 is not valid",
-    "seed=-1": "seed=-1 is not valid",
-    "seed=true": "seed=True is not valid",
-    "optimizer.lr=-0.1": r"phases\.train\.optimizer\.lr=-0\.1 is not valid: allowed is a number above 0|^optimizer\.lr=-0\.1",
-    "phases.finetune.optimizer.lr=-1": r"phases\.finetune\.optimizer\.lr=-1 is not valid",
-    "optimizer.lr=high": "lr=high is not valid",
-    "precision=fp8": "precision=fp8 is not valid: allowed is auto, fp32, bf16 or fp16",
-    "device=tpu": "device=tpu is not valid",
-    "phases.train.epochs=0": r"phases\.train\.epochs=0 is not valid",
-    "model.depths=[1,0,1]": r"model\.depths=\[1, 0, 1\] is not valid: allowed is three integers of at least 1",
-    "model.mean_pool=3": r"model\.mean_pool=3 is not valid: allowed is true or false",
-    "model.channels=[8,16]": r"model\.channels=\[8, 16\] is not valid: allowed is three integers",
-    "data.fallback=cifar": r"data\.fallback=cifar is not valid: allowed is digits or null",
+    "batch_size=0": "batch_size=0 is invalid: expected an integer >= 1",
+    "batch_size=12.5": "batch_size=12.5 is invalid",
+    "seed=-1": "seed=-1 is invalid",
+    "seed=true": "seed=True is invalid",
+    "optimizer.lr=-0.1": r"phases\.train\.optimizer\.lr=-0\.1 is invalid: expected a number > 0|^optimizer\.lr=-0\.1",
+    "phases.finetune.optimizer.lr=-1": r"phases\.finetune\.optimizer\.lr=-1 is invalid",
+    "optimizer.lr=high": "lr=high is invalid",
+    "precision=fp8": "precision=fp8 is invalid: expected auto, fp32, bf16 or fp16",
+    "device=tpu": "device=tpu is invalid",
+    "phases.train.epochs=0": r"phases\.train\.epochs=0 is invalid",
+    "model.depths=[1,0,1]": r"model\.depths=\[1, 0, 1\] is invalid: expected three integers >= 1",
+    "model.mean_pool=3": r"model\.mean_pool=3 is invalid: expected true or false",
+    "model.channels=[8,16]": r"model\.channels=\[8, 16\] is invalid: expected three integers",
+    "data.fallback=cifar": r"data\.fallback=cifar is invalid: expected digits or null",
     "+sede=1": r"sede is not a key of the configuration \(did you mean seed\?\)",
     "~data": "data is missing",
     "+phases.more.epochs=1": r"phases\.more is not a phase: add one with \+phase@phases\.more=finetune",
@@ -104,11 +106,34 @@ def test_a_foreign_target_is_refused(composed, target: str) -> None:
 
 def test_a_stored_configuration_is_not_resolved_again(composed) -> None:
     config = composed()
-    config["model"]["colour"] = "${oc.create:{_target_:os.getcwd}}"
-    with pytest.raises(UserError, match=r"model\.colour=.* is not valid: allowed are plain values"):
+    config["model"]["hue"] = "${oc.create:{_target_:os.getcwd}}"
+    with pytest.raises(UserError, match=r"model\.hue=.* is invalid: expected a plain value"):
         check(config)
 
 
-def test_what_a_constructor_refuses_is_said_with_its_key() -> None:
-    with pytest.raises(UserError, match=r"model cannot be built: .*unexpected keyword argument 'colour'"):
-        build({"_target_": "mnist_exp.models.SqueezeExcite", "channels": 8, "reduction": 4, "colour": 1}, "model")
+def test_an_error_of_a_constructor_names_its_key() -> None:
+    with pytest.raises(UserError, match=r"model cannot be built: .*unexpected keyword argument 'hue'"):
+        build({"_target_": "mnist_exp.learning.models.SqueezeExcite", "channels": 8, "reduction": 4, "hue": 1}, "model")
+
+
+@pytest.mark.parametrize(
+    "nested",
+    [
+        {"data": {"inner": {"_target_": "mnist_exp.learning.datasets.load_mnist", "root": "/tmp/new"}}},
+        {"tracking": {"inner": {"_target_": "mnist_exp.tracking.mlflow_store.MLflowStore", "uri": "sqlite:////tmp/x"}}},
+        {"teacher": {"inner": {"_target_": "mnist_exp.experiment.teachers.ensemble", "runs": []}}},
+        {"augmentation": {"inner": {"_target_": "mnist_exp.learning.augmentation.Unchanged"}}},
+    ],
+    ids=lambda nested: next(iter(nested)),
+)
+def test_a_target_below_another_is_refused(composed, nested: dict) -> None:
+    config = composed()
+    ((key, inner),) = nested.items()
+    with pytest.raises(UserError, match=rf"{key}\.inner\._target_=.* is not allowed"):
+        check(config | {key: config[key] | inner})
+
+
+def test_a_target_that_a_module_only_imports_is_refused() -> None:
+    target = {"_target_": "mnist_exp.experiment.teachers.build", "node": {}, "key": "x"}
+    with pytest.raises(UserError, match=r"expected a class or function that mnist_exp\.experiment\.teachers defines"):
+        build(target, "teacher")

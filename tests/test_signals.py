@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from mnist_exp.signals import SIGNALS, Interrupted, raise_interrupted, uninterrupted
-from mnist_exp.tracking import MLflowTracker
+from mnist_exp.signals import SIGNALS, Interrupted, defer_signals, install_signal_handlers
+from mnist_exp.tracking.base import RunInfo
+from mnist_exp.tracking.mlflow_store import MLflowStore
 
 
 @pytest.fixture(autouse=True)
 def _signals_raise(handlers_put_back: None) -> None:
-    raise_interrupted()
+    install_signal_handlers()
 
 
 @pytest.mark.parametrize("signum", SIGNALS)
@@ -27,7 +28,7 @@ def test_a_signal_is_raised(signum: signal.Signals) -> None:
 
 def test_a_hangup_that_is_ignored_stays_ignored() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    raise_interrupted()
+    install_signal_handlers()
     signal.raise_signal(signal.SIGHUP)
     with pytest.raises(Interrupted, match="Stopped by SIGTERM"):
         signal.raise_signal(signal.SIGTERM)
@@ -39,8 +40,8 @@ def test_a_signal_is_raised_at_the_end_of_the_outermost_block_that_must_be_whole
     done = []
 
     def work() -> None:
-        with uninterrupted():
-            with uninterrupted():
+        with defer_signals():
+            with defer_signals():
                 signal.raise_signal(signal.SIGINT)
                 done.append("inner")
             done.append("outer")
@@ -54,7 +55,7 @@ def test_a_signal_is_raised_at_the_end_of_the_outermost_block_that_must_be_whole
 
 def test_a_signal_is_raised_also_where_an_error_leaves_the_block() -> None:
     def work() -> None:
-        with uninterrupted():
+        with defer_signals():
             signal.raise_signal(signal.SIGTERM)
             raise ValueError
 
@@ -77,17 +78,19 @@ def test_a_signal_that_arrives_where_nothing_can_be_raised_is_not_lost() -> None
 
 
 def test_a_run_that_is_stopped_while_it_reads_or_writes_keeps_no_lock_on_the_store(store: str) -> None:
-    def work(tracker: MLflowTracker, seconds: float) -> None:
-        with tracker.start("name", {}):
+    def work(store: MLflowStore, seconds: float) -> None:
+        with store.start(RunInfo("name", "")) as tracker:
+            runs.append(tracker.run_id)
             threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM)).start()
             for step in itertools.count():
-                tracker.metrics({"value": step}, step)
+                tracker.log_metrics({"value": step}, step)
                 tracker.flush()
-                tracker.reap(Path())
+                store.reap(Path())
 
+    runs: list[str] = []
     for attempt in range(5):
-        raise_interrupted()
-        tracker = MLflowTracker(store, "test")
+        install_signal_handlers()
+        opened = MLflowStore(store, "test")
         with pytest.raises(Interrupted):
-            work(tracker, 0.02 + 0.001 * attempt)
-        assert tracker.client.get_run(tracker.run_id).info.status == "KILLED"
+            work(opened, 0.02 + 0.001 * attempt)
+        assert opened.client.get_run(runs[-1]).info.status == "KILLED"

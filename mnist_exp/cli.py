@@ -1,0 +1,132 @@
+"""Shared by the commands: exit codes, error messages, and output without credentials."""
+
+import gc
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from mnist_exp.config import did_you_mean
+from mnist_exp.errors import UserError
+from mnist_exp.overrides import PARTS
+from mnist_exp.redaction import redact
+from mnist_exp.signals import Interrupted
+
+
+class SafeOutput:
+    """A text stream that masks credentials and ignores that its reader, a pipe or a terminal, was closed."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write `text` without credentials."""
+        with self._ignore_closed():
+            self._stream.write(redact(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        with self._ignore_closed():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _ignore_closed(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:  # the pipe or the terminal was closed, or the disk is full
+            with suppress(OSError, ValueError):
+                devnull = os.open(os.devnull, os.O_WRONLY)  # for the buffer, which Python would write when it exits
+                os.dup2(devnull, self._stream.fileno())
+                os.close(devnull)
+
+
+@contextmanager
+def safe_output() -> Iterator[None]:
+    """Send the output of the block through SafeOutput."""
+    original = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = SafeOutput(sys.stdout), SafeOutput(sys.stderr)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = original
+
+
+def run_command(task: Callable[[], Any]) -> None:
+    """Run a task of `hydra.main`; a user's mistake ends with a message and status 1, a signal with 128 + its number.
+
+    The message includes the notes of the exception (`add_note`), which name the next step.
+    """
+    gc.set_threshold(100_000, 50)  # collecting garbage among a million imported objects took a quarter of the startup time
+    wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra pass on exceptions; its own messages suggest wrong remedies
+    with safe_output():
+        try:
+            task()
+        except Interrupted as interrupted:
+            print("\n" + "\n".join([str(interrupted), *_notes(interrupted)]), file=sys.stderr)
+            sys.exit(interrupted.exit_status)
+        except Exception as error:
+            if wants_trace or not (isinstance(error, UserError) or _out_of_memory(error) or _while_composing(error, task)):
+                traceback.print_exception(error)  # to SafeOutput, which masks credentials
+            else:
+                lines = [explain(error), *_notes(error), "", "Set HYDRA_FULL_ERROR=1 to see the stack trace."]
+                print("\n".join(lines), file=sys.stderr)
+            sys.exit(1)
+        finally:
+            if not wants_trace:
+                del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _notes(error: BaseException) -> list[str]:
+    return list(getattr(error, "__notes__", []))
+
+
+def _while_composing(error: Exception, task: Callable[[], Any]) -> bool:
+    """Return whether Hydra raised `error` while it composed the configuration, before the task started."""
+    code = inspect.unwrap(task).__code__
+    return not any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Return whether `error` is an out-of-memory error of Python, or of torch on a CPU or a GPU."""
+    messages = ("can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(text in str(error) for text in messages))
+
+
+def explain(error: Exception) -> str:
+    """Return the message for the user: the problem and the remedy."""
+    if _out_of_memory(error):
+        return (
+            f"Out of memory: {str(error).strip() or type(error).__name__}\nChoose a smaller batch_size or model, or stop other "
+            "programs."
+        )
+    cause = error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
+        shared = re.match(rf"phases\.\w+\.(({'|'.join(PARTS)})\..+)", cause.full_key)
+        if shared:
+            return f"{cause.full_key} refers to a key at the top level: override {shared[1]} instead."
+        if isinstance(cause.parent_node, DictConfig):
+            known = {str(key) for key in cause.parent_node}
+            hint = did_you_mean(str(cause.key), known)
+            return f"{cause.full_key} is not a key of the configuration{hint}. Expected one of: {', '.join(sorted(known))}."
+    if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
+        return f"{error}\n{cause}"
+    return (
+        str(error)
+        if isinstance(error, UserError | HydraException)
+        else f"{error}\nThe command line was: {' '.join(sys.argv[1:])}"
+    )

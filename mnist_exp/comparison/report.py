@@ -1,0 +1,86 @@
+"""The report of a comparison: one HTML file with its figures embedded, which needs neither a server nor the network."""
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from mnist_exp.comparison import figures, wording
+from mnist_exp.comparison.arms import Arms, Row, differing_params
+from mnist_exp.comparison.outcomes import Outcomes, disagreements
+from mnist_exp.tracking.base import RunRecord
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TEMPLATE = Path(__file__).with_name("report.html")
+
+
+def render(
+    arms: Arms,
+    rows: Sequence[Row],
+    outcomes: Outcomes,
+    parent: RunRecord,
+    commands: Sequence[str],
+    images: "Tensor | None",
+) -> str:
+    """Return the report as HTML with all text escaped.
+
+    Args:
+        arms: The runs by arm.
+        rows: The comparisons; the figures show the first one's metric.
+        outcomes: The outcomes of the runs.
+        parent: The parent run of the sweep.
+        commands: The shell commands that repeat the sweep and the comparison.
+        images: The test images, uint8 (n, 1, 28, 28), None if they are not available.
+    """
+    # Names are text, not formulas, and equal figures give equal bytes.
+    with mpl.rc_context({"text.parse_math": False, "svg.hashsalt": "mnist_exp"}):
+        drawn = {
+            "differences": figures.differences(rows),
+            "every_run": figures.every_run(arms, rows[0].metric),
+            "examples": figures.learning_curves(arms, outcomes, against="examples"),
+            "seconds": figures.learning_curves(arms, outcomes, against="seconds"),
+            "cost": figures.cost(arms, rows[0].metric),
+            "confusion": figures.confusion(arms, outcomes),
+        }
+        addresses = {name: _svg_address(figure) if figure else None for name, figure in drawn.items()}
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        arms=arms,
+        headline=wording.headline(arms, rows),
+        notes=wording.notes(arms, rows),
+        table=wording.table(rows),
+        interval_method=rows[0].values.interval.method,
+        parent=parent,
+        commands=commands,
+        figures=addresses,
+        disagreements=[
+            item | {"picture": _png_address(images[item["index"], 0].numpy()) if images is not None else None}
+            for item in disagreements(arms, outcomes)
+            if images is None or item["index"] < len(images)
+        ],
+        params=differing_params(arms),
+        without_outcome=sum(outcome is None for outcome in outcomes.values()),
+    )
+
+
+def _svg_address(figure: Figure) -> str:
+    """Return a data URI with the figure as SVG."""
+    text = io.BytesIO()
+    figure.savefig(text, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    return f"data:image/svg+xml;base64,{base64.b64encode(text.getvalue()).decode()}"
+
+
+def _png_address(pixels: NDArray[Any]) -> str:
+    """Return a data URI with an image, uint8 (h, w), as a PNG of dark digits on a light ground."""
+    content = io.BytesIO()
+    Image.fromarray(255 - pixels).save(content, format="png")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -1,0 +1,160 @@
+"""All that a run leaves behind: its lock, records, checkpoint, figures, model and final status."""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from mnist_exp.errors import PrunedError, ResumableError
+from mnist_exp.overrides import command, location_overrides
+from mnist_exp.redaction import redact_all
+from mnist_exp.signals import Interrupted, defer_signals
+from mnist_exp.storage import checkpoint, run_dir
+from mnist_exp.storage.checkpoint import Checkpoint
+from mnist_exp.tracking import model_export, provenance
+from mnist_exp.tracking.base import DatasetInfo, RunInfo, Store, Tracker
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import nn
+
+OUTCOME = "outcome.json"
+
+
+class Recorder:
+    """Records one run while it lasts. `recording` opens it.
+
+    Args:
+        tracker: Of the run.
+        folder: The run's own folder.
+        initial: The checkpoint that the run starts from; before the first step, one without state.
+        started: The reading of `time.perf_counter` when the run started, less the time that it has taken before.
+        running: Sets the final status when closed.
+    """
+
+    def __init__(self, tracker: Tracker, folder: Path, initial: Checkpoint, started: float, running: ExitStack) -> None:
+        self.tracker = tracker
+        self.folder = folder
+        self.history = list(initial.history)  # (examples seen, metrics)
+        self.seconds = defaultdict(float, initial.seconds)  # of training, by phase
+        self._initial, self._started, self._running = initial, started, running
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the whole run."""
+        return time.perf_counter() - self._started
+
+    def log_origin(
+        self, params: Mapping[str, object], datasets: Iterable[DatasetInfo], resumed: Mapping[str, str] | None
+    ) -> None:
+        """Record the configuration, the code and the data; resumed: the tags of a resumed run."""
+        # Masked here: in JSON, a secret may be escaped.
+        recipe = redact_all({name: getattr(self._initial, name) for name in ("config", "choices", "overrides")})
+        self.tracker.log_params(params)
+        self.tracker.log_text(OmegaConf.to_yaml(recipe["config"]), "config.yaml")
+        self.tracker.log_text(json.dumps(recipe), "recipe.json")
+        if resumed is None:
+            uncommitted = provenance.uncommitted()
+            self.tracker.log_text(provenance.packages(), "provenance/packages.txt")
+            self.tracker.log_text(uncommitted.patch, "provenance/uncommitted.diff")
+            self.tracker.log_text(uncommitted.unrecorded, "provenance/unrecorded.txt")
+            self.save_checkpoint(None)
+        else:
+            self.tracker.set_tags(resumed)
+        for dataset in datasets:
+            self.tracker.log_dataset(dataset)
+        for examples_seen, metrics in self.history:
+            self.tracker.log_metrics(metrics, examples_seen)
+
+    def log_report(self, phase: str, examples_seen: int, seconds: float, metrics: dict[str, float], state: Any) -> None:
+        """Record a report of training; with a state, also save a checkpoint."""
+        self.history.append((examples_seen, metrics))
+        self.seconds[phase] += seconds
+        self.tracker.log_metrics(metrics, examples_seen)
+        if state is not None:
+            self.save_checkpoint(state)
+            self.tracker.flush()
+
+    def save_checkpoint(self, state: Any) -> None:
+        """Save a checkpoint with the given state of training."""
+        progress = {"state": state, "history": self.history, "seconds": dict(self.seconds), "elapsed": self.elapsed}
+        checkpoint.save(self.folder, replace(self._initial, **progress))
+
+    def prune(self) -> None:
+        """End the run early: nothing is left to do for it."""
+        run_dir.mark_finished(self.folder)
+        raise PrunedError(f"pruned at {self.history[-1][0]:,} examples: others have a better validation accuracy")
+
+    def log_figures(self, drawings: "Mapping[str, Callable[[], Figure]]") -> None:
+        """Record each figure as `pictures/NAME.png`."""
+        if not self.tracker.is_recording:
+            return
+        pictures = run_dir.make_folder(self.folder / "pictures")
+        for name, draw in drawings.items():
+            try:
+                with run_dir.create(pictures / f"{name}.png") as file:
+                    draw().savefig(file, dpi=80, pil_kwargs={"compress_level": 1})
+            except OSError as error:
+                raise run_dir.disk_error(pictures, error) from error
+            self.tracker.log_file(pictures / f"{name}.png", "pictures")
+
+    def log_outcome(self, split: str, mistakes: list[tuple[int, int, int]]) -> None:
+        """Record the history, and the mistakes in `split` as (index, label, prediction), for comparisons."""
+        self.tracker.log_text(json.dumps({"split": split, "history": self.history, "mistakes": mistakes}), OUTCOME)
+
+    def log_model(self, model: "nn.Module", example: Any) -> None:
+        """Record the last checkpoint and the exported model; example: a uint8 array (2, 1, 28, 28)."""
+        self.tracker.log_file(self.folder / run_dir.CHECKPOINT)
+        if self.tracker.is_recording:
+            model_export.save_model(self.folder / "model", model, example, self._initial.config)
+            self.tracker.log_model(self.folder / "model")
+
+    def finish(self, results: dict[str, float], description: str) -> None:
+        """Record the results of the whole run, and that it has finished."""
+        self.tracker.log_metrics(results, self.history[-1][0])
+        self.tracker.set_description(description)
+        with defer_signals():  # finished in the store and on the disk, or in neither
+            self._running.close()
+            run_dir.mark_finished(self.folder)
+
+
+@contextmanager
+def recording(store: Store, info: RunInfo, output_dir: Path, initial: Checkpoint, started: float) -> Iterator[Recorder]:
+    """Start the run, or resume the one that `initial` has the id of, and yield its recorder.
+
+    Args:
+        store: For the records. A job of a sweep waits for a store that is away: it would only fail, and so would the next.
+        info: The name, command and tags of the run.
+        output_dir: The folder of all runs. The caller has locked the folder of a run that is resumed.
+        initial: The checkpoint to start from; an empty `run_id` starts a new run.
+        started: As in `Recorder`.
+    """
+    in_sweep = bool(info.parent)
+    with ExitStack() as lock, ExitStack() as running:  # the lock outlasts the final status
+        store.open(wait=in_sweep)  # may take long and be interrupted
+        with defer_signals():  # a run that has started must get a final status
+            tracker = running.enter_context(store.start(info, initial.run_id or None))
+        folder = output_dir / tracker.run_id
+        if not initial.run_id:
+            lock.enter_context(run_dir.lock_run(folder))
+        if not in_sweep:  # a sweep's own message says how to resume its jobs
+            lock.enter_context(_resume_advice(folder, initial.config))
+            store.reap(output_dir)
+        yield Recorder(tracker, folder, replace(initial, run_id=tracker.run_id), started, running)
+
+
+@contextmanager
+def _resume_advice(folder: Path, config: dict[str, Any]) -> Iterator[None]:
+    """Add the command that resumes the run to an error from outside that leaves it unfinished."""
+    try:
+        yield
+    except (Interrupted, ResumableError, MemoryError, RuntimeError) as error:
+        if not run_dir.is_finished(folder):
+            error.add_note(f"`{command('run', f'resume={folder.name}', *location_overrides(config))}` resumes the run.")
+        raise

@@ -1,0 +1,62 @@
+"""A run in words: its name, its parameters, its results and its description."""
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from mnist_exp.config import nodes
+from mnist_exp.overrides import PARTS, command
+from mnist_exp.redaction import redact
+
+if TYPE_CHECKING:
+    from mnist_exp.learning.data import Dataset
+
+
+def run_name(choices: dict[str, str], overrides: list[str], data: str) -> str:
+    """Return a run's name: its model, its data unless that is mnist, and the rest of `overrides` in short form."""
+    rest = [shorten(override, choices) for override in overrides if not re.match("(model|data)=", override)]
+    return redact(" ".join([choices["model"], *([] if data == "mnist" else [data]), *rest]))[:200]
+
+
+def shorten(override: str, choices: dict[str, str]) -> str:
+    """Return an override as names show it: `adam` for optimizer=adam, `bs=64` for batch_size=64, run ids cut to 8 digits."""
+    override = re.sub("([0-9a-f]{8})[0-9a-f]{24}", r"\1", override)
+    key, _, value = override.partition("=")
+    if choices.get(key) == value:
+        return value
+    return f"{'bs' if key == 'batch_size' else key.rpartition('.')[2]}={value}" if value else override
+
+
+def parameters(config: dict[str, Any], choices: dict[str, str]) -> dict[str, object]:
+    """Return the flat, readable part of a configuration that becomes the run's parameters."""
+    shared: dict[str, object] = {group: choices[group] for group in PARTS if group in choices}
+    parts = {**config["phases"], "model": config["model"]}
+    return {
+        **{group: choices[group] for group in ("model", "data")},
+        **({**shared, "batch_size": config["batch_size"]} if "train" in config["phases"] else {}),  # they belong to phase train
+        "seed": config["seed"],
+        **{key: value for key, value in nodes(parts) if not isinstance(value, dict) and not re.search(r"\._|\.\d", key)},
+    }
+
+
+def result_rows(results: dict[str, float], data: "Dataset") -> dict[str, str]:
+    """Return the results of a run as the rows of a table: name, value with its unit."""
+    formats = {
+        "test/accuracy": "{:.2%}",
+        "test/loss": "{:.4f}",
+        "val/accuracy": "{:.2%}",
+        "val/loss": "{:.4f}",
+        "model/parameters": "{:,.0f}",
+    }
+    rows = {name: form.format(results[name]) for name, form in formats.items() if name in results}
+    rows |= {name: f"{value:.1f} s" for name, value in sorted(results.items()) if name.startswith("time/")}
+    return rows | {"data": f"{data.name}: " + ", ".join(f"{name} {len(split):,}" for name, split in data.splits.items())}
+
+
+def describe_run(rows: dict[str, str], overrides: list[str], notice: str | None) -> str:
+    """Return the run's description in Markdown, which the MLflow UI shows above everything else."""
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    warning = f"**{notice}**\n\n" if notice else ""
+    return (
+        f"{warning}| | |\n| --- | --- |\n{table}\n\nRepeat it: `{command('run', *overrides)}`\n\n"
+        "Pictures, configuration, checkpoint and the uncommitted changes are under Artifacts."
+    )

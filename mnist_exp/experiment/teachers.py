@@ -1,0 +1,82 @@
+"""Teachers: the training targets that conf/teacher/ offers, built from the data set and the folder of all runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mnist_exp.config import build, check
+from mnist_exp.errors import UserError
+from mnist_exp.learning.data import Dataset
+from mnist_exp.learning.distillation import Ensemble, Labels
+from mnist_exp.storage import checkpoint, run_dir
+from mnist_exp.storage.checkpoint import Checkpoint
+
+
+def labels(data: Dataset, output_dir: Path) -> Labels:
+    """Return the labels as targets."""
+    return Labels()
+
+
+def ensemble(data: Dataset, output_dir: Path, runs: Sequence[str]) -> Ensemble:
+    """Return the mean predictions of finished runs as targets.
+
+    Args:
+        data: The data set, on the device of the training.
+        output_dir: Folder of all runs.
+        runs: Ids of the runs, at least one.
+
+    Raises:
+        UserError: A run is not finished, may have been trained on the split that `data` tests on, or has another network.
+    """
+    checkpoints = [_load_finished(run, output_dir) for run in runs]
+    eval_split = "test" if "test" in data.splits else data.validation
+    for saved in checkpoints:
+        if _was_trained_on(saved, data, eval_split):
+            raise UserError(
+                f"teacher.runs={saved.run_id} is invalid: expected runs that were not trained on the {eval_split} split of this "
+                "data, and that run may have been. Choose a run with the same data=, not trained on that split."
+            )
+    device = data.splits[eval_split].labels.device
+    networks = [_load_network(saved, device) for saved in checkpoints]
+    return Ensemble(networks, any(_was_trained_on(saved, data, data.validation) for saved in checkpoints))
+
+
+def _load_finished(run: str, output_dir: Path) -> Checkpoint:
+    """Return the last checkpoint of a run; raises UserError unless the run was trained to its end."""
+    folder = output_dir / run
+    if not run_dir.is_finished(folder):
+        raise UserError(
+            f"teacher.runs={run} is invalid: expected a finished run in output_dir={output_dir}. "
+            "List the runs with `python -m mnist_exp.runs list`, or set output_dir to their folder."
+        )
+    saved = checkpoint.load(folder / run_dir.CHECKPOINT)
+    check(saved.config)
+    epochs = sum(phase["epochs"] for phase in saved.config["phases"].values())
+    if not saved.history or saved.history[-1][1].get("epoch", 0) < epochs:  # a run that a search stopped is finished, too
+        raise UserError(
+            f"teacher.runs={run} is invalid: expected a run that was trained to its end, but this one was stopped before its "
+            "last epoch. Choose another run."
+        )
+    return saved
+
+
+def _was_trained_on(saved: Checkpoint, data: Dataset, split: str) -> bool:
+    """Return whether a run may have been trained on images of a split of `data`."""
+    has_split = saved.digests.get(split) == data.splits[split].digest
+    return not has_split or any(phase["split"] == split for phase in saved.config["phases"].values())
+
+
+def _load_network(saved: Checkpoint, device: torch.device) -> nn.Module:
+    """Return the network in a checkpoint, ready for evaluation; raises UserError if this version builds another."""
+    network: nn.Module = build(saved.config["model"], "model")
+    assert saved.state is not None
+    try:
+        network.load_state_dict(saved.state["model"])
+    except RuntimeError as error:
+        raise UserError(
+            f"teacher.runs={saved.run_id} is invalid: expected a network as this version builds it from the run's "
+            "configuration. Train a teacher with this version."
+        ) from error
+    return network.eval().to(device).to(memory_format=torch.channels_last)

@@ -1,0 +1,1 @@
+"""The science: data, model, training and evaluation."""

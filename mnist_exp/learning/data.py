@@ -1,0 +1,77 @@
+"""Labeled images in memory: a split yields batches, a data set names its splits."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+SIDE = 28
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labeled images and the size of an epoch.
+
+    Attributes:
+        images: (n, 1, 28, 28) uint8.
+        labels: (n,) int64, 0 to 9.
+        epoch_size: Images per epoch. Above n, an epoch passes over the images more than once, each time in a new order.
+        digest: Hexadecimal hash of the images and labels.
+    """
+
+    images: Tensor
+    labels: Tensor
+    epoch_size: int
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def steps(self, batch_size: int) -> int:
+        """Return the number of batches in an epoch; the last may be smaller."""
+        return -(-self.epoch_size // batch_size)
+
+    def batches(self, batch_size: int, order: torch.Generator, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of one epoch in random order.
+
+        Args:
+            batch_size: Images per batch, at least 1.
+            order: Draws the order.
+            skip: Number of batches to leave out at the start. The order of the others stays the same.
+
+        Yields:
+            Images (b, 1, 28, 28) uint8 and labels (b,) int64.
+        """
+        passes = -(-self.epoch_size // len(self))
+        indices = torch.cat([torch.randperm(len(self), generator=order) for _ in range(passes)])  # (passes * n,)
+        for batch in indices[skip * batch_size : self.epoch_size].to(self.labels.device).split(batch_size):  # type: ignore[no-untyped-call]  # torch's
+            yield self.images[batch], self.labels[batch]
+
+    def to(self, device: torch.device) -> "Split":
+        """Return the split with its tensors on `device`."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The splits of one source.
+
+    Attributes:
+        name: `mnist` or `digits`.
+        source: Folder or function that the images come from.
+        splits: Splits by name. `test` is absent if the test set must not be read (`data=mnist_tuning`).
+        validation: Name of the split that validates each phase, until a phase trains on it.
+        notice: Warning to show to the user, or None.
+    """
+
+    name: str
+    source: str
+    splits: dict[str, Split]
+    validation: str
+    notice: str | None = None
+
+    def to(self, device: torch.device) -> "Dataset":
+        """Return the data set with its splits on `device`."""
+        return replace(self, splits={name: split.to(device) for name, split in self.splits.items()})

@@ -1,0 +1,53 @@
+"""Training targets of a batch: the labels, or the predictions of networks trained before (distillation)."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Targets(Protocol):
+    """Map a batch of augmented images (n, 1, 28, 28) float32 and labels (n,) int64 to the targets of the loss.
+
+    Attributes:
+        trained_on_validation: Whether networks behind the targets may have been trained on the split that validates. It
+            then cannot validate a network that is trained towards these targets.
+    """
+
+    @property
+    def trained_on_validation(self) -> bool: ...
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return class indices (n,) int64 or probabilities (n, 10) float32."""
+
+
+class Labels:
+    """Train towards the labels."""
+
+    trained_on_validation = False
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the labels (n,) int64."""
+        return labels
+
+
+class Ensemble:
+    """Train towards the mean class probabilities of trained networks.
+
+    Args:
+        networks: At least one network, in evaluation mode and on the device of the images.
+        trained_on_validation: See `Targets`.
+
+    Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015, section 2, at temperature 1, without the labels.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], trained_on_validation: bool) -> None:
+        self.networks = networks
+        self.trained_on_validation = trained_on_validation
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return probabilities (n, 10) float32."""
+        probabilities = [network(images).float().softmax(1) for network in self.networks]
+        return torch.stack(probabilities).mean(0)  # (networks, n, 10) -> (n, 10)

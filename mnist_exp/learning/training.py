@@ -1,0 +1,382 @@
+"""The training loop over phases, epochs and steps. It yields reports and records nothing."""
+
+import ctypes
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from mnist_exp.errors import UserError
+from mnist_exp.learning.data import Dataset
+from mnist_exp.learning.distillation import Targets
+from mnist_exp.learning.evaluation import evaluate
+from mnist_exp.learning.seeds import derive_seed, generator
+
+REPORTS_PER_EPOCH = 20
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+State = dict[str, Any]  # the phase, its steps so far, the examples seen, and the states of model, optimizer, scheduler and scaler
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """A phase of training as data.
+
+    Attributes:
+        split: Name of the split to train on.
+        epochs: Number of epochs, at least 1.
+        batch_size: Images per step, at least 1.
+        optimizer: Takes the parameters.
+        scheduler: Takes the optimizer and `total_steps`; advanced after every step.
+        augmentation: Takes images (n, 1, 28, 28) uint8 and a generator, and returns float32 images.
+        teacher: Takes the data set and the folder of all runs, and returns the targets.
+        max_grad_norm: Limit of the norm of the whole gradient, or None for no limit.
+        label_smoothing: Share of each target that is spread over all classes, 0 to below 1 (Szegedy et al., 2016).
+    """
+
+    split: str
+    epochs: int
+    batch_size: int
+    optimizer: Callable[..., Optimizer]
+    scheduler: Callable[..., LRScheduler]
+    augmentation: Callable[[Tensor, torch.Generator], Tensor]
+    teacher: Callable[[Dataset, Path], Targets]
+    max_grad_norm: float | None
+    label_smoothing: float
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase that is ready for training.
+
+    Attributes:
+        name: Name of the phase.
+        config: Its configuration.
+        optimizer: Optimizer of the model's parameters.
+        scheduler: Scheduler over all steps of the phase.
+        targets: Maps a batch to the targets of the loss.
+        steps_per_epoch: Number of steps in an epoch.
+        validation: Name of the split to validate on, or None if training has used it.
+    """
+
+    name: str
+    config: PhaseConfig
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    targets: Targets
+    steps_per_epoch: int
+    validation: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The progress since the previous report.
+
+    Attributes:
+        phase: Name of the phase.
+        examples_seen: Number of images over all phases so far.
+        seconds: Training time since the previous report. Reports that arrive together share theirs in proportion.
+        metrics: Values by name. `epoch` counts over all phases.
+        state: All that training needs to resume, where a checkpoint is due. Its tensors belong to the model and the
+            optimizer: save it before asking for the next report.
+    """
+
+    phase: str
+    examples_seen: int
+    seconds: float
+    metrics: dict[str, float]
+    state: State | None = None
+
+
+class NonFiniteLossError(UserError):
+    """The loss or the weights became NaN or infinite."""
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device for `device` (auto, cpu, cuda, mps); raises UserError if this machine has none."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    names = [name for name, is_available in available.items() if is_available]
+    if device != "auto" and device not in names:
+        raise UserError(f"device={device} is invalid: expected {' or '.join(['auto', *names])} on this machine. Use device=auto.")
+    return torch.device(names[0] if device == "auto" else device)
+
+
+def choose_precision(precision: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of matrix products and convolutions for `precision` (auto, fp32, bf16, fp16)."""
+    if precision != "auto":
+        return PRECISIONS[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
+
+
+def cpu_has_bf16() -> bool:
+    """Return whether the CPU has instructions for bf16; a CPU that emulates bf16 is faster in fp32."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
+def keep_freed_memory() -> None:
+    """Make this process reuse freed memory (glibc only). Returning it to the system took a quarter of each step."""
+    trim_threshold, mmap_threshold = -1, -3  # parameters of mallopt
+    with suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(trim_threshold, 2**30)
+        libc.mallopt(mmap_threshold, 2**25)
+
+
+def prepare_phases(model: nn.Module, phases: Mapping[str, PhaseConfig], data: Dataset, output_dir: Path) -> list[Phase]:
+    """Build the optimizer, scheduler and targets of every phase, so that errors appear before training.
+
+    Args:
+        model: The model to train.
+        phases: Configurations by name, in order.
+        data: The data set, on the device of the model.
+        output_dir: Folder of all runs, where a teacher finds its own.
+
+    Raises:
+        UserError: A phase cannot use its split, or one of its parts rejects its arguments.
+    """
+    prepared: list[Phase] = []
+    trained_on: set[str] = set()
+    for name, config in phases.items():
+        _check_split(name, config, data)
+        steps_per_epoch = data.splits[config.split].steps(config.batch_size)
+        total_steps = config.epochs * steps_per_epoch
+        try:
+            optimizer = config.optimizer(model.parameters())
+            scheduler = config.scheduler(optimizer, total_steps=total_steps)
+            targets = config.teacher(data, output_dir)
+        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+            raise UserError(
+                f"phases.{name} is invalid: its optimizer, scheduler or teacher rejects its arguments or the phase's "
+                f"{total_steps} steps: {error}. Their files in conf/ list the arguments."
+            ) from error
+        trained_on |= {config.split, data.validation} if targets.trained_on_validation else {config.split}
+        validation = None if data.validation in trained_on else data.validation
+        prepared.append(Phase(name, config, optimizer, scheduler, targets, steps_per_epoch, validation))
+    return prepared
+
+
+def _check_split(name: str, config: PhaseConfig, data: Dataset) -> None:
+    if config.split not in data.splits or config.split == "test":
+        allowed = " or ".join(split for split in data.splits if split != "test")
+        raise UserError(f"phases.{name}.split={config.split} is invalid: expected {allowed} with this data.")
+    epoch_size = data.splits[config.split].epoch_size
+    if config.batch_size > epoch_size:
+        raise UserError(
+            f"phases.{name}.batch_size={config.batch_size} is invalid: expected at most {epoch_size}, the size of an epoch of "
+            f"the split {config.split}."
+        )
+
+
+def fit(
+    model: nn.Module,
+    phases: list[Phase],
+    data: Dataset,
+    *,
+    seed: int,
+    precision: torch.dtype,
+    save_every: int | None = None,
+    resume_from: State | None = None,
+) -> Iterator[Report]:
+    """Train `model` through `phases`, and yield reports.
+
+    There are at most 20 reports an epoch and one at each checkpoint. The last of an epoch contains validation and state.
+    A device other than the CPU runs ahead of this function, which waits for it at checkpoints only. Reports and errors since
+    the previous checkpoint then arrive together.
+
+    Args:
+        model: The model, in place.
+        phases: The phases of the model, from `prepare_phases`.
+        data: The data set, on the device of the model.
+        seed: Seed of order, augmentation and dropout. Phase, epoch and step enter as well, so that a resumed run continues
+            bit for bit as if it had never stopped.
+        precision: Dtype of matrix products and convolutions, from `choose_precision`.
+        save_every: Steps between checkpoints, in addition to the one at the end of every epoch.
+        resume_from: State of the report to resume from.
+
+    Raises:
+        NonFiniteLossError: The loss or the weights are not finite.
+        UserError: `resume_from` does not belong to these phases.
+    """
+    model.to(memory_format=torch.channels_last)
+    names = [phase.name for phase in phases]
+    if resume_from is not None and not _is_state_of(resume_from, names):
+        raise UserError("The checkpoint contains no state of this run's phases. Start a new run.")
+    first = names.index(resume_from["phase"]) if resume_from else 0
+    epochs_before, examples_seen = sum(phase.config.epochs for phase in phases[:first]), 0
+    for phase in phases[first:]:
+        trainer = _PhaseTrainer(model, phase, data, seed, precision, save_every, epochs_before, examples_seen)
+        if resume_from and phase.name == resume_from["phase"]:
+            trainer.restore(resume_from)
+        for epoch in range(trainer.steps // phase.steps_per_epoch, phase.config.epochs):
+            yield from trainer.train_epoch(epoch)
+        epochs_before, examples_seen = epochs_before + phase.config.epochs, trainer.examples_seen
+
+
+def _is_state_of(state: State, phases: list[str]) -> bool:
+    counts = [state.get("steps"), state.get("examples_seen")]
+    return state.get("phase") in phases and all(isinstance(count, int) and count >= 0 for count in counts)
+
+
+@dataclass
+class _Window:
+    """The steps between two reports. Their results stay on the device until they are read."""
+
+    last_step: int = 0  # in the epoch, from 1
+    learning_rate: float = 0.0  # of the last step
+    results: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # loss, accuracy, gradient norm of each step
+    sizes: list[int] = field(default_factory=list)  # images of each step
+
+    def read(self) -> list[list[float]]:
+        """Wait for the device, and return the losses, accuracies and gradient norms."""
+        return [torch.stack(values).tolist() for values in zip(*self.results, strict=True)]
+
+
+class _PhaseTrainer:
+    """Trains one phase, an epoch at a time; the arguments are those of `fit`, and the counts before the phase."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        phase: Phase,
+        data: Dataset,
+        seed: int,
+        precision: torch.dtype,
+        save_every: int | None,
+        epochs_before: int,
+        examples_seen: int,
+    ) -> None:
+        self.model, self.phase, self.data = model, phase, data
+        self.seed, self.precision, self.save_every = seed, precision, save_every
+        self.epochs_before, self.examples_seen = epochs_before, examples_seen
+        self.steps = 0  # in this phase
+        self.device = next(model.parameters()).device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
+
+    def train_epoch(self, epoch: int) -> Iterator[Report]:
+        """Train the rest of an epoch, from 0, and yield its reports."""
+        phase, steps_per_epoch = self.phase, self.phase.steps_per_epoch
+        report_steps = {round(steps_per_epoch * (i + 1) / REPORTS_PER_EPOCH) for i in range(REPORTS_PER_EPOCH)}
+        self.model.train()
+        windows, window, started = [], _Window(), time.perf_counter()
+        first = self.steps % steps_per_epoch
+        order = generator(self.seed, phase.name, epoch, "order")
+        batches = self.data.splits[phase.config.split].batches(phase.config.batch_size, order, skip=first)
+        for step, (images, labels) in enumerate(batches, start=first + 1):
+            window.last_step, window.learning_rate = step, phase.optimizer.param_groups[0]["lr"]
+            window.results.append(self.train_step(images, labels, (self.seed, phase.name, epoch, step)))
+            window.sizes.append(len(labels))
+            self.steps += 1
+            is_checkpoint = step == steps_per_epoch or (self.save_every is not None and self.steps % self.save_every == 0)
+            if is_checkpoint or step in report_steps:
+                windows.append(window)
+                window = _Window()
+                if is_checkpoint or self.device.type == "cpu":  # to read a result is to wait for the device
+                    yield from self.report(epoch, windows, started, is_checkpoint)
+                    windows, started = [], time.perf_counter()
+
+    def train_step(self, images: Tensor, labels: Tensor, seed_parts: tuple[object, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Take one step, without waiting for the device except in fp16.
+
+        Args:
+            images: (n, 1, 28, 28) uint8.
+            labels: (n,) int64.
+            seed_parts: Parts of the step's seeds.
+
+        Returns:
+            Loss, accuracy and gradient norm, each () float32 on the device.
+        """
+        config, optimizer = self.phase.config, self.phase.optimizer
+        images = config.augmentation(images, generator(*seed_parts, "augmentation"))  # (n, 1, 28, 28) float32
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(derive_seed(*seed_parts, "dropout"))  # dropout uses torch's global generator only
+            with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+                logits = self.model(images)  # (n, 10)
+                targets = self.phase.targets(images, labels)  # (n,) or (n, 10)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.unscale_(optimizer)
+        limit = float("inf") if config.max_grad_norm is None else config.max_grad_norm
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        self.phase.scheduler.step()
+        return loss.detach(), (logits.argmax(1) == labels).float().mean(), grad_norm.detach()
+
+    def report(self, epoch: int, windows: list[_Window], started: float, is_checkpoint: bool) -> Iterator[Report]:
+        """Yield the reports of `windows`; at a checkpoint, the last contains the state and, after an epoch, the validation."""
+        results = [window.read() for window in windows]
+        seconds_per_example = (time.perf_counter() - started) / sum(sum(window.sizes) for window in windows)
+        for window, (losses, accuracies, grad_norms) in zip(windows, results, strict=True):
+            for step, loss in enumerate(losses, start=window.last_step - len(losses) + 1):
+                if not abs(loss) < float("inf"):
+                    raise self.not_finite(f"loss became {loss}", epoch, step, window)
+            examples = sum(window.sizes)
+            self.examples_seen += examples
+            metrics = {
+                "epoch": self.epochs_before + epoch + window.last_step / self.phase.steps_per_epoch,
+                "train/loss": weighted_mean(losses, window.sizes),
+                "train/accuracy": weighted_mean(accuracies, window.sizes),
+                "train/grad_norm": sum(grad_norms) / len(grad_norms),
+                "train/lr": window.learning_rate,
+                "train/examples_per_second": 1 / seconds_per_example,
+            }
+            state = None
+            if is_checkpoint and window is windows[-1]:
+                if not all(value.isfinite().all() for value in self.model.state_dict().values()):
+                    raise self.not_finite("weights became infinite or NaN", epoch, window.last_step, window)
+                if window.last_step == self.phase.steps_per_epoch:
+                    metrics |= self.validate()
+                state = self.state()
+            yield Report(self.phase.name, self.examples_seen, seconds_per_example * examples, metrics, state)
+
+    def validate(self) -> dict[str, float]:
+        """Return the validation metrics, or none if training has used the validation split."""
+        if self.phase.validation is None:
+            return {}
+        evaluation = evaluate(self.model, self.data.splits[self.phase.validation])
+        return {"val/loss": evaluation.loss, "val/accuracy": evaluation.accuracy}
+
+    def not_finite(self, problem: str, epoch: int, step: int, window: _Window) -> NonFiniteLossError:
+        """Return the error for a loss or weights that are not finite."""
+        return NonFiniteLossError(
+            f"The {problem} in phase {self.phase.name}, epoch {epoch + 1}, step {step} of {self.phase.steps_per_epoch}, "
+            f"at learning rate {window.learning_rate:g}: expected finite numbers. "
+            "Lower the learning rate (optimizer.lr) or the limit of the gradient (phases.*.max_grad_norm)."
+        )
+
+    def _stateful(self) -> dict[str, Any]:
+        optimizer, scheduler = self.phase.optimizer, self.phase.scheduler
+        return {"model": self.model, "optimizer": optimizer, "scheduler": scheduler, "scaler": self.scaler}
+
+    def state(self) -> State:
+        """Return all that `restore` needs, without copies."""
+        states = {name: part.state_dict() for name, part in self._stateful().items()}
+        return {"phase": self.phase.name, "steps": self.steps, "examples_seen": self.examples_seen, **states}
+
+    def restore(self, state: State) -> None:
+        """Load the state of a report; raises UserError if it belongs to another model or optimizer."""
+        self.steps, self.examples_seen = state["steps"], state["examples_seen"]
+        try:
+            for name, part in self._stateful().items():
+                part.load_state_dict(state[name])
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"The checkpoint's state does not fit phase {self.phase.name} as this version builds it: "
+                f"{str(error).splitlines()[0]}. Resume with the version that wrote it, or start a new run."
+            ) from error
+
+
+def weighted_mean(values: list[float], weights: list[int]) -> float:
+    """Return the mean of `values`, each counted `weights` times."""
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)

@@ -1,0 +1,37 @@
+"""Loads an exported model from its weights and its validated configuration. No graph, pickle or code is read."""
+
+import io
+from typing import TYPE_CHECKING
+
+import torch
+
+from mnist_exp.config import build, check
+from mnist_exp.errors import UserError
+from mnist_exp.learning.models import count_parameters
+from mnist_exp.tracking.model_export import WEIGHTS, download_model, verify_model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def load_model(uri: str) -> "nn.Module":
+    """Return an exported model in evaluation mode: it maps uint8 images (n, 1, 28, 28) to float32 logits (n, 10).
+
+    Args:
+        uri: A folder, or `models:/<model id>` in the store that MLFLOW_TRACKING_URI names.
+
+    Raises:
+        UserError: The folder is not a complete, unchanged export of this program.
+    """
+    folder = download_model(uri)
+    config = verify_model(folder)
+    check(config)
+    with torch.device("meta"):  # count the parameters before memory is allocated
+        count_parameters(build(config["model"], "model"))
+    model: nn.Module = build(config["model"], "model")
+    try:
+        weights = torch.load(io.BytesIO((folder / WEIGHTS).read_bytes()), map_location="cpu", weights_only=True)
+        model.load_state_dict(weights)
+    except Exception as error:  # a forged file can fail anywhere within torch
+        raise UserError(f"{folder / WEIGHTS} does not contain the weights of this model: {type(error).__name__}.") from error
+    return model.eval()

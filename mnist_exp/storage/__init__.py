@@ -1,0 +1,1 @@
+"""Files on disk: run folders, checkpoints, manifests."""

@@ -1,0 +1,130 @@
+"""Checkpoints: all that a run needs to resume, in one file that is written atomically and read without executing code.
+
+A file is a line of magic, a line of JSON (format version, length and SHA-256 of the rest), then `torch.save` of plain values
+and tensors. The last two files are kept, so that a damaged one costs an epoch and not the run.
+"""
+
+import hashlib
+import io
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mnist_exp.errors import UserError
+from mnist_exp.overrides import check_stored
+from mnist_exp.redaction import redact_all
+from mnist_exp.storage.run_dir import CHECKPOINT, PREVIOUS_CHECKPOINT, create, disk_error, sync
+
+MAGIC = b"mnist_exp checkpoint\n"
+FORMAT_VERSION = 4
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run between two steps.
+
+    Args:
+        config: The resolved configuration.
+        choices: The option of each group.
+        overrides: The overrides of the command line.
+        digests: The digest of each split of the data.
+        software: The versions that affect the outcome, from `provenance.software`.
+        state: The state in the last report of `training.fit`, None before the first.
+        history: (examples seen, metrics) of every report.
+        seconds: Seconds of training by phase.
+        elapsed: Seconds of the whole run.
+    """
+
+    run_id: str
+    config: dict[str, Any]
+    choices: dict[str, str]
+    overrides: list[str]
+    digests: dict[str, str]
+    software: dict[str, str]
+    state: dict[str, Any] | None
+    history: list[tuple[int, dict[str, float]]]
+    seconds: dict[str, float]
+    elapsed: float
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write `checkpoint` to `folder` with credentials masked, and keep the previous good one; raises UserError."""
+    buffer = io.BytesIO()
+    texts = {name: redact_all(getattr(checkpoint, name)) for name in ("config", "choices", "overrides")}
+    torch.save(asdict(checkpoint) | texts, buffer)
+    content = buffer.getvalue()
+    header = {"format_version": FORMAT_VERSION, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    tmp_path = folder / f"{CHECKPOINT}.partial"
+    try:
+        with create(tmp_path) as file:
+            file.write(MAGIC + json.dumps(header).encode() + b"\n" + content)
+            file.flush()
+            os.fsync(file.fileno())
+        if _is_intact(folder / CHECKPOINT):  # a damaged one must not replace the previous good one
+            (folder / CHECKPOINT).replace(folder / PREVIOUS_CHECKPOINT)
+        tmp_path.replace(folder / CHECKPOINT)
+        sync(folder)
+    except OSError as error:
+        tmp_path.unlink(missing_ok=True)
+        raise disk_error(folder, error) from error
+
+
+def load_last_good(folder: Path) -> tuple[Checkpoint, str | None]:
+    """Return the newest intact checkpoint in `folder` and the problem of a newer one; raises UserError if none is intact."""
+    problems: list[str] = []
+    for name in (CHECKPOINT, PREVIOUS_CHECKPOINT):
+        try:
+            return load(folder / name), "\n".join(problems) or None
+        except UserError as error:
+            problems.append(str(error))
+    raise UserError("\n".join(problems))
+
+
+def load(path: Path) -> Checkpoint:
+    """Return a checkpoint with its tensors on the CPU; raises UserError with its problem."""
+    from pydantic import TypeAdapter
+
+    content = _content(path)
+    try:
+        values = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        loaded = TypeAdapter(Checkpoint).validate_python(values)
+    except Exception as error:  # only a forged file gets here, and it can fail anywhere within torch
+        raise UserError(f"{path} does not contain a checkpoint: {type(error).__name__}.") from error
+    check_stored(loaded.overrides, str(path))
+    return loaded
+
+
+def _content(path: Path) -> bytes:
+    """Return the content after the header, verified against it; raises UserError."""
+    try:
+        file = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    magic, _, rest = file.partition(b"\n")
+    if magic + b"\n" != MAGIC:
+        raise UserError(f"{path} is not a checkpoint of this program: expected {MAGIC.decode().strip()!r} in its first line.")
+    line, _, content = rest.partition(b"\n")
+    try:
+        header = json.loads(line)
+        version, length, digest = header["format_version"], header["bytes"], header["sha256"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: its header is unreadable.") from error
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}, expected {FORMAT_VERSION}. Use the version that wrote it.")
+    if len(content) != length:
+        raise UserError(f"{path} is truncated: it has {len(content):,} of {length} bytes.")
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise UserError(f"{path} was changed after it was written: its SHA-256 differs from its header.")
+    return content
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        _content(path)
+    except UserError:
+        return False
+    return True

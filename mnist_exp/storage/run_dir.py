@@ -1,0 +1,141 @@
+"""A run's folder below output_dir: find it, lock it against other processes, and write to it safely."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+from mnist_exp.errors import ResumableError, UserError
+
+CHECKPOINT = "checkpoint.pt"
+PREVIOUS_CHECKPOINT = "checkpoint.previous.pt"
+FINISHED = "finished"
+LOCK = "lock"
+
+
+def make_folder(folder: Path) -> Path:
+    """Create `folder` and verify that it is writable; raises UserError if not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        try:
+            with create(probe) as file:
+                file.write(bytes(4096))
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise disk_error(folder, error) from error
+    return folder
+
+
+def find_run(output_dir: Path, run: str) -> Path:
+    """Return the folder of an unfinished run.
+
+    Args:
+        output_dir: The folder of all runs.
+        run: The id of the run, or `latest` for the one that was saved last.
+
+    Raises:
+        UserError: There is no such run, or it has finished.
+    """
+    if run == "latest":
+        saved = [path for name in (CHECKPOINT, PREVIOUS_CHECKPOINT) for path in output_dir.glob(f"*/{name}")]
+        saved = [path for path in saved if not is_finished(path.parent)]
+        if not saved:
+            raise UserError(f"resume=latest: no unfinished run has a checkpoint in output_dir={output_dir}. Start a new run.")
+        return max(saved, key=lambda path: path.stat().st_mtime).parent
+    folder = output_dir / run
+    refuse_finished(folder)
+    if not folder.is_dir():
+        found = ", ".join(sorted(path.parent.name for path in output_dir.glob(f"*/{CHECKPOINT}"))[:5]) or "none"
+        raise UserError(f"resume={run}: output_dir={output_dir} has no such run. Runs with a checkpoint: {found}.")
+    return folder
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether the run in `folder` has no work left."""
+    return (folder / FINISHED).exists()
+
+
+def refuse_finished(folder: Path) -> None:
+    """Raise UserError if the run in `folder` has no work left."""
+    if is_finished(folder):
+        raise UserError(f"resume={folder.name}: this run has finished; nothing is left to do. Start a new run.")
+
+
+@contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Lock the run in `folder` until the block ends or this process dies; raises UserError if another process has it."""
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a symbolic link: expected a folder of the run itself, in output_dir.")
+    make_folder(folder)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=1)  # not 0: `try_lock` takes the lock for a moment
+    except Timeout as error:
+        raise UserError(f"Another process works on run {folder.name}. Wait until it ends, or stop it.") from error
+    except OSError as error:
+        raise disk_error(folder, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def try_lock(folder: Path) -> Iterator[bool]:
+    """Yield whether the run in `folder` could be locked for the block: no process of this machine works on it."""
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):  # in use, or the file of another user
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Return whether the run in `folder` can be resumed."""
+    return (folder / CHECKPOINT).exists() or (folder / PREVIOUS_CHECKPOINT).exists()
+
+
+def mark_finished(folder: Path) -> None:
+    """Note that the run in `folder` has no work left."""
+    create(folder / FINISHED).close()
+
+
+def create(path: Path) -> BinaryIO:
+    """Open a new file for writing. An existing one is removed, so that nothing is written through a link."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder with its content, or a link."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def disk_error(folder: Path, error: Exception) -> ResumableError:
+    """Return the error for a folder that cannot be written."""
+    return ResumableError(
+        f"output_dir: {folder} cannot be written: {error}. Expected a writable folder with free space: free some, or choose "
+        "another folder with output_dir=/path."
+    )

@@ -1,0 +1,1 @@
+"""Many runs: grids, searches, parallel workers, and the summary of their results."""

@@ -1,0 +1,1 @@
+"""Runs in MLflow: written, read, and exported as models."""

@@ -1,0 +1,265 @@
+"""The interface between runs and a store of runs, in plain values; and the store that records nothing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+from uuid import uuid4
+
+from mnist_exp.errors import ResumableError, UserError
+from mnist_exp.tracking.definition import Definition
+
+
+class StoreAwayError(UserError):
+    """The store does not answer."""
+
+
+class StoreGoneError(ResumableError):
+    """The store did not answer before the end of the run, or refuses a record."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """The description of a run that is about to start.
+
+    Args:
+        name: The name in lists and charts.
+        command: The shell command that repeats the run.
+        tags: Further tags.
+        parent: The id of the sweep that the run belongs to.
+        color: The color in charts, `#RRGGBB`.
+    """
+
+    name: str
+    command: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+    parent: str | None = None
+    color: str | None = None
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """One split of a data set as a run uses it.
+
+    Args:
+        name: The name of the data set.
+        split: The name of the split.
+        context: The purpose: the name of a phase, `validation` or `test`.
+        digest: A hexadecimal digest of the content.
+        source: A path or an import path.
+        size: The number of images.
+        epoch_size: The number of images in an epoch.
+    """
+
+    name: str
+    split: str
+    context: str
+    digest: str
+    source: str
+    size: int
+    epoch_size: int
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A stored run.
+
+    Args:
+        status: RUNNING, FINISHED, FAILED or KILLED.
+        started: Milliseconds since 1970.
+        ended: Milliseconds since 1970, None while the run is RUNNING.
+        metrics: The last value of each metric.
+        digests: The digest of each split of the data.
+        artifacts: The address of the folder of the run's files.
+        description: The text that the UI shows, in Markdown.
+    """
+
+    run_id: str
+    experiment_id: str
+    name: str
+    status: str
+    started: int
+    ended: int | None
+    params: dict[str, str]
+    metrics: dict[str, float]
+    tags: dict[str, str]
+    digests: dict[str, str]
+    artifacts: str
+    description: str
+
+    @property
+    def job(self) -> int | None:
+        """The number of the run's job in its sweep, None for a single run."""
+        number = self.tags.get("job_num", "")
+        return int(number) if number.isdecimal() and len(number) < 10 else None
+
+    @property
+    def data(self) -> str:
+        """The name of the data set, empty if unknown."""
+        return self.tags.get("data", "")
+
+    @property
+    def commit(self) -> str:
+        """The commit of the code, empty if unknown."""
+        return self.tags.get("mlflow.source.git.commit", "")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no work is left: the run has finished, or a search has pruned it."""
+        return self.status == "FINISHED" or "pruned" in self.tags
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run's resolved configuration, the option of each group, and the overrides of its command line."""
+
+    config: dict[str, Any]
+    choices: dict[str, str]
+    overrides: list[str]
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A run as stored, with its recipe and the points of each metric by examples seen."""
+
+    record: RunRecord
+    recipe: Recipe
+    points: dict[str, dict[int, float]]
+
+
+class Tracker(Protocol):
+    """Records one run. Leaving the context sets the final status: FINISHED, FAILED on an error, KILLED on a signal."""
+
+    run_id: str
+    is_recording: bool
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        """Record the parameters of the configuration."""
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Record tags; a later value replaces an earlier one."""
+
+    def set_description(self, description: str) -> None:
+        """Record the text that the UI shows, in Markdown."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record metrics at `step` (examples seen); they may be sent as late as `flush`."""
+
+    def flush(self) -> None:
+        """Send all records."""
+
+    def log_text(self, text: str, path: str) -> None:
+        """Record `text` as the artifact `path`."""
+
+    def log_file(self, file: Path, folder: str | None = None) -> None:
+        """Record a file as an artifact of its own name in `folder`."""
+
+    def log_dataset(self, dataset: DatasetInfo) -> None:
+        """Record a split; its first context counts."""
+
+    def log_model(self, folder: Path) -> None:
+        """Record a model that `model_export.save` has written to `folder`."""
+
+    def ui_command(self) -> str | None:
+        """Return the command or address that opens the run in the UI."""
+
+
+class Store(Protocol):
+    """Starts runs, and reads and corrects those that are stored."""
+
+    def open(self, *, wait: bool = False) -> None:
+        """Connect without starting a run; with `wait`, try for a while before raising UserError."""
+
+    def start(self, info: RunInfo, run_id: str | None = None) -> Tracker:
+        """Start a run, or resume the run `run_id`, whose name and tags stay as they are."""
+
+    def children(self, sweep_id: str, ended_after: int = 0) -> list[RunRecord]:
+        """Return the runs of a sweep; ended_after: milliseconds since 1970, limits them to ended runs."""
+
+    def delete(self, run_id: str) -> None:
+        """Delete a run that another one replaces."""
+
+    def mark_killed(self, run_id: str, reason: str) -> bool:
+        """Set a RUNNING run to KILLED with `reason`, unless the run recorded one itself; return whether it was RUNNING."""
+
+    def reap(self, output_dir: Path) -> list[RunRecord]:
+        """Set RUNNING runs whose process has died to KILLED and return them.
+
+        Only locks below `output_dir` are examined. For runs of other folders only the process id counts.
+        """
+
+    def read(self, run_id: str) -> StoredRun:
+        """Return a run with its recipe; raises UserError if the store lacks a part."""
+
+    def find_sweep(self, sweep: str, *, finished_too: bool) -> tuple[RunRecord, Definition]:
+        """Return the parent and the definition of a sweep, by id or `latest`; raises UserError."""
+
+    def outcomes(self, records: list[RunRecord]) -> list[tuple[RunRecord, Any]]:
+        """Return each run with the content of its outcome.json, unchecked, or None if it cannot be read."""
+
+    def publish(self, run_id: str, file: Path, tags: Mapping[str, str], description: str) -> str:
+        """Add a file, tags and a description to a run that has ended; return the file's address. Raises UserError."""
+
+    def link(self, run_id: str) -> str:
+        """Return a link to a run, for a description."""
+
+
+class NullTracker:
+    """Records nothing."""
+
+    is_recording = False
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+    def _ignore(self, *values: object) -> None: ...
+
+    log_params = set_tags = set_description = log_metrics = log_text = log_file = log_dataset = log_model = flush = _ignore
+
+    def ui_command(self) -> str | None:
+        return None
+
+
+class NullStore:
+    """`tracking=none`: keeps nothing and holds no runs."""
+
+    def open(self, *, wait: bool = False) -> None: ...
+
+    def start(self, info: RunInfo, run_id: str | None = None) -> NullTracker:
+        return NullTracker(run_id or uuid4().hex)
+
+    def children(self, sweep_id: str, ended_after: int = 0) -> list[RunRecord]:
+        return []
+
+    def delete(self, run_id: str) -> None: ...
+
+    def mark_killed(self, run_id: str, reason: str) -> bool:
+        return False
+
+    def reap(self, output_dir: Path) -> list[RunRecord]:
+        return []
+
+    def read(self, run_id: str) -> StoredRun:
+        raise UserError("tracking=none stores no runs: set MLFLOW_TRACKING_URI to the store that does.")
+
+    def find_sweep(self, sweep: str, *, finished_too: bool) -> tuple[RunRecord, Definition]:
+        raise UserError("tracking=none stores no sweeps: set MLFLOW_TRACKING_URI to the store that does.")
+
+    def outcomes(self, records: list[RunRecord]) -> list[tuple[RunRecord, Any]]:
+        return [(record, None) for record in records]
+
+    def publish(self, run_id: str, file: Path, tags: Mapping[str, str], description: str) -> str:
+        return ""
+
+    def link(self, run_id: str) -> str:
+        return ""

@@ -1,0 +1,175 @@
+"""Connects to an MLflow store, and tells a store that is away from one that refuses."""
+
+import logging
+import os
+import re
+import shlex
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+from filelock import FileLock
+
+from mnist_exp.errors import UserError
+from mnist_exp.overrides import absolute_path, default_store
+from mnist_exp.redaction import has_credentials
+from mnist_exp.signals import defer_signals
+from mnist_exp.tracking.base import StoreAwayError, StoreGoneError
+from mnist_exp.tracking.views import VIEW_TAG, leaderboard_view
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+Result = TypeVar("Result")
+REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "BAD_REQUEST", "PERMISSION_DENIED")
+SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the default of 7 waits four minutes for a dead server
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds; the default of 120 outlasts the time that a worker has to end
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would cut through the progress bars
+}
+
+
+def absolute_uri(uri: str) -> str:
+    """Return `uri` with a relative SQLite path made absolute; raises UserError if it is not supported."""
+    user_part = uri.rpartition("@")[0].partition("://")[2]
+    if re.search(r"[\s\"'<>\\^`{|}]", user_part):  # also: `redact` could miss its end. The message must not show it.
+        raise UserError(
+            "tracking.uri (MLFLOW_TRACKING_URI) is invalid: expected a user name and a password with special characters "
+            "percent-encoded, such as %20 for a space."
+        )
+    if uri.startswith("sqlite:///"):
+        return absolute_path(uri)
+    if urlsplit(uri).scheme in ("http", "https"):
+        return uri.rstrip("/")
+    raise UserError(
+        f"tracking.uri={uri} (MLFLOW_TRACKING_URI) is invalid: expected sqlite:////absolute/path.db, or http(s)://host:port of "
+        "an MLflow server. Unset MLFLOW_TRACKING_URI for the default, or use tracking=none."
+    )
+
+
+def connect(uri: str, experiment: str) -> tuple["MlflowClient", str]:
+    """Return a client of the store at `uri` and the id of `experiment`; create the database and the experiment if missing.
+
+    A lock file next to a SQLite database prevents several first runs from creating it at once.
+
+    Raises:
+        StoreAwayError: The store does not answer.
+        UserError: The store cannot be used, with the remedy.
+    """
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    for noisy in ("urllib3", "mlflow.store.db.utils"):  # they log every failed attempt; the last one raises an error anyway
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        if not uri.startswith("sqlite:"):
+            return _open_experiment(mlflow, uri, experiment, artifact_location=None)
+        database = Path(uri.removeprefix("sqlite:///"))
+        with FileLock(f"{database}.lock"):
+            return _open_experiment(mlflow, uri, experiment, (database.parent / "mlartifacts").as_uri())
+    except UserError:
+        raise
+    except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
+        if "out-of-date database schema" in str(error):
+            raise UserError(_upgrade_advice(uri)) from error
+        raise StoreAwayError(
+            f"tracking.uri={uri} (MLFLOW_TRACKING_URI) cannot be opened: {first_line(error)}\n"
+            "Expected a SQLite file in a writable folder, or a tracking server that answers. Start the server, choose another "
+            "store, or use tracking=none."
+        ) from error
+
+
+def _open_experiment(mlflow: Any, uri: str, experiment: str, artifact_location: str | None) -> tuple["MlflowClient", str]:
+    from mlflow.exceptions import MlflowException
+
+    mlflow.set_tracking_uri(uri)
+    client = mlflow.MlflowClient(uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is not None and found.lifecycle_stage == "deleted":
+        raise UserError(
+            f"tracking.experiment={experiment} was deleted in {uri}. Restore it with "
+            f"`{_restore_experiment(uri, found.experiment_id)}`, or choose another name."
+        )
+    view = leaderboard_view()
+    try:
+        if found is None:
+            return client, str(client.create_experiment(experiment, artifact_location, tags={VIEW_TAG: view}))
+        if VIEW_TAG not in found.tags:
+            client.set_experiment_tag(found.experiment_id, VIEW_TAG, view)
+    except MlflowException:  # a server has no lock file: another process may have been first
+        found = client.get_experiment_by_name(experiment)
+        if found is None or VIEW_TAG not in found.tags:
+            raise
+    return client, str(found.experiment_id)
+
+
+def retry(operation: Callable[[], Result], uri: str, patience: float) -> Result:
+    """Return the result of `operation`, repeated for up to `patience` seconds while the store at `uri` is away.
+
+    Raises:
+        StoreGoneError: The store refuses, or is still away.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            with defer_signals():
+                return operation()
+        except UserError:
+            raise
+        except Exception as error:  # servers, databases and disks raise exceptions of their own
+            if is_refusal(error) or time.monotonic() > deadline:
+                raise StoreGoneError(f"{uri} failed: {first_line(error)}") from error
+        time.sleep(1)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Return whether the store has answered, and would refuse the same request again."""
+    return getattr(error, "error_code", None) in REFUSALS  # an attribute of MLflow's exceptions
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def store_variable(uri: str) -> str:
+    """Return the assignment that precedes a shell command about the store at `uri`.
+
+    It is empty for the default store, and for an address with credentials, which no message may contain.
+    """
+    return "" if uri == default_store() or has_credentials(uri) else f"MLFLOW_TRACKING_URI={shlex.quote(uri)} "
+
+
+def restore_command(client: "MlflowClient", uri: str, experiment_id: str, run_id: str) -> str:
+    """Return the command that restores a deleted run, or its experiment if that was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    with suppress(MlflowException):
+        if client.get_experiment(experiment_id).lifecycle_stage == "deleted":
+            return _restore_experiment(uri, experiment_id)
+    return f"{store_variable(uri)}mlflow runs restore --run-id {run_id}"
+
+
+def _restore_experiment(uri: str, experiment_id: str) -> str:
+    return f"{store_variable(uri)}mlflow experiments restore --experiment-id {experiment_id}"
+
+
+def _upgrade_advice(uri: str) -> str:
+    import mlflow
+
+    path = uri.removeprefix("sqlite:///")
+    backup = shlex.join(["cp", path, f"{path}.backup"])
+    return (
+        f"tracking.uri={uri} (MLFLOW_TRACKING_URI) has the database schema of another version of MLflow than "
+        f"{mlflow.__version__}. Make a backup, then upgrade: `{backup} && {shlex.join(['mlflow', 'db', 'upgrade', uri])}`. "
+        "If a newer MLflow wrote it, install that version instead."
+    )

@@ -1,0 +1,283 @@
+"""Opens an MLflow store, starts runs, and reads and corrects those that are stored."""
+
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from mnist_exp.errors import UserError
+from mnist_exp.overrides import check_stored, command
+from mnist_exp.redaction import redact, redact_all
+from mnist_exp.signals import defer_signals
+from mnist_exp.storage import run_dir
+from mnist_exp.tracking.base import Recipe, RunInfo, RunRecord, StoreAwayError, StoredRun
+from mnist_exp.tracking.connection import Result, absolute_uri, connect, first_line, is_refusal, retry
+from mnist_exp.tracking.definition import Definition, parse_definition
+from mnist_exp.tracking.mlflow_tracker import DESCRIPTION_TAG, MLflowTracker, terminate
+from mnist_exp.tracking.views import run_path
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+RUN_ID = re.compile("[0-9a-f]{32}")
+OUTCOME = "outcome.json"  # the history and the mistakes of a run
+PROCESS_DIED = "its process died"
+PROCESS_LEFT = "its process no longer works on it"
+
+
+class MLflowStore:
+    """The experiment `experiment` of the MLflow store at `uri`; a `Store`. Both are created if missing.
+
+    Args:
+        uri: `sqlite:///` and the path of a database file, or the http(s) address of a tracking server.
+        experiment: The name of the experiment.
+        patience: Seconds to wait for a store that is away, at the end of a run and before a job of a sweep.
+    """
+
+    client: "MlflowClient"
+
+    def __init__(self, uri: str, experiment: str, patience: float = 120.0) -> None:
+        self.uri = absolute_uri(uri)
+        self.experiment = experiment
+        self.patience = patience
+
+    def open(self, *, wait: bool = False) -> None:
+        deadline = time.monotonic() + (self.patience if wait else 0.0)
+        while not hasattr(self, "client"):
+            try:
+                self.client, self.experiment_id = connect(self.uri, self.experiment)
+            except StoreAwayError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(1)
+
+    def start(self, info: RunInfo, run_id: str | None = None) -> MLflowTracker:
+        self.open()
+        if run_id:
+            return self._retry(lambda: MLflowTracker(self.client, self.uri, self._reopen(run_id), self.patience))
+        tags = {**info.tags, "mlflow.source.type": "LOCAL", "mlflow.source.name": info.command}
+        tags |= {"mlflow.parentRunId": info.parent} if info.parent else {}
+        tags |= {"mlflow.runColor": info.color} if info.color else {}
+        name, tags = redact(info.name), redact_all(tags)
+        run = self._project_run(name, tags) or self.client.create_run(self.experiment_id, run_name=name, tags=tags)
+        if not RUN_ID.fullmatch(run.info.run_id):  # it becomes the name of a folder
+            raise UserError(f"{self.uri} created a run with the id {run.info.run_id!r}, expected 32 hexadecimal digits.")
+        return MLflowTracker(self.client, self.uri, run, self.patience)
+
+    def _retry(self, operation: Callable[[], Result]) -> Result:
+        return retry(operation, self.uri, self.patience)
+
+    def _project_run(self, name: str, tags: Mapping[str, str]) -> "Run | None":
+        """Return the run that `mlflow run` has created for this process, if it belongs to this experiment."""
+        from mlflow.entities import RunTag
+        from mlflow.exceptions import MlflowException
+
+        run_id = os.environ.pop("MLFLOW_RUN_ID", None)
+        if run_id is None:
+            return None
+        try:
+            run = self.client.get_run(run_id)
+        except MlflowException:  # of another store
+            return None
+        if run.info.experiment_id != self.experiment_id:
+            return None
+        self.client.update_run(run_id, name=name)
+        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        return run
+
+    def _reopen(self, run_id: str) -> "Run":
+        run = self.get_run(run_id)
+        self.experiment_id = run.info.experiment_id
+        for key in {"error", "pruned"} & run.data.tags.keys():  # they describe an end that no longer holds
+            self.client.delete_tag(run_id, key)
+        self.client.update_run(run_id, status="RUNNING")
+        return run
+
+    @defer_signals()
+    def get_run(self, run_id: str) -> "Run":
+        """Return a run in MLflow's form; raises UserError if the store has none of that id."""
+        from mlflow.exceptions import MlflowException
+
+        self.open()
+        try:
+            return self.client.get_run(run_id)
+        except MlflowException as error:
+            if not is_refusal(error):
+                raise
+            raise UserError(
+                f"There is no run {run_id} in {self.uri}: set MLFLOW_TRACKING_URI or tracking.uri to its store, or use "
+                "tracking=none for a run that was started with it."
+            ) from error
+
+    @defer_signals()
+    def runs(self, query: str = "") -> list[RunRecord]:
+        """Return the runs for which MLflow's filter `query` holds, the newest first.
+
+        A run whose id does not have MLflow's form is left out, because ids become the names of folders.
+        """
+        self.open()
+        runs: list[Run] = []
+        token: str | None = ""
+        while token is not None:
+            page = self.client.search_runs([self.experiment_id], query, max_results=1000, page_token=token or None)
+            runs += page
+            token = page.token
+        return [_record(run) for run in runs if RUN_ID.fullmatch(run.info.run_id)]
+
+    def children(self, sweep_id: str, ended_after: int = 0) -> list[RunRecord]:
+        ended = f" and attributes.end_time > {ended_after}" if ended_after else ""
+        found = self._retry(lambda: self.runs(f"tags.sweep_id = '{sweep_id}'{ended}"))
+        return [record for record in found if record.job is not None]
+
+    def delete(self, run_id: str) -> None:
+        self._retry(lambda: self.client.delete_run(run_id))
+
+    def mark_killed(self, run_id: str, reason: str) -> bool:
+        def mark() -> bool:
+            run = self.client.get_run(run_id)
+            is_running = bool(run.info.status == "RUNNING")  # it may have ended in the meantime
+            if is_running or run.data.tags.get("error") in (PROCESS_DIED, PROCESS_LEFT):
+                self.client.set_tag(run_id, "error", redact(reason))
+            if is_running:
+                terminate(self.client, run_id, "KILLED")
+            return is_running
+
+        return self._retry(mark)
+
+    def reap(self, output_dir: Path) -> list[RunRecord]:
+        running = self._retry(lambda: self.runs("attributes.status = 'RUNNING'"))
+        reaped = []
+        for record in running:
+            with _abandoned(record, output_dir.absolute()) as reason:
+                if reason and self.mark_killed(record.run_id, reason):
+                    reaped.append(record)
+        return reaped
+
+    def read(self, run_id: str) -> StoredRun:
+        from pydantic import TypeAdapter, ValidationError
+
+        run = self.get_run(run_id)
+        if "sweep_jobs" in run.data.tags:
+            raise UserError(f"Run {run_id} is a sweep: choose one of its jobs, which `{command('runs', 'list')}` shows.")
+        try:
+            recipe = TypeAdapter(Recipe).validate_json(self._download(run_id, "recipe.json"))
+        except (OSError, ValidationError) as error:
+            raise UserError(f"Run {run_id} has no readable recipe.json: {first_line(error)}") from error
+        check_stored(recipe.overrides, f"recipe.json of run {run_id}")
+        histories = {key: self.client.get_metric_history(run_id, key) for key in run.data.metrics}
+        points = {key: {point.step: point.value for point in history} for key, history in histories.items()}
+        return StoredRun(_record(run), recipe, points)
+
+    def find_sweep(self, sweep: str, *, finished_too: bool) -> tuple[RunRecord, Definition]:
+        sweeps = self.runs("tags.sweep_jobs LIKE '%'")
+        allowed = [record for record in sweeps if finished_too or record.status != "FINISHED"]
+        wanted = allowed if sweep == "latest" else [record for record in sweeps if record.run_id == sweep]
+        for record in sorted(wanted, key=lambda record: record.started, reverse=True):
+            if (definition := self._definition(record)) is not None:
+                return record, definition
+        if wanted:
+            raise UserError(
+                f"Sweep {sweep} has no readable sweep.json: it ended before it was defined. Start it again from the beginning."
+            )
+        if sweep == "latest" and sweeps:
+            raise UserError(f"sweep.resume=latest: all {len(sweeps)} sweeps in {self.uri} have finished; nothing is left to do.")
+        known = ", ".join(f"{record.run_id} ({record.status})" for record in sweeps[:5]) or "none"
+        kind = "" if finished_too else " unfinished"
+        raise UserError(f"There is no{kind} sweep {sweep} in {self.uri}. The newest there: {known}.")
+
+    def _definition(self, record: RunRecord) -> Definition | None:
+        try:
+            return parse_definition(self._download(record.run_id, "sweep.json"), f"sweep.json of run {record.run_id}")
+        except OSError:
+            return None
+
+    def _download(self, run_id: str, path: str) -> bytes:
+        """Return the content of an artifact; raises OSError if it cannot be read."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            with TemporaryDirectory() as folder:
+                return Path(self.client.download_artifacts(run_id, path, folder)).read_bytes()
+        except MlflowException as error:
+            raise OSError(str(error)) from error
+
+    def outcomes(self, records: list[RunRecord]) -> list[tuple[RunRecord, Any]]:
+        with ThreadPoolExecutor(8) as pool:  # over a network, most of the time is waiting
+            return list(zip(records, pool.map(_outcome, records), strict=True))
+
+    def publish(self, run_id: str, file: Path, tags: Mapping[str, str], description: str) -> str:
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            self.client.log_artifact(run_id, str(file))
+            for key, value in {**tags, DESCRIPTION_TAG: description}.items():
+                self.client.set_tag(run_id, key, value)
+            address = f"{self.client.get_run(run_id).info.artifact_uri}/{file.name}"
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            raise UserError(f"{file.name} cannot be added to run {run_id} of {self.uri}: {first_line(error)}") from error
+        if not address.startswith("file:"):
+            return f"{file.name}, under Artifacts of {self.uri}{run_path(self.experiment_id, run_id)}"
+        return unquote(urlsplit(address).path)
+
+    def link(self, run_id: str) -> str:
+        return run_path(self.experiment_id, run_id).removeprefix("/")
+
+
+def _record(run: "Run") -> RunRecord:
+    info, data = run.info, run.data
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    digests = {item.dataset.name.rpartition("-")[2]: item.dataset.digest for item in inputs}
+    description = data.tags.get(DESCRIPTION_TAG, "")
+    return RunRecord(
+        info.run_id, info.experiment_id, info.run_name, info.status, info.start_time, info.end_time, dict(data.params),
+        dict(data.metrics), dict(data.tags), digests, info.artifact_uri, description,
+    )  # fmt: skip
+
+
+def _outcome(record: RunRecord) -> Any:
+    from mlflow.artifacts import download_artifacts
+
+    with TemporaryDirectory() as folder:
+        try:
+            return json.loads(Path(download_artifacts(f"{record.artifacts}/{OUTCOME}", dst_path=folder)).read_text())
+        except Exception:  # a run that ended early has none; a server or a disk may refuse it
+            return None
+
+
+@contextmanager
+def _abandoned(record: RunRecord, output_dir: Path) -> Iterator[str | None]:
+    """Yield the reason why nobody works on a RUNNING run, None if somebody may; the run stays locked for the block."""
+    if record.tags.get("host") != platform.node() or not {"pid", "output_dir"} <= record.tags.keys():
+        yield None
+        return
+    reason = PROCESS_LEFT if _is_alive(record.tags["pid"]) else PROCESS_DIED
+    folder = output_dir / record.run_id
+    # The tag could name any folder: a lock is examined only below the command's own output_dir.
+    if record.tags["output_dir"] != str(output_dir) or not (folder / run_dir.LOCK).exists():
+        yield reason if reason == PROCESS_DIED else None
+        return
+    with run_dir.try_lock(folder) as locked:
+        yield reason if locked else None
+
+
+def _is_alive(pid: str) -> bool:
+    """Return whether this machine has the process; an invalid number counts as alive."""
+    if not (pid.isdecimal() and 0 < int(pid) < 2**31):
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

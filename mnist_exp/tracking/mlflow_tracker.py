@@ -1,0 +1,192 @@
+"""Writes one run into an MLflow store. Records wait while the store is away: no training ends because of it."""
+
+import json
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from mnist_exp.errors import PrunedError
+from mnist_exp.overrides import command
+from mnist_exp.redaction import redact, without_credentials
+from mnist_exp.signals import defer_signals
+from mnist_exp.tracking.base import DatasetInfo, StoreGoneError
+from mnist_exp.tracking.connection import first_line, is_refusal, restore_command, store_variable
+from mnist_exp.tracking.views import run_path
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+BATCH_LIMIT = 1000  # metrics in one request to MLflow
+RETRY_AFTER = 10.0  # seconds between two attempts to reach a store that is away
+DESCRIPTION_TAG = "mlflow.note.content"
+
+
+class Outbox:
+    """Operations on a store, sent in order. Those that fail stay."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Callable[[], object]] = deque()
+        self._next_attempt = 0.0
+
+    def add(self, operation: Callable[[], object], *, send: bool = True) -> None:
+        """Append an operation and send all, at once or, while the store is away, every `RETRY_AFTER` seconds."""
+        self._waiting.append(operation)
+        if send and time.monotonic() >= self._next_attempt and self.send():
+            self._next_attempt = time.monotonic() + RETRY_AFTER
+
+    def send(self) -> Exception | None:
+        """Send all operations; return the error of the first that fails."""
+        while self._waiting:
+            try:
+                with defer_signals():
+                    self._waiting[0]()
+                    self._waiting.popleft()
+            except Exception as error:  # servers, databases and disks raise exceptions of their own
+                return error
+        return None
+
+
+class MLflowTracker:
+    """A run in an MLflow store; a `Tracker`.
+
+    Args:
+        client: Of the store.
+        uri: The address of the store, for messages.
+        run: The run as stored. A resumed run sends the metrics again that it already has; they are skipped.
+        patience: Seconds to wait, at the end, for a store that is away.
+    """
+
+    is_recording = True
+
+    def __init__(self, client: "MlflowClient", uri: str, run: "Run", patience: float) -> None:
+        self.client, self.uri, self.patience = client, uri, patience
+        self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
+        histories = {key: client.get_metric_history(self.run_id, key) for key in run.data.metrics}
+        self._logged = {(key, point.step) for key, points in histories.items() for point in points}
+        self._datasets = {item.dataset.name for item in run.inputs.dataset_inputs} if run.inputs else set()
+        self._metrics: list[Any] = []  # since the last flush
+        self._outbox = Outbox()
+
+    def __enter__(self) -> Self:
+        return self
+
+    @defer_signals()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        stopped = isinstance(error, KeyboardInterrupt | PrunedError)
+        status = "FINISHED" if error is None else "KILLED" if stopped else "FAILED"
+        if isinstance(error, PrunedError):
+            self.set_tags({"pruned": str(error), "error": str(error)})
+        elif error is not None:
+            self.log_text("".join(traceback.format_exception(error)), "traceback.txt")
+            message = redact(str(error)).strip() or type(error).__name__  # masked before it is cut
+            self.set_tags({"error": message.splitlines()[0][:250]})
+        self._queue_metrics()
+        self._outbox.add(partial(terminate, self.client, self.run_id, status), send=False)
+        deadline = time.monotonic() + self.patience
+        while failure := self._outbox.send():
+            if is_refusal(failure):
+                restore = restore_command(self.client, self.uri, self.experiment_id, self.run_id)
+                raise StoreGoneError(
+                    f"{self.uri} refuses the records of run {self.run_id}: {first_line(failure)}\n"
+                    f"The files on the disk are kept. If the run was deleted, restore it with `{restore}`."
+                ) from error
+            if time.monotonic() > deadline:
+                raise StoreGoneError(
+                    f"{self.uri} no longer accepts the records of run {self.run_id}: {first_line(failure)}\n"
+                    "Nothing is lost: the files on the disk are kept."
+                ) from error
+            time.sleep(1)
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        from mlflow.entities import Param
+
+        entities = [Param(key, redact(str(value))) for key, value in params.items()]
+        self._outbox.add(lambda: self.client.log_batch(self.run_id, params=entities))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        entities = [RunTag(key, redact(value)) for key, value in tags.items()]
+        self._outbox.add(lambda: self.client.log_batch(self.run_id, tags=entities))
+
+    def set_description(self, description: str) -> None:
+        self.set_tags({DESCRIPTION_TAG: description})
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        new = {key: value for key, value in metrics.items() if (key, step) not in self._logged}
+        self._logged |= {(key, step) for key in new}
+        self._metrics += [Metric(key, value, now, step) for key, value in new.items()]
+
+    def flush(self) -> None:
+        self._queue_metrics()
+        self._outbox.add(lambda: None)
+
+    def _queue_metrics(self) -> None:
+        # The store treats a point that it has, with the same millisecond, as the same point: a batch may be sent twice.
+        for start in range(0, len(self._metrics), BATCH_LIMIT):
+            batch = self._metrics[start : start + BATCH_LIMIT]
+            self._outbox.add(partial(self.client.log_batch, self.run_id, metrics=batch), send=False)
+        self._metrics = []
+
+    def log_text(self, text: str, path: str) -> None:
+        self._outbox.add(lambda: self.client.log_text(self.run_id, redact(text), path))
+
+    def log_file(self, file: Path, folder: str | None = None) -> None:
+        self._outbox.add(lambda: self.client.log_artifact(self.run_id, str(file), folder))
+
+    def log_dataset(self, dataset: DatasetInfo) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        name = f"{dataset.name}-{dataset.split}"
+        if name in self._datasets:  # MLflow may refuse to record one twice
+            return
+        self._datasets.add(name)
+        entity = Dataset(
+            name=name,
+            digest=dataset.digest,
+            source_type="local",
+            source=json.dumps({"uri": redact(dataset.source)}),
+            schema=json.dumps({"images": "uint8 (n, 1, 28, 28)", "labels": "int64 (n,)"}),
+            profile=json.dumps({"num_rows": dataset.size, "epoch_size": dataset.epoch_size}),
+        )
+        inputs = [DatasetInput(entity, [InputTag("mlflow.data.context", dataset.context)])]
+        self._outbox.add(lambda: self.client.log_inputs(self.run_id, inputs))
+
+    def log_model(self, folder: Path) -> None:
+        self._outbox.add(lambda: self._log_model(folder))
+
+    def _log_model(self, folder: Path) -> None:
+        """Record the model in `folder`; continue a record that an earlier, interrupted attempt has left."""
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+
+        run = self.client.get_run(self.run_id)
+        stored = self.client.search_logged_models([self.experiment_id], f"source_run_id='{self.run_id}'")
+        model = next(iter(stored), None) or self.client.create_logged_model(
+            self.experiment_id, "model", self.run_id, params=run.data.params
+        )
+        if model.status == LoggedModelStatus.READY:
+            return
+        if not run.outputs or model.model_id not in {output.model_id for output in run.outputs.model_outputs}:
+            self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
+        self.client.log_model_artifacts(model.model_id, str(folder))
+        self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+
+    def ui_command(self) -> str:
+        if self.uri.startswith("http"):
+            return f"{without_credentials(self.uri)}{run_path(self.experiment_id, self.run_id)}"
+        return f"{store_variable(self.uri)}{command('ui', self.run_id)}"
+
+
+def terminate(client: "MlflowClient", run_id: str, status: str) -> None:
+    """Set the final status of a run, not before its start: clocks can be set back."""
+    started = client.get_run(run_id).info.start_time
+    client.set_terminated(run_id, status, max(started, int(time.time() * 1000)))

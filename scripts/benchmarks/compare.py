@@ -1,0 +1,93 @@
+"""Time the comparison of a large sweep: the real command line on a store of synthetic runs.
+
+    python scripts/benchmarks/compare.py [--runs 1000] [--rounds 5]
+
+The runs have the metrics, parameters, data sets and files of real ones. The script prints seconds, median (min to max).
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
+from mnist_exp.learning.datasets import load_digits
+from mnist_exp.overrides import command
+from mnist_exp.tracking.base import DatasetInfo, RunInfo
+from mnist_exp.tracking.definition import Definition, Job
+from mnist_exp.tracking.mlflow_store import OUTCOME, MLflowStore
+
+
+def make_sweep(uri: str, arms: Sequence[str], seeds: int, factor: str = "model", better: float = 0.001) -> str:
+    """Record a synthetic sweep and return its id.
+
+    Args:
+        uri: The address of the store.
+        arms: The values of `factor`.
+        seeds: The number of seeds of each arm.
+        factor: The key that the sweep varies.
+        better: The difference in test/accuracy from each arm to the next.
+    """
+    store = MLflowStore(uri, "mnist_exp")
+    data = load_digits(0.02, seed=0)
+    test = data.splits["test"]
+    dataset = DatasetInfo(data.name, "test", "test", test.digest, data.source, len(test), test.epoch_size)
+    jobs = [
+        Job(number, [f"{factor}={arm}", f"seed={seed}"], "") for number, (arm, seed) in enumerate(product(arms, range(seeds)))
+    ]
+    overrides = [f"{factor}={','.join(arms)}", f"seed=range(0,{seeds})"]
+    definition = Definition("Grid", len(jobs), overrides, {}, jobs)
+    info = RunInfo(f"sweep {factor} by seed", command("run", "-m", *overrides), {"sweep_jobs": str(len(jobs))})
+    with store.start(info) as parent:
+        parent.log_text(definition.as_json(), "sweep.json")
+        parent.set_description(f"{len(jobs)} jobs: {len(jobs)} FINISHED.")
+    noise = random.Random(0)
+    for job, (arm, seed) in zip(jobs, product(arms, range(seeds)), strict=True):
+        tags = {"sweep_id": parent.run_id, "job_num": str(job.number), "data": "digits"}
+        with store.start(RunInfo(f"{arm} seed={seed}", command("run", *job.overrides), tags, parent.run_id)) as child:
+            child.log_params({"model": arm, "seed": seed} | {f"train.setting{number}": number for number in range(40)})
+            child.log_dataset(dataset)
+            accuracy = 0.98 + random.Random(seed).gauss(0, 0.001) + arms.index(arm) * better + noise.gauss(0, 0.0005)
+            history = [(3000 * (step + 1), report(step, accuracy)) for step in range(40)]
+            for examples_seen, metrics in history:
+                child.log_metrics(metrics, examples_seen)
+            results = {"test/accuracy": accuracy, "test/loss": 0.05, "time/train_seconds": 3.5, "time/total_seconds": 5.0}
+            child.log_metrics(results | {"model/parameters": 19_600 + len(arm)}, 120_000)
+            mistakes = [(noise.randrange(360), noise.randrange(10), noise.randrange(10)) for _ in range(150)]
+            child.log_text(json.dumps({"split": "test", "history": history, "mistakes": mistakes}), OUTCOME)
+    return parent.run_id
+
+
+def report(step: int, accuracy: float) -> dict[str, float]:
+    """Return the metrics of one report of training."""
+    metrics = {"train/loss": 2 * 0.9**step, "train/accuracy": accuracy, "train/examples_per_second": 15_000.0}
+    return metrics | ({"val/accuracy": accuracy, "val/loss": 0.1} if step % 20 == 19 else {})
+
+
+def main() -> None:
+    """Parse the command line, record the sweep, time its comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        uri = f"sqlite:///{Path(folder)}/mlflow.db"
+        make_sweep(uri, ("plain_cnn", "se_cnn"), arguments.runs // 2)
+        seconds = []
+        for _ in range(arguments.rounds):
+            started = time.monotonic()
+            compare = [sys.executable, "-m", "mnist_exp.compare", "factor=model", "baseline=plain_cnn"]
+            subprocess.run(compare, env=os.environ | {"MLFLOW_TRACKING_URI": uri}, check=True, stdout=subprocess.DEVNULL)
+            seconds.append(time.monotonic() - started)
+    print(f"{arguments.runs} runs: {statistics.median(seconds):.1f} s ({min(seconds):.1f} to {max(seconds):.1f})")
+
+
+if __name__ == "__main__":
+    main()

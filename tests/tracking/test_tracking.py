@@ -1,0 +1,204 @@
+import base64
+import json
+import os
+import sqlite3
+import zlib
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from mnist_exp.errors import UserError
+from mnist_exp.tracking.base import NullStore, NullTracker, RunInfo
+from mnist_exp.tracking.connection import connect
+from mnist_exp.tracking.mlflow_store import MLflowStore
+from mnist_exp.tracking.mlflow_tracker import MLflowTracker
+from mnist_exp.tracking.views import VIEW_TAG
+
+
+def status(tracker: MLflowTracker) -> str:
+    return MlflowClient(tracker.uri).get_run(tracker.run_id).info.status
+
+
+def test_a_run_is_finished_only_if_it_finished(store: str) -> None:
+    with MLflowStore(store, "test").start(RunInfo("name", "", {"tag": "value"})) as tracker:
+        assert status(tracker) == "RUNNING"
+    run = MlflowClient(store).get_run(tracker.run_id)
+    assert (run.info.status, run.info.run_name, run.data.tags["tag"]) == ("FINISHED", "name", "value")
+
+
+@pytest.mark.parametrize(("error", "expected"), [(ValueError("broken <b>"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
+def test_an_exception_ends_the_run_truly_and_keeps_what_was_held_back(
+    store: str, error: BaseException, expected: str, tmp_path: Path
+) -> None:
+    tracker = MLflowStore(store, "test").start(RunInfo("name", ""))
+
+    def fail() -> None:
+        with tracker:
+            tracker.log_metrics({"train/loss": 1.5}, step=100)
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert status(tracker) == expected
+    assert tracker.client.get_metric_history(tracker.run_id, "train/loss")[0].step == 100
+    text = Path(tracker.client.download_artifacts(tracker.run_id, "traceback.txt", str(tmp_path))).read_text()
+    assert type(error).__name__ in text
+    assert "raise error" in text
+
+
+def test_two_thousand_metrics_arrive_once_each(store: str) -> None:
+    with MLflowStore(store, "test").start(RunInfo("name", "")) as tracker:
+        for step in range(2_000):
+            tracker.log_metrics({"value": step}, step)
+            tracker.log_metrics({"value": -1}, step)
+        tracker.flush()
+        tracker.flush()
+    assert [point.value for point in tracker.client.get_metric_history(tracker.run_id, "value")] == list(range(2_000))
+
+
+def test_the_store_is_opened_once_and_artifacts_lie_beside_it(store: str, tmp_path: Path) -> None:
+    client, first = connect(store, "test")
+    assert connect(store, "test")[1] == first
+    assert client.get_experiment(first).artifact_location == (tmp_path / "mlartifacts").as_uri()
+
+
+def test_the_leaderboard_view_is_saved_in_the_form_that_the_ui_reads(store: str) -> None:
+    client, experiment_id = connect(store, "test")
+    view = json.loads(client.get_experiment(experiment_id).tags[VIEW_TAG])
+    state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+    assert "metrics.`test/accuracy`" in state["selectedColumns"]
+    assert "tags.`overrides`" in state["selectedColumns"]
+    assert state["orderByAsc"] is False
+
+
+def test_the_run_that_mlflow_run_made_is_used(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, experiment_id = connect(store, "test")
+    made = client.create_run(experiment_id).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    with MLflowStore(store, "test").start(RunInfo("name", "")) as tracker:
+        assert tracker.run_id == made
+    assert "MLFLOW_RUN_ID" not in os.environ, "the next run of this process must not share it"
+    assert MlflowClient(store).get_run(made).info.run_name == "name"
+
+
+@pytest.mark.parametrize("uri", ["file:./mlruns", "postgres", "", "ftp://host"])
+def test_a_store_of_another_kind_is_refused(uri: str) -> None:
+    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI\) is invalid: expected sqlite:////"):
+        MLflowStore(uri, "test")
+
+
+def test_a_store_that_cannot_be_created_is_named() -> None:
+    with pytest.raises(UserError, match=r"cannot be opened.*\n.*Start the server, choose another store"):
+        MLflowStore("sqlite:////proc/nowhere/mlflow.db", "test").open()
+
+
+def test_a_database_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"this is no database, but long enough to be looked at" * 10)
+    with pytest.raises(UserError, match="cannot be opened"):
+        connect(f"sqlite:///{tmp_path}/mlflow.db", "test")
+
+
+def test_a_database_of_an_older_mlflow_is_answered_with_how_to_upgrade_it(store: str, tmp_path: Path) -> None:
+    database = tmp_path / "mlflow.db"
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '5b0e9adcef9c'")  # of MLflow 2.5
+        connection.commit()
+    with pytest.raises(UserError) as refused:
+        connect(store, "test")
+    message = str(refused.value)
+    assert "has the database schema of another version of MLflow than" in message
+    assert f"`cp {database} {database}.backup && mlflow db upgrade {store}`" in message
+    assert "another store" not in message
+
+
+def test_a_resumed_run_loses_the_error_of_its_earlier_end(store: str) -> None:
+    def stop(tracker: MLflowTracker) -> None:
+        with tracker:
+            raise KeyboardInterrupt("Stopped by SIGINT.")
+
+    tracker = MLflowStore(store, "test").start(RunInfo("name", ""))
+    with pytest.raises(KeyboardInterrupt):
+        stop(tracker)
+    assert MlflowClient(store).get_run(tracker.run_id).data.tags["error"] == "Stopped by SIGINT."
+    with MLflowStore(store, "test").start(RunInfo("name", ""), tracker.run_id):
+        pass
+    run = MlflowClient(store).get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert "error" not in run.data.tags
+
+
+def test_no_credentials_reach_the_store(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_PASSWORD", "hunter22")
+    secret = "http://user:secret-word@host hunter22"
+    opened = MLflowStore(store, "test")
+    tracker = opened.start(RunInfo(secret, secret, {"a": secret}))
+
+    def fail() -> None:
+        with tracker:
+            tracker.log_params({"b": secret})
+            tracker.set_tags({"c": secret})
+            tracker.log_text(secret, "text.txt")
+            raise ValueError(secret)
+
+    with pytest.raises(ValueError, match="hunter22"):
+        fail()
+    tracker.client.set_terminated(tracker.run_id, "RUNNING")
+    opened.mark_killed(tracker.run_id, secret)
+    files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(b"***@host ***" in content for content in files)
+    assert not any(word in content for word in (b"secret-word", b"hunter22") for content in files)
+
+
+def test_a_deleted_experiment_is_named_with_the_remedy(store: str) -> None:
+    client, experiment_id = connect(store, "test")
+    client.delete_experiment(experiment_id)
+    with pytest.raises(UserError, match=rf"mlflow experiments restore --experiment-id {experiment_id}"):
+        connect(store, "test")
+
+
+@pytest.mark.parametrize("elsewhere", ["another experiment", "another store"])
+def test_a_run_that_mlflow_run_made_elsewhere_is_left_alone(store: str, monkeypatch: pytest.MonkeyPatch, elsewhere: str) -> None:
+    made = MlflowClient(store).create_run("0").info.run_id if elsewhere == "another experiment" else "0" * 32
+    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    with MLflowStore(store, "test").start(RunInfo("name", "")) as tracker:
+        assert tracker.run_id != made
+
+
+def test_the_error_tag_is_masked_before_it_is_cut(store: str) -> None:
+    def fail(tracker: MLflowTracker) -> None:
+        with tracker:
+            raise UserError("x" * 225 + " http://user:verylongsecret@host:5000 is away")
+
+    tracker = MLflowStore(store, "test").start(RunInfo("name", ""))
+    with pytest.raises(UserError):
+        fail(tracker)
+    assert "verylong" not in MlflowClient(store).get_run(tracker.run_id).data.tags["error"]
+
+
+def test_a_run_id_that_could_leave_the_output_folder_is_refused(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = MLflowStore(store, "test")
+    opened.open()
+    run = opened.client.create_run(opened.experiment_id)
+    run.info._run_id = "../outside"
+    monkeypatch.setattr(type(opened.client), "create_run", lambda *_, **__: run)
+    with pytest.raises(UserError, match=r"created a run with the id '\.\./outside', expected 32 hexadecimal digits"):
+        opened.start(RunInfo("name", ""))
+
+
+@pytest.mark.parametrize("user_part", ["us er:password9", "user:pass'word9", 'user:pass"word9'])
+def test_an_address_whose_password_could_escape_masking_is_refused(user_part: str) -> None:
+    with pytest.raises(UserError, match="percent-encoded") as refused:
+        MLflowStore(f"http://{user_part}@host", "test")
+    assert "word9" not in str(refused.value)
+
+
+def test_without_tracking_the_same_calls_record_nothing() -> None:
+    for real, null in ((MLflowStore, NullStore), (MLflowTracker, NullTracker)):
+        public = {name for name in vars(real) if not name.startswith("_")} - {"get_run", "runs"}
+        assert public <= {name for name in dir(null) if not name.startswith("_")}
+    with NullStore().start(RunInfo("name", "")) as tracker:
+        tracker.log_metrics({"value": 1.0}, 1)
+        tracker.log_params({})
+    assert tracker.ui_command() is None
