@@ -63,9 +63,16 @@ def rooms_imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     "code",
-    ["import mnist_exp.run", "from mnist_exp import run", "from mnist_exp.run import main", "from . import run",
-     "from .run import main", "def f():\n    from mnist_exp import run", "import importlib\nimportlib.import_module('mnist_exp.run')"],
-)  # fmt: skip
+    [
+        "import mnist_exp.run",
+        "from mnist_exp import run",
+        "from mnist_exp.run import main",
+        "from . import run",
+        "from .run import main",
+        "def f():\n    from mnist_exp import run",
+        "import importlib\nimportlib.import_module('mnist_exp.run')",
+    ],
+)
 def test_every_form_of_import_is_seen(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda _: code)
     assert "run" in {name.split(".")[1] for name in imported.__wrapped__(PACKAGE / "x.py") if "." in name}

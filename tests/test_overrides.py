@@ -34,7 +34,7 @@ HOSTILE = {
     "resume=latest": "is not a key of the recipe",
     "seed=${oc.env:HOME}": "contains an interpolation other than",
     "batch_size=${ oc.env:HOME }": "contains an interpolation other than",
-    "phases.train.split=${${phases.finetune.split}:HOME}": "contains an interpolation other than",
+    "phases.train.split='${${phases.finetune.split}:HOME}'": "contains an interpolation other than",
 }
 
 

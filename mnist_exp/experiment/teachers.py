@@ -11,7 +11,6 @@ from mnist_exp.errors import UserError
 from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.distillation import Ensemble, Labels
 from mnist_exp.storage import checkpoint, run_dir
-from mnist_exp.storage.checkpoint import Checkpoint
 
 
 def labels(data: Dataset, output_dir: Path) -> Labels:
@@ -43,7 +42,7 @@ def ensemble(data: Dataset, output_dir: Path, runs: Sequence[str]) -> Ensemble:
     return Ensemble(networks, any(_was_trained_on(saved, data, data.validation) for saved in checkpoints))
 
 
-def _load_finished(run: str, output_dir: Path) -> Checkpoint:
+def _load_finished(run: str, output_dir: Path) -> checkpoint.Checkpoint:
     """Return the last checkpoint of a run; raises UserError unless the run was trained to its end."""
     folder = output_dir / run
     if not run_dir.is_finished(folder):
@@ -62,13 +61,13 @@ def _load_finished(run: str, output_dir: Path) -> Checkpoint:
     return saved
 
 
-def _was_trained_on(saved: Checkpoint, data: Dataset, split: str) -> bool:
+def _was_trained_on(saved: checkpoint.Checkpoint, data: Dataset, split: str) -> bool:
     """Return whether a run may have been trained on images of a split of `data`."""
     has_split = saved.digests.get(split) == data.splits[split].digest
     return not has_split or any(phase["split"] == split for phase in saved.config["phases"].values())
 
 
-def _load_network(saved: Checkpoint, device: torch.device) -> nn.Module:
+def _load_network(saved: checkpoint.Checkpoint, device: torch.device) -> nn.Module:
     """Return the network in a checkpoint, ready for evaluation; raises UserError if this version builds another."""
     network: nn.Module = build(saved.config["model"], "model")
     assert saved.state is not None

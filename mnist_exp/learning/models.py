@@ -23,9 +23,7 @@ class SqueezeExcite(nn.Module):
     def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
         if not 1 <= reduction <= channels:
-            raise UserError(
-                f"model.se.reduction={reduction} is invalid: expected an integer from 1 to {channels}, the number of channels."
-            )
+            raise UserError(f"model.se.reduction={reduction} is invalid: expected 1 to {channels}, the number of channels.")
         self.squeeze = nn.Linear(channels, channels // reduction)
         self.excite = nn.Linear(channels // reduction, channels)
 

@@ -194,7 +194,7 @@ def fit(
     the previous checkpoint then arrive together.
 
     Args:
-        model: The model, in place.
+        model: The model, which is changed in place.
         phases: The phases of the model, from `prepare_phases`.
         data: The data set, on the device of the model.
         seed: Seed of order, augmentation and dropout. Phase, epoch and step enter as well, so that a resumed run continues
@@ -241,29 +241,26 @@ class _Window:
         return [torch.stack(values).tolist() for values in zip(*self.results, strict=True)]
 
 
+@dataclass
 class _PhaseTrainer:
-    """Trains one phase, an epoch at a time; the arguments are those of `fit`, and the counts before the phase."""
+    """Trains one phase, epoch by epoch. The fields are the arguments of `fit` and the counts before the phase."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        phase: Phase,
-        data: Dataset,
-        seed: int,
-        precision: torch.dtype,
-        save_every: int | None,
-        epochs_before: int,
-        examples_seen: int,
-    ) -> None:
-        self.model, self.phase, self.data = model, phase, data
-        self.seed, self.precision, self.save_every = seed, precision, save_every
-        self.epochs_before, self.examples_seen = epochs_before, examples_seen
-        self.steps = 0  # in this phase
-        self.device = next(model.parameters()).device
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
+    model: nn.Module
+    phase: Phase
+    data: Dataset
+    seed: int
+    precision: torch.dtype
+    save_every: int | None
+    epochs_before: int
+    examples_seen: int
+    steps: int = 0  # in this phase
+
+    def __post_init__(self) -> None:
+        self.device = next(self.model.parameters()).device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
 
     def train_epoch(self, epoch: int) -> Iterator[Report]:
-        """Train the rest of an epoch, from 0, and yield its reports."""
+        """Train an epoch, counted from 0, and yield its reports; a resumed epoch skips the steps before the checkpoint."""
         phase, steps_per_epoch = self.phase, self.phase.steps_per_epoch
         report_steps = {round(steps_per_epoch * (i + 1) / REPORTS_PER_EPOCH) for i in range(REPORTS_PER_EPOCH)}
         self.model.train()
@@ -280,7 +277,7 @@ class _PhaseTrainer:
             if is_checkpoint or step in report_steps:
                 windows.append(window)
                 window = _Window()
-                if is_checkpoint or self.device.type == "cpu":  # to read a result is to wait for the device
+                if is_checkpoint or self.device.type == "cpu":  # reading a result waits for the device
                     yield from self.report(epoch, windows, started, is_checkpoint)
                     windows, started = [], time.perf_counter()
 

@@ -282,7 +282,7 @@ def test_a_device_that_is_missing(refuse: Refuse) -> None:
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert "device=cuda: this machine has none" in refuse("data=digits", "device=cuda")
+    assert "device=cuda is invalid: expected auto or cpu on this machine" in refuse("data=digits", "device=cuda")
 
 
 def test_mnist_that_is_missing_without_fallback(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from benchmark_compare import make_sweep
+from benchmarks.compare import make_sweep
 from conftest import chromium
 from matplotlib.figure import Figure
 from mlflow import MlflowClient

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mnist_exp.errors import UserError
-from mnist_exp.learning.data import MNIST_FILES, derive_seed, generator, load_digits, load_mnist
+from mnist_exp.learning.datasets import MNIST_FILES, find_test_images, load_digits, load_mnist
+from mnist_exp.learning.seeds import derive_seed, generator
 
 
 @pytest.fixture
@@ -29,16 +30,16 @@ def test_mnist_is_split_as_the_recipe_says(mnist_root: Path) -> None:
 
 
 def test_the_split_depends_on_the_seed_alone(mnist_root: Path) -> None:
-    first, again, other = (load_mnist(str(mnist_root), None, 0.02, 0, seed=seed) for seed in (0, 0, 1))
+    first, repeated, other = (load_mnist(str(mnist_root), None, 0.02, 0, seed=seed) for seed in (0, 0, 1))
     for name in ("train", "finetune"):
-        assert first.splits[name].digest == again.splits[name].digest != other.splits[name].digest
+        assert first.splits[name].digest == repeated.splits[name].digest != other.splits[name].digest
     assert first.splits["test"].digest == other.splits["test"].digest
 
 
 def test_tuning_never_reads_the_test_set(copy: Path) -> None:
     for name in MNIST_FILES:
         if name.startswith("t10k"):
-            (copy / "MNIST" / "raw" / f"{name}.gz").write_bytes(b"whoever reads this fails")
+            (copy / "MNIST" / "raw" / f"{name}.gz").write_bytes(b"not MNIST")
     data = load_mnist(str(copy), None, 0.02, 5000, seed=0)
     assert {name: len(split) for name, split in data.splits.items()} == {
         "train": 53_900,
@@ -56,6 +57,15 @@ def test_unpacked_files_are_read_too(copy: Path) -> None:
         path.unlink()
     unpacked = load_mnist(str(copy), None, 0.02, 0, seed=0)
     assert packed.splits["train"].digest == unpacked.splits["train"].digest
+
+
+def test_test_images_are_found_by_their_digest(copy: Path) -> None:
+    test = load_mnist(str(copy), None, 0.02, 0, seed=0).splits["test"]
+    digits = load_digits(0.5, seed=1).splits["test"]
+    assert find_test_images("mnist", str(copy), test.digest).equal(test.images)
+    assert find_test_images("digits", str(copy), digits.digest).equal(digits.images)
+    assert find_test_images("mnist", str(copy), digits.digest) is None
+    assert find_test_images("mnist", str(copy / "nothing"), test.digest) is None
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "empty"])
@@ -94,7 +104,7 @@ def test_digits_take_as_many_steps_as_mnist() -> None:
 
 
 def test_an_epoch_shows_every_image_equally_often() -> None:
-    split = load_digits(0.02, seed=0).splits["finetune"]  # 29 images, 1,200 a epoch
+    split = load_digits(0.02, seed=0).splits["finetune"]  # 29 images, 1,200 per epoch
     shown = torch.cat([images.flatten(1) for images, _ in split.batches(128, generator("order"))])
     assert len(shown) == split.epoch_size == 1_200
     counts = shown.unique(dim=0, return_counts=True)[1]
@@ -102,6 +112,6 @@ def test_an_epoch_shows_every_image_equally_often() -> None:
 
 
 def test_seeds_differ_by_every_part() -> None:
-    places = [(seed, phase, epoch) for seed in range(10) for phase in ("train", "finetune") for epoch in range(10)]
-    assert len({derive_seed(*place) for place in places}) == len(places)
+    parts = [(seed, phase, epoch) for seed in range(10) for phase in ("train", "finetune") for epoch in range(10)]
+    assert len({derive_seed(*part) for part in parts}) == len(parts)
     assert derive_seed(0, "train", 1) == derive_seed(0, "train", 1)

@@ -22,14 +22,14 @@ ACCURATE = {"se_cnn_wide": 23_386, "se_cnn_deep": 24_496, "se_cnn_separable": 24
 
 
 @pytest.mark.parametrize(("name", "parameters"), ACCURATE.items())
-def test_sizes_of_the_more_accurate(composed, name: str, parameters: int) -> None:
+def test_sizes_of_the_larger_models(composed, name: str, parameters: int) -> None:
     model = build(composed(f"model={name}")["model"], "model")
     assert count_parameters(model) == parameters
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 
 def test_depths_and_mean_pool(composed) -> None:
-    """A block of depth 2 convolves twice at full size; the mean forgets where the last features lie."""
+    """A block of depth 2 convolves twice at full size; the mean discards the positions of the last features."""
     model = build(composed("model=se_cnn_deep")["model"], "model").eval()
     assert [[module.out_channels for module in block.modules() if isinstance(module, nn.Conv2d)] for block in model.blocks] == [
         [16],
@@ -45,7 +45,7 @@ def test_depths_and_mean_pool(composed) -> None:
 
 
 def test_separable_convolutions(composed) -> None:
-    """Nine weights a channel and then a matrix: as one full convolution of the product of both, but for the first block."""
+    """Except in the first block, they equal one full convolution, whose kernel is the product of both parts."""
     model = build(composed("model=se_cnn_separable")["model"], "model").eval()
     assert isinstance(model.blocks[0].conv, nn.Conv2d)
     depthwise, pointwise = model.blocks[2].conv
@@ -63,11 +63,11 @@ def test_28_by_28_to_10(composed, batch: int, dtype: torch.dtype) -> None:
 
 def test_scaling_is_part_of_the_model(composed) -> None:
     model = build(composed()["model"], "model").eval()
-    grey = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
-    seen = []
-    model.blocks[0].conv.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    model(grey)
-    torch.testing.assert_close(seen[0], grey.float() / 255)
+    images = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
+    inputs = []
+    model.blocks[0].conv.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    model(images)
+    torch.testing.assert_close(inputs[0], images.float() / 255)
 
 
 def test_too_large_a_model_is_refused() -> None:
@@ -76,14 +76,14 @@ def test_too_large_a_model_is_refused() -> None:
 
 
 def test_squeeze_excitation_attends(composed) -> None:
-    """Its gates lie in (0, 1), differ between images, scale whole channels, and are learnt."""
+    """Its gates are in (0, 1), differ between images, scale whole channels, and are learned."""
     model = build(composed()["model"], "model")
     se = model.blocks[1].attention
     features = torch.randn(8, 16, 7, 7, generator=torch.Generator().manual_seed(0)).abs()
     gates = se.gates(features)
     assert gates.shape == (8, 16)
     assert ((gates > 0) & (gates < 1)).all()
-    assert gates.std(0).mean() > 1e-4, "the same gates for every image attend to nothing"
+    assert gates.std(0).mean() > 1e-4, "equal gates for all images carry no information"
     torch.testing.assert_close(se(features), features * gates[:, :, None, None])
     se(features).sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in se.parameters())
@@ -91,7 +91,7 @@ def test_squeeze_excitation_attends(composed) -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 8, 28, 28), (5, 16, 14, 14), (3, 20, 7, 7), (1, 3, 2, 2)])
-def test_fused_normalisation_equals_torchs_own(shape: tuple[int, ...]) -> None:
+def test_fused_normalization_equals_torchs_own(shape: tuple[int, ...]) -> None:
     """Values, gradients and running statistics, for slopes of either sign, in double precision."""
     torch.manual_seed(0)
     features = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -111,7 +111,7 @@ def test_fused_normalisation_equals_torchs_own(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.7, 2.0])
-def test_fused_normalisation_is_as_precise_as_torchs_own_in_bf16(offset: float) -> None:
+def test_fused_normalization_is_as_precise_as_torchs_own_in_bf16(offset: float) -> None:
     torch.manual_seed(0)
     exact = torch.randn(64, 8, 28, 28) + offset
     low = exact.bfloat16().to(memory_format=torch.channels_last)

@@ -1,12 +1,33 @@
 import pytest
 import torch
 from hydra.utils import instantiate
+from torch import nn
+
+from mnist_exp.config import build
 
 STEPS = 115
 
 
+def test_muon_orthogonalizes_convolutions_and_leaves_the_others_to_adamw(composed) -> None:
+    torch.manual_seed(0)
+    convolution, linear, twin = nn.Conv2d(4, 8, 3), nn.Linear(8, 3), nn.Linear(8, 3)
+    twin.load_state_dict(linear.state_dict())
+    before = convolution.weight.detach().clone()
+    node = composed("optimizer=muon")["optimizer"]
+    optimizer = build(node, "optimizer")([*convolution.parameters(), *linear.parameters()])
+    for layer in (convolution, linear):
+        for parameter in layer.parameters():
+            parameter.grad = torch.randn_like(parameter)
+    twin.weight.grad, twin.bias.grad = linear.weight.grad, linear.bias.grad
+    optimizer.step()
+    torch.optim.AdamW(twin.parameters(), lr=node["adamw_lr"], betas=node["adamw_betas"], eps=1e-10, weight_decay=0).step()
+    torch.testing.assert_close(linear.state_dict(), twin.state_dict())
+    values = torch.linalg.svdvals((convolution.weight - before).flatten(1))
+    assert values.tolist() == pytest.approx([node["lr"]] * 8, rel=0.4), "all directions of the update have about the same length"
+
+
 def rates(node: dict, base: float) -> list[float]:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=base, momentum=0.9)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=base, momentum=0.9)
     scheduler = instantiate(node)(optimizer, total_steps=STEPS)
     seen = []
     for _ in range(STEPS):
@@ -27,7 +48,7 @@ def test_one_cycle_starts_at_02_peaks_at_04_and_ends_near_0(composed) -> None:
 
 
 def test_each_group_of_parameters_peaks_at_its_own_rate(composed) -> None:
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.1, 0.02)]
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.1, 0.02)]
     optimizer = torch.optim.SGD(groups)
     scheduler = instantiate(composed("optimizer=muon")["phases"]["train"]["scheduler"])(optimizer, total_steps=STEPS)
     seen = []

@@ -11,20 +11,32 @@ from torch import Tensor, nn
 
 from mnist_exp.config import build
 from mnist_exp.errors import UserError
-from mnist_exp.learning.data import Dataset, derive_seed, load_digits
-from mnist_exp.learning.distillation import NoTeacher
+from mnist_exp.learning.data import Dataset
+from mnist_exp.learning.datasets import load_digits
+from mnist_exp.learning.distillation import Labels
 from mnist_exp.learning.evaluation import evaluate
-from mnist_exp.learning.training import NonFiniteLossError, Report, Stage, _step, choose_device, choose_precision, fit, plan
+from mnist_exp.learning.seeds import derive_seed
+from mnist_exp.learning.training import (
+    NonFiniteLossError,
+    Phase,
+    Report,
+    _PhaseTrainer,
+    choose_device,
+    choose_precision,
+    fit,
+    prepare_phases,
+)
 
 
 def train(config: dict[str, Any], data: Dataset | None = None) -> tuple[nn.Module, list[Report], Dataset]:
-    """Train as run.py does, without recording anything; on `data` instead of what the configuration names."""
+    """Train as a run does, without recording anything; on `data`, or by default on the data of the configuration."""
     data = data or build(config["data"], "data", seed=config["seed"])
     torch.manual_seed(derive_seed(config["seed"], "weights"))
     model = build(config["model"], "model")
-    phases = {name: build(node, name) for name, node in config["phases"].items()}
+    configs = {name: build(node, name) for name, node in config["phases"].items()}
+    phases = prepare_phases(model, configs, data, Path())
     precision = choose_precision(config["precision"], torch.device("cpu"))
-    return model, list(fit(model, plan(model, phases, data, Path()), data, seed=config["seed"], precision=precision)), data
+    return model, list(fit(model, phases, data, seed=config["seed"], precision=precision)), data
 
 
 def test_digits_pass_the_gate(composed) -> None:
@@ -35,7 +47,7 @@ def test_digits_pass_the_gate(composed) -> None:
 
 
 def test_one_epoch_on_mnist_exceeds_95_percent(composed, mnist_root) -> None:
-    """Phase 1 alone, validated on images that it has not trained on."""
+    """The first phase alone, validated on images that it has not trained on."""
     _, reports, _ = train(composed(f"data.root={mnist_root}", "~phases.finetune"))
     assert [report.phase for report in reports] == ["train"] * 20
     assert reports[-1].metrics["val/accuracy"] > 0.95
@@ -51,8 +63,8 @@ def test_the_default_run_averages_983(composed, mnist_root) -> None:
 
 
 def test_the_same_seed_gives_the_same_weights_bit_for_bit(composed, short_digits) -> None:
-    first, again, other = (train(composed(f"seed={seed}"), short_digits)[0].state_dict() for seed in (0, 0, 1))
-    assert all(first[key].equal(again[key]) for key in first)
+    first, repeated, other = (train(composed(f"seed={seed}"), short_digits)[0].state_dict() for seed in (0, 0, 1))
+    assert all(first[key].equal(repeated[key]) for key in first)
     assert not all(first[key].equal(other[key]) for key in first)
 
 
@@ -62,10 +74,10 @@ def test_a_caller_s_random_state_neither_matters_nor_changes(composed, short_dig
     first = train(config, data)[0].state_dict()
     torch.manual_seed(derive_seed(0, "weights"))
     model = build(config["model"], "model")
-    stages = plan(model, {"finetune": build(config["phases"]["finetune"], "")}, data, Path())
+    phases = prepare_phases(model, {"finetune": build(config["phases"]["finetune"], "")}, data, Path())
     torch.manual_seed(2)
     before = torch.get_rng_state()
-    list(fit(model, stages, data, seed=0, precision=choose_precision("auto", torch.device("cpu"))))
+    list(fit(model, phases, data, seed=0, precision=choose_precision("auto", torch.device("cpu"))))
     assert torch.get_rng_state().equal(before)
     assert all(first[key].equal(value) for key, value in model.state_dict().items())
 
@@ -86,36 +98,37 @@ def test_a_phase_s_own_optimizer_can_be_chosen(composed) -> None:
     assert phases["train"]["optimizer"]["_target_"] == "torch.optim.SGD"
 
 
-class OneOff(NoTeacher):
-    """Teaches the digit after the label."""
+class OneOff(Labels):
+    """Targets that are the digit after the label."""
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         return F.one_hot((labels + 1) % 10, 10).float()
 
 
-def test_a_network_learns_what_its_teacher_says(composed, short_digits) -> None:
+def test_a_network_learns_the_targets_of_its_teacher(composed, short_digits) -> None:
     config = composed("~phases.finetune", "batch_size=64", "phases.train.epochs=3")
     model = build(config["model"], "model")
-    phases = {"train": replace(build(config["phases"]["train"], ""), teacher=OneOff)}
-    reports = list(fit(model, plan(model, phases, short_digits, Path()), short_digits, seed=0, precision=torch.float32))
+    phase = replace(build(config["phases"]["train"], ""), teacher=lambda data, output_dir: OneOff())
+    phases = prepare_phases(model, {"train": phase}, short_digits, Path())
+    reports = list(fit(model, phases, short_digits, seed=0, precision=torch.float32))
     evaluation = evaluate(model, short_digits.splits["test"])
     assert (evaluation.logits.argmax(1) == (evaluation.labels + 1) % 10).float().mean() > 0.8
-    assert evaluation.accuracy < 0.1 > reports[-1].metrics["train/accuracy"], "accuracy is that of the labels"
+    assert evaluation.accuracy < 0.1 > reports[-1].metrics["train/accuracy"], "accuracy counts labels, not targets"
 
 
-def test_what_was_trained_on_no_longer_validates(composed, short_digits) -> None:
+def test_a_split_that_a_phase_has_trained_on_no_longer_validates(composed, short_digits) -> None:
     _, reports, _ = train(composed(), short_digits)
     validated = {report.phase for report in reports if "val/accuracy" in report.metrics}
     assert validated == {"train"}, "phase finetune trains on the images that validated phase train"
 
 
-def test_what_a_teacher_was_trained_on_no_longer_validates(composed, short_digits, tmp_path: Path) -> None:
+def test_a_split_that_a_teacher_was_trained_on_no_longer_validates(composed, short_digits, tmp_path: Path) -> None:
     of_seed = {seed: load_digits(0.02, seed) for seed in (0, 1)}
     for seed, drop, validates in ((0, "~phases.finetune", True), (0, "~phases.train", False), (1, "~phases.finetune", False)):
         run = finished(composed("data=digits", drop), of_seed[seed], tmp_path)
-        phase = build(composed("teacher=ensemble", f"teacher.runs=[{run}]")["phases"]["train"], "")
-        (stage,) = plan(nn.Linear(1, 1), {"train": phase}, short_digits, tmp_path)
-        assert (stage.validation == "finetune") == validates
+        config = build(composed("teacher=ensemble", f"teacher.runs=[{run}]")["phases"]["train"], "")
+        (phase,) = prepare_phases(nn.Linear(1, 1), {"train": config}, short_digits, tmp_path)
+        assert (phase.validation == "finetune") == validates
 
 
 def test_reports_cover_every_example_once(composed, short_digits) -> None:
@@ -133,13 +146,13 @@ def test_reports_cover_every_example_once(composed, short_digits) -> None:
 def test_steps_do_not_wait_for_the_gpu(composed, short_digits) -> None:
     config, device = composed("~phases.finetune"), torch.device("cuda")
     model, data = build(config["model"], "model").to(device), short_digits.to(device)
-    (stage,) = plan(model, {"train": build(config["phases"]["train"], "")}, data, Path())
-    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    (phase,) = prepare_phases(model, {"train": build(config["phases"]["train"], "")}, data, Path())
+    trainer = _PhaseTrainer(model, phase, data, 0, choose_precision("auto", device), None, 0, 0)
     batches = list(data.splits["train"].batches(512, torch.Generator()))
     try:
         for step, (images, labels) in enumerate(batches):
-            _step(model, stage, scaler, images, labels, choose_precision("auto", device), (step,))
-            torch.cuda.set_sync_debug_mode("error")  # from the second step on: the first one sets the libraries up
+            trainer.train_step(images, labels, (step,))
+            torch.cuda.set_sync_debug_mode("error")  # from the second step on: the first one initializes the libraries
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -152,10 +165,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(composed, short_digits) -> None
 def test_weights_that_are_not_finite_never_reach_a_checkpoint(composed, short_digits) -> None:
     config = composed("~phases.train")
     model = build(config["model"], "model")
-    stages = plan(model, {"finetune": build(config["phases"]["finetune"], "")}, short_digits, Path())
-    stages[0].scheduler.step = lambda: model.output.weight.data.fill_(float("nan"))  # after the last step's finite loss
+    phases = prepare_phases(model, {"finetune": build(config["phases"]["finetune"], "")}, short_digits, Path())
+    phases[0].scheduler.step = lambda: model.output.weight.data.fill_(float("nan"))  # after the last step's finite loss
     with pytest.raises(NonFiniteLossError, match=r"weights became .* in phase finetune, epoch 1, step 1 of 1"):
-        list(fit(model, stages, short_digits, seed=0, precision=torch.float32))
+        list(fit(model, phases, short_digits, seed=0, precision=torch.float32))
     with pytest.raises(UserError, match="logits are not finite"):
         evaluate(model, short_digits.splits["test"])
 
@@ -178,14 +191,14 @@ def test_precisions_learn(composed, precision: str, short_digits) -> None:
 
 def test_a_phase_on_a_split_that_is_not_there(composed, short_digits) -> None:
     for split in ("test", "nothing"):
-        with pytest.raises(UserError, match=rf"phases\.train\.split={split} .*train, finetune"):
+        with pytest.raises(UserError, match=rf"phases\.train\.split={split} is invalid: expected train or finetune"):
             train(composed(f"phases.train.split={split}"), short_digits)
 
 
 def test_a_device_that_is_not_there() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(UserError, match=r"device=cuda: this machine has none\. Allowed here: auto, cpu"):
+    with pytest.raises(UserError, match=r"device=cuda is invalid: expected auto or .*cpu on this machine"):
         choose_device("cuda")
     assert choose_device("auto").type in ("cpu", "mps")
 
@@ -207,13 +220,14 @@ def assert_equal(first: Any, second: Any) -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd_nesterov", "adamw"])
 def test_resuming_from_any_checkpoint_ends_in_the_same_state(composed, short_digits, optimizer: str) -> None:
-    """In either phase, at the border, within and at the end of an epoch; metrics too, but for the speed."""
+    """In both phases, within an epoch, at its end and between phases; metrics are equal, too, except the speed."""
     config = composed(f"optimizer={optimizer}", "batch_size=300", "phases.train.epochs=2", "phases.finetune.batch_size=10")
 
-    def start() -> tuple[nn.Module, list[Stage]]:
+    def start() -> tuple[nn.Module, list[Phase]]:
         torch.manual_seed(derive_seed(0, "weights"))
         model = build(config["model"], "model")
-        return model, plan(model, {name: build(node, name) for name, node in config["phases"].items()}, short_digits, Path())
+        configs = {name: build(node, name) for name, node in config["phases"].items()}
+        return model, prepare_phases(model, configs, short_digits, Path())
 
     options = {"seed": 0, "precision": choose_precision("auto", torch.device("cpu")), "save_every": 2}
     whole = [copy.deepcopy(report) for report in fit(*start(), short_digits, **options)]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mnist_exp.tracking.mlflow_tracker import provenance
-from mnist_exp.tracking.provenance import MOST_PATCH, uncommitted
+from mnist_exp.tracking import provenance
+from mnist_exp.tracking.provenance import MAX_PATCH, uncommitted
 
 SECRET = "hunter2hunter2"
 
@@ -70,7 +70,7 @@ def test_the_patch_is_bounded_and_says_what_it_leaves_out(repository: Path) -> N
     for number in range(4):
         (repository / "mnist_exp" / f"part{number}.py").write_text("x = 1\n" * 60_000)
     patch, unrecorded = uncommitted(repository)
-    assert len(patch) <= MOST_PATCH
+    assert len(patch) <= MAX_PATCH
     subprocess.run(["git", "-C", repository, "apply", "--check", "--reverse", "-"], input=patch, text=True, check=True)
     named = [line.split("\t")[0] for line in unrecorded.splitlines()]
     assert named

@@ -1,0 +1,127 @@
+"""One run with a double of the tracker: which records it makes, in which order, and with which final status."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mnist_exp.errors import PrunedError
+from mnist_exp.experiment.runner import Prepared, RunRequest, begin, finish, prepare, score, train
+from mnist_exp.storage import checkpoint, run_dir
+from mnist_exp.tracking.base import NullStore, NullTracker, RunInfo
+
+RUN_ID = "0" * 32
+
+
+class RecordingTracker(NullTracker):
+    """Collects (method, arguments) of every call, and the error that ends the run."""
+
+    is_recording = True
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(run_id)
+        self.calls: list[tuple[str, Any]] = []
+        for name in (
+            "log_params",
+            "set_tags",
+            "set_description",
+            "log_metrics",
+            "log_text",
+            "log_file",
+            "log_dataset",
+            "log_model",
+        ):
+            setattr(self, name, lambda *values, name=name: self.calls.append((name, values)))
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.calls.append(("end", kind))
+
+    def names(self, method: str) -> list[Any]:
+        """The last argument of each call of a method."""
+        return [values[-1] for name, values in self.calls if name == method]
+
+
+class RecordingStore(NullStore):
+    def start(self, info: RunInfo, run_id: str | None = None) -> RecordingTracker:
+        self.info, self.tracker = info, RecordingTracker(run_id or RUN_ID)
+        return self.tracker
+
+
+Prepare = Callable[..., tuple[RunRequest, Prepared, RecordingStore]]
+
+
+@pytest.fixture
+def prepared(composed, tmp_path: Path) -> Prepare:
+    """Prepare a short run whose records go to a double."""
+
+    def make(**changes: Any) -> tuple[RunRequest, Prepared, RecordingStore]:
+        config = composed("data=digits", "~phases.train", "tracking=none", f"output_dir={tmp_path}")
+        request = RunRequest(config, {"model": "se_cnn", "data": "digits"}, ["data=digits"], "the command", **changes)
+        store = RecordingStore()
+        return request, replace(prepare(request), store=store), store
+
+    return make
+
+
+def test_a_run_records_its_origin_its_progress_and_its_results_in_plain_data(prepared: Prepare, tmp_path: Path) -> None:
+    request, parts, store = prepared()
+    with begin(request, parts) as recorder:
+        train(request, parts, recorder, None)
+        outcome = finish(request, parts, recorder, score(request, parts, recorder))
+    assert (store.info.name, store.info.command, store.info.parent) == ("se_cnn digits", "the command", None)
+    assert store.info.tags["data"] == "digits"
+    calls = store.tracker.calls
+    texts = [values[1] for name, values in calls if name == "log_text"]
+    provenance = ["provenance/packages.txt", "provenance/uncommitted.diff", "provenance/unrecorded.txt"]
+    assert texts == ["config.yaml", "recipe.json", *provenance, "outcome.json"]
+    assert [(info.split, info.context) for info in store.tracker.names("log_dataset")] == [
+        ("finetune", "finetune"),
+        ("finetune", "validation"),
+        ("test", "test"),
+    ]
+    assert [values[0] for name, values in calls if name == "log_model"] == [tmp_path / RUN_ID / "model"]
+    assert calls[-2][0] == "set_description"
+    assert calls[-1] == ("end", None)
+    assert outcome.last["test/accuracy"] == calls[-3][1][0]["test/accuracy"]
+    allowed = (str, int, float, dict, Path, type(None))
+    assert all(isinstance(value, allowed) for name, values in calls if name not in ("log_dataset", "end") for value in values)
+    assert run_dir.is_finished(tmp_path / RUN_ID)
+
+
+def test_an_error_ends_the_run_and_leaves_it_resumable(prepared: Prepare, tmp_path: Path) -> None:
+    request, parts, store = prepared()
+
+    def fail() -> None:
+        with begin(request, parts) as recorder:
+            train(request, parts, recorder, None)
+            raise MemoryError
+
+    with pytest.raises(MemoryError) as raised:
+        fail()
+    assert store.tracker.calls[-1] == ("end", MemoryError)
+    assert f"resume={RUN_ID}" in raised.value.__notes__[0]
+    assert checkpoint.load(tmp_path / RUN_ID / run_dir.CHECKPOINT).history
+    assert not run_dir.is_finished(tmp_path / RUN_ID)
+
+
+def test_a_resumed_run_keeps_its_id_and_repeats_no_training(prepared: Prepare, tmp_path: Path) -> None:
+    request, parts, _ = prepared()
+    with begin(request, parts) as recorder:
+        train(request, parts, recorder, None)
+    saved = checkpoint.load(tmp_path / RUN_ID / run_dir.CHECKPOINT)
+    request, parts, store = prepared(checkpoint=saved)
+    with begin(request, parts) as recorder:
+        train(request, parts, recorder, None)
+    assert store.tracker.run_id == RUN_ID
+    assert [values[1] for name, values in store.tracker.calls if name == "log_metrics"] == [seen for seen, _ in saved.history]
+    assert "resumed" in store.tracker.names("set_tags")[0]
+
+
+def test_a_search_can_stop_a_run(prepared: Prepare, tmp_path: Path) -> None:
+    request, parts, store = prepared()
+    with pytest.raises(PrunedError, match="pruned at"), begin(request, parts) as recorder:
+        train(request, parts, recorder, lambda examples_seen, metrics: True)
+    assert store.tracker.calls[-1] == ("end", PrunedError)
+    assert run_dir.is_finished(tmp_path / RUN_ID)
