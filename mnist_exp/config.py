@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from fnmatch import fnmatch
+from importlib import import_module
 from typing import Any
 
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -257,8 +258,8 @@ def build(node: Any, key: str, **arguments: Any) -> Any:
     """Instantiate the node `key` of a validated configuration; raises UserError if its target raises."""
     for inner, target in nodes(node, key):
         if inner.endswith("_target_") and str(target).startswith("mnist_exp."):
-            module = target.rpartition(".")[0]
-            if getattr(get_object(target), "__module__", module) != module:  # a name that the module only imports
+            module, _, name = target.rpartition(".")
+            if getattr(getattr(import_module(module), name, None), "__module__", None) != module:  # it may only import the name
                 raise UserError(f"{inner}={target} is not allowed: expected a class or function that {module} defines.")
     try:
         return instantiate(node, _convert_="all", **arguments)

@@ -123,7 +123,7 @@ class SweepDisplay:
 
     def results(self, rows: list[dict[str, str]], ui_command: str | None) -> None:
         """Show the table of all jobs, and the command that opens the sweep in the UI."""
-        show_jobs([{key: value for key, value in row.items() if key != "run"} for row in rows], self.console)
+        show_table([{key: value for key, value in row.items() if key != "run"} for row in rows], self.console)
         _show_ui_command(self.console, ui_command)
 
 
@@ -132,7 +132,7 @@ def _show_ui_command(console: Console, ui_command: str | None) -> None:
         console.print(f"Open it in the MLflow UI: {ui_command}", markup=False, highlight=False, soft_wrap=True)
 
 
-def show_jobs(rows: list[dict[str, str]], console: Console | None = None) -> None:
+def show_table(rows: list[dict[str, str]], console: Console | None = None) -> None:
     """Show a table of runs without its empty columns; unfinished runs are red."""
     console = console or Console()
     table = Table()
@@ -148,7 +148,7 @@ def show_jobs(rows: list[dict[str, str]], console: Console | None = None) -> Non
 def show_comparison(rows: list[dict[str, str]], headline: str, notes: list[str]) -> None:
     """Show the numbers of a comparison, its headline, and notes on its validity."""
     console = Console()
-    show_jobs(rows, console)
+    show_table(rows, console)
     console.print(plain(headline), style="bold")
     for note in notes:
         console.print(plain(f"- {note}"))

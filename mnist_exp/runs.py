@@ -7,11 +7,12 @@ from pathlib import Path
 
 from mnist_exp import HOME
 from mnist_exp.cli import safe_output
-from mnist_exp.console import plain, show_jobs
+from mnist_exp.console import plain, show_table
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import default_store
 from mnist_exp.tracking.base import RunRecord
 from mnist_exp.tracking.mlflow_store import MLflowStore
+from mnist_exp.tracking.tags import SWEEP
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
             if arguments.command == "reap":
                 print(f"{len(reaped)} reaped")
             else:
-                show_jobs(table(store.runs()))
+                show_table(table(store.runs()))
         except UserError as error:
             print(error, file=sys.stderr)
             sys.exit(1)
@@ -44,13 +45,13 @@ def main() -> None:
 
 def table(records: list[RunRecord]) -> list[dict[str, str]]:
     """Return runs, the newest first, as the rows of a table: the newest last, and jobs below their sweep."""
-    children = [record for record in records if "sweep_id" in record.tags]
+    children = [record for record in records if SWEEP in record.tags]
     rows = []
     for record in reversed(records):
-        if "sweep_id" in record.tags:
+        if SWEEP in record.tags:
             continue
         rows.append(row(record.name, record))
-        jobs = [child for child in children if child.tags["sweep_id"] == record.run_id]
+        jobs = [child for child in children if child.tags[SWEEP] == record.run_id]
         rows += [row(f"  {child.name}", child) for child in sorted(jobs, key=lambda child: child.job or 0)]
     return rows
 

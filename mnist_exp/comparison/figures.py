@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mnist_exp.comparison.arms import Arms, Block, Row
 from mnist_exp.comparison.outcomes import Curve, Outcomes, curve, mean_mistakes
-from mnist_exp.tracking.views import COLORS
+from mnist_exp.tracking.colors import COLORS
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")

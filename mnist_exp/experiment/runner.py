@@ -27,6 +27,7 @@ from mnist_exp.storage import run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import DatasetInfo, RunInfo, Store
+from mnist_exp.tracking.tags import CONFIG_HASH, DATA, DIFFERS, JOB, OVERRIDES, RERUN_OF, RESUMED, SWEEP
 
 if TYPE_CHECKING:
     from torch import nn
@@ -200,15 +201,15 @@ def _run_info(request: RunRequest, prepared: Prepared) -> RunInfo:
         **prepared.software,
         **provenance.machine_tags(prepared.device),
         **provenance.process_tags(prepared.output_dir),
-        "data": prepared.data.name,
-        "config_hash": digest(config),
-        "overrides": " ".join(request.overrides),
+        DATA: prepared.data.name,
+        CONFIG_HASH: digest(config),
+        OVERRIDES: " ".join(request.overrides),
     }
     if sweep["id"]:
         shown = [override for override in shown if key_of(override) in sweep["varied"]]
-        tags |= {"sweep_id": sweep["id"], "job_num": str(sweep["job"]), "differs": " ".join(shown)}
+        tags |= {SWEEP: sweep["id"], JOB: str(sweep["job"]), DIFFERS: " ".join(shown)}
     if config["rerun"]:
-        tags["rerun_of"] = config["rerun"]
+        tags[RERUN_OF] = config["rerun"]
     name = run_name(request.choices, shown, prepared.data.name)
     return RunInfo(name, request.command, tags, sweep["id"], sweep["color"])
 
@@ -221,7 +222,7 @@ def train(request: RunRequest, prepared: Prepared, recorder: Recorder, should_pr
         examples_seen = saved.state["examples_seen"] if saved.state else 0
         changes = _changes(request, prepared)
         note = f"at {examples_seen:,} examples" + (f"; {changes}" if changes else "")
-        resumed = provenance.process_tags(prepared.output_dir) | {"resumed": note}
+        resumed = provenance.process_tags(prepared.output_dir) | {RESUMED: note}
     uses = [(phase.config.split, phase.name) for phase in prepared.phases] + [(data.validation, "validation")]
     actual = {"precision": str(prepared.precision).removeprefix("torch."), "device": prepared.device.type, "data": data.name}
     recorder.log_origin(parameters(config, request.choices) | actual, [_dataset(data, *use) for use in uses], resumed)

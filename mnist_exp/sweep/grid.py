@@ -17,7 +17,7 @@ from mnist_exp.overrides import is_location, key_of
 from mnist_exp.signals import install_signal_handlers
 from mnist_exp.storage import run_dir
 from mnist_exp.sweep.jobs import Composer, failed, varied_keys, without_hydra
-from mnist_exp.sweep.parent import Parent, open_parent, refuse_changes, refuse_other_output_dir
+from mnist_exp.sweep.parent import Parent, open_parent, refuse_changed_definition, refuse_other_output_dir
 from mnist_exp.sweep.summary import Progress
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import Store
@@ -87,7 +87,7 @@ class GridSweeper(Sweeper):
         refuse_other_output_dir(record, output_dir, locations)
         jobs = [self.composer.job(job.number, job.overrides) for job in stored.jobs]
         if not self.run_config["sweep"]["force"]:
-            refuse_changes(stored, Definition(type(self).__name__, len(jobs), overrides, provenance.software(), jobs))
+            refuse_changed_definition(stored, Definition(type(self).__name__, len(jobs), overrides, provenance.software(), jobs))
         return record.run_id, self.resumed(stored)
 
     def define(self, overrides: list[str]) -> list[Job]:

@@ -18,8 +18,8 @@ from mnist_exp.config import digest, resolve
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import GROUPS, key_of, parse
 from mnist_exp.tracking.base import RunRecord
+from mnist_exp.tracking.colors import COLORS
 from mnist_exp.tracking.definition import Job
-from mnist_exp.tracking.views import COLORS
 
 
 class Composer:

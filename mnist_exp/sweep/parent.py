@@ -20,6 +20,7 @@ from mnist_exp.sweep.summary import as_csv, describe_sweep, job_table
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import RunInfo, RunRecord, Store, Tracker
 from mnist_exp.tracking.definition import Definition, Job
+from mnist_exp.tracking.tags import HOST, OUTPUT_DIR, OVERRIDES, PID, SWEEP_JOBS
 
 ORPHAN_PATIENCE = 60.0  # seconds for the jobs of a killed parent to end
 
@@ -101,8 +102,8 @@ class Parent:
                 return
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"Run {alive[0].run_id} of this sweep still seems to be running, as process {alive[0].tags.get('pid')} on "
-                    f"{alive[0].tags.get('host')}. Wait for it or stop it. If it is dead, run `{command('runs', 'reap')}` on "
+                    f"Run {alive[0].run_id} of this sweep still seems to be running, as process {alive[0].tags.get(PID)} on "
+                    f"{alive[0].tags.get(HOST)}. Wait for it or stop it. If it is dead, run `{command('runs', 'reap')}` on "
                     "that machine, or continue with sweep.force=true."
                 )
             time.sleep(1)
@@ -142,7 +143,7 @@ def open_parent(
     output_dir = run_dir.make_folder(Path(config["output_dir"]))
     process_tags = provenance.process_tags(output_dir)
     tags = provenance.git_tags() | definition.software | process_tags
-    tags |= {"overrides": " ".join(definition.overrides), "sweep_jobs": str(definition.total)}
+    tags |= {OVERRIDES: " ".join(definition.overrides), SWEEP_JOBS: str(definition.total)}
     info = RunInfo(f"sweep {' by '.join(varied) or 'of one'}", command("run", "-m", *flags, *definition.overrides), tags)
     with ExitStack() as lock, ExitStack() as running:  # the lock outlasts the final status
         if sweep_id:
@@ -179,7 +180,7 @@ def refuse_other_output_dir(parent: RunRecord, output_dir: Path, locations: Sequ
 
     The tag alone is never trusted: anyone who can write to the store could redirect a sweep with it.
     """
-    stored = parent.tags.get("output_dir", "")
+    stored = parent.tags.get(OUTPUT_DIR, "")
     if stored != str(output_dir.absolute()) and not any(key_of(override) == "output_dir" for override in locations):
         raise UserError(
             f"sweep.resume={parent.run_id}: the sweep was not started with output_dir={output_dir.absolute()}, but with "
@@ -188,7 +189,7 @@ def refuse_other_output_dir(parent: RunRecord, output_dir: Path, locations: Sequ
         )
 
 
-def refuse_changes(stored: Definition, current: Definition) -> None:
+def refuse_changed_definition(stored: Definition, current: Definition) -> None:
     """Raise UserError if a sweep would not be resumed as it was started.
 
     Args:

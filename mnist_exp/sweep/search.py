@@ -14,6 +14,7 @@ from mnist_exp.sweep.parent import Parent
 from mnist_exp.sweep.summary import RANKED_BY
 from mnist_exp.sweep.workers import cores
 from mnist_exp.tracking.definition import Definition, Job
+from mnist_exp.tracking.tags import PRUNED
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -160,7 +161,7 @@ def tell_study(study: "Study", parent: Parent) -> None:
         child = children.get(trial.number)
         if child and child.status == "FINISHED" and RANKED_BY in child.metrics:
             study.tell(trial.number, child.metrics[RANKED_BY])
-        elif child and "pruned" in child.tags:
+        elif child and PRUNED in child.tags:
             study.tell(trial.number, state=TrialState.PRUNED)
         elif child:
             study.tell(trial.number, state=TrialState.FAIL)

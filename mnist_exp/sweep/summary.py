@@ -10,6 +10,7 @@ from hydra.core.utils import JobStatus
 from mnist_exp.sweep.jobs import Returns, by_job, failure_reason, return_value
 from mnist_exp.tracking.base import RunRecord, Store
 from mnist_exp.tracking.definition import Job
+from mnist_exp.tracking.tags import ERROR, PRUNED
 
 RANKED_BY = "val/accuracy"  # never a metric of the test set
 SHOWN = ("val/accuracy", "test/accuracy", "test/loss", "time/total_seconds")
@@ -51,8 +52,8 @@ def job_table(jobs: list[Job], children: list[RunRecord], returns: Returns) -> l
         child, returned = latest.get(job.number), returns.get(job.number)
         value, error = return_value(returned), failure_reason(returned)
         if child:
-            status = "PRUNED" if "pruned" in child.tags else child.status
-            error = (error or child.tags.get("error", "")) if status != "FINISHED" else ""
+            status = "PRUNED" if PRUNED in child.tags else child.status
+            error = (error or child.tags.get(ERROR, "")) if status != "FINISHED" else ""
         elif returned and returned.status == JobStatus.COMPLETED:
             status = "FINISHED"
         else:

@@ -9,6 +9,7 @@ from uuid import uuid4
 
 from mnist_exp.errors import ResumableError, UserError
 from mnist_exp.tracking.definition import Definition
+from mnist_exp.tracking.tags import COMMIT, DATA, JOB, PRUNED
 
 
 class StoreAwayError(UserError):
@@ -91,23 +92,23 @@ class RunRecord:
     @property
     def job(self) -> int | None:
         """The number of the run's job in its sweep, None for a single run."""
-        number = self.tags.get("job_num", "")
+        number = self.tags.get(JOB, "")
         return int(number) if number.isdecimal() and len(number) < 10 else None
 
     @property
     def data(self) -> str:
         """The name of the data set, empty if unknown."""
-        return self.tags.get("data", "")
+        return self.tags.get(DATA, "")
 
     @property
     def commit(self) -> str:
         """The commit of the code, empty if unknown."""
-        return self.tags.get("mlflow.source.git.commit", "")
+        return self.tags.get(COMMIT, "")
 
     @property
     def is_done(self) -> bool:
         """Whether no work is left: the run has finished, or a search has pruned it."""
-        return self.status == "FINISHED" or "pruned" in self.tags
+        return self.status == "FINISHED" or PRUNED in self.tags
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from mnist_exp.overrides import check_stored, command
 from mnist_exp.redaction import redact, redact_all
 from mnist_exp.signals import defer_signals
 from mnist_exp.storage import run_dir
+from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import Recipe, RunInfo, RunRecord, StoreAwayError, StoredRun
 from mnist_exp.tracking.connection import Result, absolute_uri, connect, first_line, is_refusal, retry
 from mnist_exp.tracking.definition import Definition, parse_definition
-from mnist_exp.tracking.mlflow_tracker import DESCRIPTION_TAG, MLflowTracker, terminate
+from mnist_exp.tracking.mlflow_tracker import MLflowTracker, terminate
 from mnist_exp.tracking.views import run_path
 
 if TYPE_CHECKING:
@@ -64,9 +65,9 @@ class MLflowStore:
         self.open()
         if run_id:
             return self._retry(lambda: MLflowTracker(self.client, self.uri, self._reopen(run_id), self.patience))
-        tags = {**info.tags, "mlflow.source.type": "LOCAL", "mlflow.source.name": info.command}
-        tags |= {"mlflow.parentRunId": info.parent} if info.parent else {}
-        tags |= {"mlflow.runColor": info.color} if info.color else {}
+        tags = {**info.tags, tag.COMMAND_TYPE: "LOCAL", tag.COMMAND: info.command}
+        tags |= {tag.PARENT: info.parent} if info.parent else {}
+        tags |= {tag.COLOR: info.color} if info.color else {}
         name, tags = redact(info.name), redact_all(tags)
         run = self._project_run(name, tags) or self.client.create_run(self.experiment_id, run_name=name, tags=tags)
         if not RUN_ID.fullmatch(run.info.run_id):  # it becomes the name of a folder
@@ -97,7 +98,7 @@ class MLflowStore:
     def _reopen(self, run_id: str) -> "Run":
         run = self.get_run(run_id)
         self.experiment_id = run.info.experiment_id
-        for key in {"error", "pruned"} & run.data.tags.keys():  # they describe an end that no longer holds
+        for key in {tag.ERROR, tag.PRUNED} & run.data.tags.keys():  # they describe an end that no longer holds
             self.client.delete_tag(run_id, key)
         self.client.update_run(run_id, status="RUNNING")
         return run
@@ -135,7 +136,7 @@ class MLflowStore:
 
     def children(self, sweep_id: str, ended_after: int = 0) -> list[RunRecord]:
         ended = f" and attributes.end_time > {ended_after}" if ended_after else ""
-        found = self._retry(lambda: self.runs(f"tags.sweep_id = '{sweep_id}'{ended}"))
+        found = self._retry(lambda: self.runs(f"tags.{tag.SWEEP} = '{sweep_id}'{ended}"))
         return [record for record in found if record.job is not None]
 
     def delete(self, run_id: str) -> None:
@@ -145,8 +146,8 @@ class MLflowStore:
         def mark() -> bool:
             run = self.client.get_run(run_id)
             is_running = bool(run.info.status == "RUNNING")  # it may have ended in the meantime
-            if is_running or run.data.tags.get("error") in (PROCESS_DIED, PROCESS_LEFT):
-                self.client.set_tag(run_id, "error", redact(reason))
+            if is_running or run.data.tags.get(tag.ERROR) in (PROCESS_DIED, PROCESS_LEFT):
+                self.client.set_tag(run_id, tag.ERROR, redact(reason))
             if is_running:
                 terminate(self.client, run_id, "KILLED")
             return is_running
@@ -166,7 +167,7 @@ class MLflowStore:
         from pydantic import TypeAdapter, ValidationError
 
         run = self.get_run(run_id)
-        if "sweep_jobs" in run.data.tags:
+        if tag.SWEEP_JOBS in run.data.tags:
             raise UserError(f"Run {run_id} is a sweep: choose one of its jobs, which `{command('runs', 'list')}` shows.")
         try:
             recipe = TypeAdapter(Recipe).validate_json(self._download(run_id, "recipe.json"))
@@ -178,7 +179,7 @@ class MLflowStore:
         return StoredRun(_record(run), recipe, points)
 
     def find_sweep(self, sweep: str, *, finished_too: bool) -> tuple[RunRecord, Definition]:
-        sweeps = self.runs("tags.sweep_jobs LIKE '%'")
+        sweeps = self.runs(f"tags.{tag.SWEEP_JOBS} LIKE '%'")
         allowed = [record for record in sweeps if finished_too or record.status != "FINISHED"]
         wanted = allowed if sweep == "latest" else [record for record in sweeps if record.run_id == sweep]
         for record in sorted(wanted, key=lambda record: record.started, reverse=True):
@@ -220,7 +221,7 @@ class MLflowStore:
 
         try:
             self.client.log_artifact(run_id, str(file))
-            for key, value in {**tags, DESCRIPTION_TAG: description}.items():
+            for key, value in {**tags, tag.DESCRIPTION: description}.items():
                 self.client.set_tag(run_id, key, value)
             address = f"{self.client.get_run(run_id).info.artifact_uri}/{file.name}"
         except (MlflowException, SQLAlchemyError, OSError) as error:
@@ -237,7 +238,7 @@ def _record(run: "Run") -> RunRecord:
     info, data = run.info, run.data
     inputs = run.inputs.dataset_inputs if run.inputs else []
     digests = {item.dataset.name.rpartition("-")[2]: item.dataset.digest for item in inputs}
-    description = data.tags.get(DESCRIPTION_TAG, "")
+    description = data.tags.get(tag.DESCRIPTION, "")
     return RunRecord(
         info.run_id, info.experiment_id, info.run_name, info.status, info.start_time, info.end_time, dict(data.params),
         dict(data.metrics), dict(data.tags), digests, info.artifact_uri, description,
@@ -257,13 +258,13 @@ def _outcome(record: RunRecord) -> Any:
 @contextmanager
 def _abandoned(record: RunRecord, output_dir: Path) -> Iterator[str | None]:
     """Yield the reason why nobody works on a RUNNING run, None if somebody may; the run stays locked for the block."""
-    if record.tags.get("host") != platform.node() or not {"pid", "output_dir"} <= record.tags.keys():
+    if record.tags.get(tag.HOST) != platform.node() or not {tag.PID, tag.OUTPUT_DIR} <= record.tags.keys():
         yield None
         return
-    reason = PROCESS_LEFT if _is_alive(record.tags["pid"]) else PROCESS_DIED
+    reason = PROCESS_LEFT if _is_alive(record.tags[tag.PID]) else PROCESS_DIED
     folder = output_dir / record.run_id
     # The tag could name any folder: a lock is examined only below the command's own output_dir.
-    if record.tags["output_dir"] != str(output_dir) or not (folder / run_dir.LOCK).exists():
+    if record.tags[tag.OUTPUT_DIR] != str(output_dir) or not (folder / run_dir.LOCK).exists():
         yield reason if reason == PROCESS_DIED else None
         return
     with run_dir.try_lock(folder) as locked:

@@ -14,6 +14,7 @@ from mnist_exp.errors import PrunedError
 from mnist_exp.overrides import command
 from mnist_exp.redaction import redact, without_credentials
 from mnist_exp.signals import defer_signals
+from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import DatasetInfo, StoreGoneError
 from mnist_exp.tracking.connection import first_line, is_refusal, restore_command, store_variable
 from mnist_exp.tracking.views import run_path
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 BATCH_LIMIT = 1000  # metrics in one request to MLflow
 RETRY_AFTER = 10.0  # seconds between two attempts to reach a store that is away
-DESCRIPTION_TAG = "mlflow.note.content"
 
 
 class Outbox:
@@ -81,11 +81,11 @@ class MLflowTracker:
         stopped = isinstance(error, KeyboardInterrupt | PrunedError)
         status = "FINISHED" if error is None else "KILLED" if stopped else "FAILED"
         if isinstance(error, PrunedError):
-            self.set_tags({"pruned": str(error), "error": str(error)})
+            self.set_tags({tag.PRUNED: str(error), tag.ERROR: str(error)})
         elif error is not None:
             self.log_text("".join(traceback.format_exception(error)), "traceback.txt")
             message = redact(str(error)).strip() or type(error).__name__  # masked before it is cut
-            self.set_tags({"error": message.splitlines()[0][:250]})
+            self.set_tags({tag.ERROR: message.splitlines()[0][:250]})
         self._queue_metrics()
         self._outbox.add(partial(terminate, self.client, self.run_id, status), send=False)
         deadline = time.monotonic() + self.patience
@@ -116,7 +116,7 @@ class MLflowTracker:
         self._outbox.add(lambda: self.client.log_batch(self.run_id, tags=entities))
 
     def set_description(self, description: str) -> None:
-        self.set_tags({DESCRIPTION_TAG: description})
+        self.set_tags({tag.DESCRIPTION: description})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
@@ -158,7 +158,7 @@ class MLflowTracker:
             schema=json.dumps({"images": "uint8 (n, 1, 28, 28)", "labels": "int64 (n,)"}),
             profile=json.dumps({"num_rows": dataset.size, "epoch_size": dataset.epoch_size}),
         )
-        inputs = [DatasetInput(entity, [InputTag("mlflow.data.context", dataset.context)])]
+        inputs = [DatasetInput(entity, [InputTag(tag.DATASET_CONTEXT, dataset.context)])]
         self._outbox.add(lambda: self.client.log_inputs(self.run_id, inputs))
 
     def log_model(self, folder: Path) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mnist_exp import CHECKOUT, PACKAGE
 from mnist_exp.redaction import redact
+from mnist_exp.tracking.tags import BRANCH, COMMIT, DIRTY, HOST, OUTPUT_DIR, PID, USER
 
 if TYPE_CHECKING:
     import torch
@@ -54,9 +55,9 @@ def git_tags() -> dict[str, str]:
     if not commit:
         return {}
     return {
-        "mlflow.source.git.commit": commit,
-        "git.branch": _line(CHECKOUT, "rev-parse", "--abbrev-ref", "HEAD"),
-        "git.dirty": str(bool(_git(CHECKOUT, "status", "--porcelain"))).lower(),
+        COMMIT: commit,
+        BRANCH: _line(CHECKOUT, "rev-parse", "--abbrev-ref", "HEAD"),
+        DIRTY: str(bool(_git(CHECKOUT, "status", "--porcelain"))).lower(),
     }
 
 
@@ -161,10 +162,10 @@ def packages() -> str:
 def process_tags(output_dir: Path) -> dict[str, str]:
     """Return the process that works on a run, so that others can later find out whether it is alive."""
     return {
-        "host": platform.node(),
-        "pid": str(os.getpid()),
-        "output_dir": str(output_dir.absolute()),
-        "mlflow.user": user(),
+        HOST: platform.node(),
+        PID: str(os.getpid()),
+        OUTPUT_DIR: str(output_dir.absolute()),
+        USER: user(),
     }
 
 

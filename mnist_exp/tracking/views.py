@@ -1,14 +1,12 @@
-"""Runs as the MLflow UI shows them: addresses, colors, and the saved view with the leaderboard."""
+"""Runs as the MLflow UI shows them: addresses, and the saved view with the leaderboard."""
 
 import base64
 import json
 import time
 import zlib
 
-# Colors of arms in charts, which color-blind people can distinguish (Okabe and Ito, 2008).
-COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LEADERBOARD = "leaderboard"
-# MLflow has no public interface for saved views. The UI reads them from this tag; tests/tracking/test_ui.py opens one.
+# MLflow has no public interface for saved views. The UI reads them from this tag; tests/commands/test_ui.py opens one.
 VIEW_TAG = f"mlflow.sharedViewState.{LEADERBOARD}"
 COLUMNS = (
     "metrics.`test/accuracy`",

@@ -31,8 +31,8 @@ def run(installed: Path, here: Path, *arguments: str) -> subprocess.CompletedPro
 
 
 def test_it_trains_into_the_current_folder(installed: Path, tmp_path: Path) -> None:
-    where = run(installed, tmp_path, "mnist_exp.run", "--cfg", "job")
-    assert where.returncode == 0, where.stderr
+    composed = run(installed, tmp_path, "mnist_exp.run", "--cfg", "job")
+    assert composed.returncode == 0, composed.stderr
     done = run(installed, tmp_path, "mnist_exp.run", "data=digits", "~phases.train")
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", "mlflow.db.lock", "mlartifacts", "outputs"}

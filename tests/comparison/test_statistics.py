@@ -60,7 +60,7 @@ def numbers(comparison: Comparison) -> dict[str, float]:
 
 
 def same_interval(first: Interval, second: Interval) -> bool:
-    """Whether two intervals agree: but for rounding those of t; BCa's ends may also move on to a neighbouring resample."""
+    """Whether two intervals agree: but for rounding those of t; BCa's ends may also move on to a neighboring resample."""
     slack = 1e-9 if first.method == "t" else 0.05 * (first.high - first.low)
     return first.method == second.method and np.allclose(astuple(first)[:2], astuple(second)[:2], rtol=1e-7, atol=slack)
 

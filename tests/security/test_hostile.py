@@ -20,7 +20,7 @@ from mnist_exp.storage import checkpoint
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.storage.run_dir import CHECKPOINT
 
-pytestmark = pytest.mark.slow  # 1,440 inputs in a minute
+pytestmark = pytest.mark.slow  # 1,000 inputs in a minute
 PATIENT = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 EDITS = st.lists(st.tuples(st.integers(0, 10**7), st.binary(min_size=0, max_size=4), st.integers(0, 4)), min_size=1, max_size=4)
 
@@ -40,7 +40,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (folder / CHECKPOINT).read_bytes()
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=PATIENT)
+@settings(max_examples=300, deadline=None, suppress_health_check=PATIENT)
 @given(edits=EDITS)
 def test_edited_checkpoints(saved: bytes, tmp_path: Path, edits: list[tuple[int, bytes, int]]) -> None:
     path = tmp_path / CHECKPOINT
@@ -102,7 +102,7 @@ VALUES = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=PATIENT)
+@settings(max_examples=150, deadline=None, suppress_health_check=PATIENT)
 @given(overrides=st.lists(st.one_of(st.builds("{}={}".format, KEYS, VALUES), st.text(max_size=15)), min_size=1, max_size=3))
 def test_any_command_line(overrides: list[str]) -> None:
     """What the command line shows as one message; the last is what Hydra raises for a value that it cannot use."""

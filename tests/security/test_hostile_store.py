@@ -1,6 +1,6 @@
 """What is stored may be written by others: nothing outside the command line's own folders is opened, created or changed by it.
 
-Each test stores a value that points to a bait, a folder beside the output folder and the store, and goes on with what is stored.
+Each test stores a value that points to a bait, a folder next to the output folder and the store, and then reads the store.
 """
 
 import json
@@ -98,7 +98,7 @@ def sweep(store: str, tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.mark.parametrize("override", HOSTILE)
-@pytest.mark.parametrize("flags", [(), ("sweep.force=true",)], ids=["", "insist"])
+@pytest.mark.parametrize("flags", [(), ("sweep.force=true",)], ids=["", "force"])
 def test_overrides_in_a_sweep(
     override: str, flags: tuple[str, ...], sweep: Callable[..., str], bait: Path, in_process: CommandLine
 ) -> None:

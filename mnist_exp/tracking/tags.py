@@ -1,0 +1,23 @@
+"""The tags of runs, and MLflow's own names for some of them."""
+
+DATA = "data"  # the name of the data set
+OVERRIDES = "overrides"  # of the command line, without locations
+CONFIG_HASH = "config_hash"  # the digest of the configuration that affects the outcome
+RESUMED = "resumed"  # at how many examples, and in which changed environment
+RERUN_OF = "rerun_of"  # the id of the run that was repeated
+ERROR = "error"  # the reason why the run did not finish, in one line
+PRUNED = "pruned"  # the reason why a search stopped the run
+
+SWEEP_JOBS = "sweep_jobs"  # of a sweep's parent: the number of its jobs
+SWEEP = "sweep_id"  # of a job: the id of the parent
+JOB = "job_num"  # of a job: its number
+DIFFERS = "differs"  # of a job: the overrides that differ between jobs
+
+HOST, PID, OUTPUT_DIR, USER = "host", "pid", "output_dir", "mlflow.user"  # the process that works on the run
+
+COMMIT, BRANCH, DIRTY = "mlflow.source.git.commit", "git.branch", "git.dirty"
+COMMAND, COMMAND_TYPE = "mlflow.source.name", "mlflow.source.type"
+PARENT = "mlflow.parentRunId"
+COLOR = "mlflow.runColor"
+DESCRIPTION = "mlflow.note.content"
+DATASET_CONTEXT = "mlflow.data.context"
