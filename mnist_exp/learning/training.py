@@ -189,7 +189,8 @@ def fit(
 ) -> Iterator[Report]:
     """Train `model` through `phases`, and yield reports.
 
-    There are at most `REPORTS_PER_EPOCH` reports an epoch and one at each checkpoint. The last of an epoch contains validation and state.
+    There are at most `REPORTS_PER_EPOCH` reports an epoch and one at each checkpoint. The last of an epoch contains validation
+    and state.
     A device other than the CPU runs ahead of this function, which waits for it at checkpoints only. Reports and errors since
     the previous checkpoint then arrive together.
 
