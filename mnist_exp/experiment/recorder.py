@@ -18,13 +18,11 @@ from mnist_exp.signals import Interrupted, defer_signals
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import model_export, provenance
-from mnist_exp.tracking.base import DatasetInfo, RunInfo, Store, Tracker
+from mnist_exp.tracking.base import OUTCOME, DatasetInfo, RunInfo, Store, Tracker
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
-
-OUTCOME = "outcome.json"
 
 
 class Recorder:

@@ -18,7 +18,7 @@ from mnist_exp.storage import run_dir
 from mnist_exp.sweep.jobs import by_job, common_data, failure_reason, job_colors
 from mnist_exp.sweep.summary import as_csv, describe_sweep, job_table
 from mnist_exp.tracking import provenance
-from mnist_exp.tracking.base import RunInfo, RunRecord, Store, Tracker
+from mnist_exp.tracking.base import PROCESS_DIED, RunInfo, RunRecord, Store, Tracker
 from mnist_exp.tracking.definition import Definition, Job
 from mnist_exp.tracking.tags import HOST, OUTPUT_DIR, OVERRIDES, PID, SWEEP_JOBS
 
@@ -90,7 +90,7 @@ class Parent:
         """Set the runs of jobs that are still RUNNING to KILLED; the launcher has returned without them."""
         for number, child in by_job(self.children()).items():
             if number in numbers and child.status in ("RUNNING", "KILLED"):
-                self.store.mark_killed(child.run_id, failure_reason(self.returns[number]) or "its process died")
+                self.store.mark_killed(child.run_id, failure_reason(self.returns[number]) or PROCESS_DIED)
 
     def wait_for_orphans(self) -> None:
         """Wait for jobs of a killed parent, which end by themselves; raises UserError if one does not."""

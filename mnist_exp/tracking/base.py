@@ -11,6 +11,9 @@ from mnist_exp.errors import ResumableError, UserError
 from mnist_exp.tracking.definition import Definition
 from mnist_exp.tracking.tags import COMMIT, DATA, JOB, PRUNED
 
+OUTCOME = "outcome.json"  # the artifact with the history and the mistakes of a run
+PROCESS_DIED = "its process died"  # a reason that a better known one may replace
+
 
 class StoreAwayError(UserError):
     """The store does not answer."""

@@ -19,7 +19,7 @@ from mnist_exp.redaction import redact, redact_all
 from mnist_exp.signals import defer_signals
 from mnist_exp.storage import run_dir
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.base import Recipe, RunInfo, RunRecord, StoreAwayError, StoredRun
+from mnist_exp.tracking.base import OUTCOME, PROCESS_DIED, Recipe, RunInfo, RunRecord, StoreAwayError, StoredRun
 from mnist_exp.tracking.connection import Result, absolute_uri, connect, first_line, is_refusal, retry
 from mnist_exp.tracking.definition import Definition, parse_definition
 from mnist_exp.tracking.mlflow_tracker import MLflowTracker, terminate
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 RUN_ID = re.compile("[0-9a-f]{32}")
-OUTCOME = "outcome.json"  # the history and the mistakes of a run
-PROCESS_DIED = "its process died"
 PROCESS_LEFT = "its process no longer works on it"
 
 
