@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-from hydra.errors import HydraException
-from omegaconf import DictConfig
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from mnist_exp.config import did_you_mean
+from mnist_exp.config import did_you_mean, nodes
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import PARTS
+from mnist_exp.overrides import GROUPS, PARTS
 from mnist_exp.redaction import redact
 from mnist_exp.signals import Interrupted
 
@@ -107,6 +107,29 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(text in str(error) for text in messages))
 
 
+# Names that people know from elsewhere, and ours.
+SYNONYMS = {
+    "learning_rate": "lr", "num_epochs": "epochs", "max_epochs": "epochs", "bs": "batch_size", "batchsize": "batch_size",
+    "wd": "weight_decay", "random_seed": "seed", "random_state": "seed", "train_batch_size": "batch_size",
+}  # fmt: skip
+
+
+def _hint(full_key: str, node: DictConfig) -> str:
+    """Return ' (did you mean ...?)' for an unknown key of `node`: a synonym, a key further down, or one of similar spelling."""
+    path, _, name = full_key.rpartition(".")
+    name = SYNONYMS.get(name, name)
+    prefix = f"{path}." if path else ""
+    if name in node:
+        return f" (did you mean {prefix}{name}?)"
+    content = OmegaConf.to_container(node, resolve=False)
+    below = [f"{prefix}{key}" for key, _ in nodes(content) if key.rpartition(".")[2] == name]
+    first = " in the first phase" if name == "lr" and not path else ""
+    if below:
+        return f" (did you mean {f'{first} or '.join(below[:2])}?)"
+    similar = did_you_mean(name, {str(key) for key in node})
+    return similar.replace("did you mean ", f"did you mean {prefix}")
+
+
 def explain(error: Exception) -> str:
     """Return the message for the user: the problem and the remedy."""
     if _out_of_memory(error):
@@ -120,9 +143,22 @@ def explain(error: Exception) -> str:
         if shared:
             return f"{cause.full_key} refers to a key at the top level: override {shared[1]} instead."
         if isinstance(cause.parent_node, DictConfig):
-            known = {str(key) for key in cause.parent_node}
-            hint = did_you_mean(str(cause.key), known)
-            return f"{cause.full_key} is not a key of the configuration{hint}. Expected one of: {', '.join(sorted(known))}."
+            known = sorted(map(str, cause.parent_node))
+            hint = _hint(cause.full_key, cause.parent_node)
+            return f"{cause.full_key} is not a key of the configuration{hint}. Expected one of: {', '.join(known)}."
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        options = ", ".join(sorted(error.options))
+        return f"{group}={option} is invalid: expected one of {options}{did_you_mean(option, set(error.options))}."
+    ambiguous = re.match(r"Ambiguous value for argument '([^=']+)=(.*)'", str(error).strip())
+    if ambiguous:
+        key, values = ambiguous.groups()
+        if key.partition("@")[0] in GROUPS:
+            return f"{key}={values} chooses several options: add -m to run one job for each, or choose one."
+        return (
+            f"{key}={values} gives several values: add -m to run one job for each, or write {key}=[{values}] for a list, "
+            f"\"{key}='{values}'\" for a string."
+        )
     if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
         return f"{error}\n{cause}"
     return (

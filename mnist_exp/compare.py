@@ -14,7 +14,7 @@ from mnist_exp import CONF, HOME
 from mnist_exp.cli import run_command
 from mnist_exp.config import as_dict, build, check_target, nodes
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import command, key_of
+from mnist_exp.overrides import command, key_of, text_of, typed_ids
 from mnist_exp.redaction import redact
 from mnist_exp.signals import install_signal_handlers
 from mnist_exp.tracking.base import RunRecord, Store
@@ -41,10 +41,15 @@ def task(composed: DictConfig) -> None:
     from mnist_exp.comparison import arms, outcomes, report, wording
     from mnist_exp.console import show_comparison, show_report
 
-    config = as_dict(composed)
+    overrides = HydraConfig.get().overrides.task
+    added = [override for override in overrides if key_of(override).partition(".")[0] not in KEYS]
+    if added:
+        raise UserError(f"{' '.join(added)} is invalid: expected keys among {', '.join(sorted(KEYS))}.")
+    # conf/local/default.yaml may set keys of the run command as well.
+    config = {key: value for key, value in as_dict(composed).items() if key in KEYS} | typed_ids(overrides, ["sweep"])
     check(config)
     # As typed: [8,16,20] and null are values of an arm here, not a list and None.
-    typed = dict(split(override) for override in HydraConfig.get().overrides.task)
+    typed = dict(split(override) for override in overrides)
     store: Store = build(config["tracking"], "tracking")
     parent, definition = store.find_sweep(config["sweep"], finished_too=True)
     jobs = {job.number: dict(split(override) for override in job.overrides) for job in definition.jobs}
@@ -72,13 +77,15 @@ def publish(store: Store, parent: RunRecord, headline: str, page: str) -> str:
 
 def check(config: dict[str, Any]) -> None:
     """Raise UserError if the configuration has wrong keys, targets or values."""
-    if config.keys() != KEYS:
-        wrong = ", ".join(sorted(config.keys() ^ KEYS))
-        raise UserError(f"The command line adds or removes {wrong}: expected values for {', '.join(sorted(KEYS))}.")
+    if not config.keys() >= KEYS:
+        raise UserError(f"The command line removes {', '.join(sorted(KEYS - config.keys()))}: expected only changed values.")
     for key, value in nodes(config):
         check_target(key, value)
-    if not re.fullmatch("latest|[0-9a-f]{32}", str(config["sweep"])):
-        raise UserError(f"sweep={config['sweep']} is invalid: expected the id of a sweep, 32 hexadecimal digits, or latest.")
+    if not re.fullmatch("latest|[0-9a-f]{6,32}", str(config["sweep"])):
+        raise UserError(
+            f"sweep={config['sweep']} is invalid: expected the id of a sweep, a prefix of at least 6 hexadecimal digits, or "
+            "latest."
+        )
     metrics = config["metrics"] = [config["metrics"]] if isinstance(config["metrics"], str) else config["metrics"]
     if metrics is not None and not (isinstance(metrics, list) and metrics and all(isinstance(item, str) for item in metrics)):
         raise UserError(
@@ -118,7 +125,7 @@ def test_images(arms: "Arms") -> "Tensor | None":
 
 def split(override: str) -> tuple[str, str]:
     """Return the key and the value of an override."""
-    return key_of(override), override.partition("=")[2]
+    return key_of(override), text_of(override)
 
 
 if __name__ == "__main__":

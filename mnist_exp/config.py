@@ -1,11 +1,13 @@
 """The composed configuration: resolve it to plain values, validate it, and instantiate its nodes."""
 
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from fnmatch import fnmatch
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -14,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp import HOME
-from mnist_exp.errors import UserError
+from mnist_exp.errors import ArgumentError, UserError
 from mnist_exp.overrides import NEUTRAL, PARTS, RECIPE
 from mnist_exp.redaction import without_credentials
 
@@ -22,8 +24,10 @@ OmegaConf.register_new_resolver("root", lambda path: str(HOME / path), replace=T
 OmegaConf.register_new_resolver("without_credentials", without_credentials, replace=True)
 OmegaConf.register_new_resolver("scaled", lambda value, at, to: value * to / at, replace=True)
 
-KEYS = RECIPE | {"output_dir", "save_every", "resume", "rerun", "sweep", "tracking"}
-REQUIRED = KEYS - {*PARTS, "save_every", "resume", "rerun"}  # the parts: through phases
+KEYS = RECIPE | {"output_dir", "parameter_limit", "save_every", "resume", "rerun", "sweep", "tracking", "shape"}
+NULLABLE = {"parameter_limit", "save_every", "resume", "rerun"}
+# The phases require their own parts. The shape of the data is not in conf/: a run adds it to the configuration that it stores.
+REQUIRED = KEYS - {*PARTS, "shape"}
 
 # The allowed targets of each part of the configuration. One name in one module: torch.os.system must not be reachable.
 TARGETS = {
@@ -52,14 +56,6 @@ def _number(valid: Callable[[float], bool]) -> Callable[[Any], bool]:
     return check
 
 
-def _numbers(valid: Callable[[float], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(_number(valid), value))
-
-
-def _three_integers(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(map(_integer(1), value))
-
-
 def _one_of(*allowed: str | None) -> Callable[[Any], bool]:
     return lambda value: (value is None or isinstance(value, str)) and value in allowed
 
@@ -69,7 +65,7 @@ def _text(value: Any) -> bool:
 
 
 def _run_id(value: Any) -> bool:
-    return bool(re.fullmatch("latest|[0-9a-f]{32}", str(value)))
+    return bool(re.fullmatch("latest|[0-9a-f]{6,32}", str(value)))
 
 
 def _one_run(value: Any) -> bool:
@@ -79,6 +75,15 @@ def _one_run(value: Any) -> bool:
 def _different_runs(value: Any) -> bool:
     runs = isinstance(value, list) and bool(value) and all(isinstance(run, str) and _one_run(run) for run in value)
     return runs and len(set(value)) == len(value)
+
+
+def _shape(value: Any) -> bool:
+    names = {"classes", "side", "in_channels"}
+    return isinstance(value, dict) and value.keys() == names and all(map(_integer(1), value.values()))
+
+
+def _two_fractions(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_number(lambda item: 0 <= item < 1), value))
 
 
 def _or_null(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -93,65 +98,40 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "device": (_one_of("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda or mps"),
     "output_dir": (_text, "a folder"),
     "save_every": (_or_null(_integer(1)), "an integer >= 1 (steps), or null"),
-    "resume": (_or_null(_run_id), "a run id of 32 hexadecimal digits, latest, or null"),
-    "rerun": (_or_null(_one_run), "a run id of 32 hexadecimal digits, or null"),
-    "sweep.resume": (_or_null(_run_id), "a sweep id of 32 hexadecimal digits, latest, or null"),
+    "resume": (_or_null(_run_id), "the id of a run, or a prefix of at least 6 hexadecimal digits, latest, or null"),
+    "rerun": (_or_null(_one_run), "the id of a run, or a prefix of at least 6 hexadecimal digits, or null"),
+    "sweep.resume": (_or_null(_run_id), "the id of a sweep, or a prefix of at least 6 hexadecimal digits, latest, or null"),
     "sweep.on_failure": (_one_of("continue", "stop"), "continue or stop"),
     "sweep.retries": (_integer(0), "an integer >= 0"),
     "sweep.force": TRUE_OR_FALSE,
-    "sweep.id": (_or_null(_one_run), "a sweep id, set by the sweep"),
-    "sweep.job": (_or_null(_integer(0)), "a job number, set by the sweep"),
-    "sweep.color": (_or_null(lambda value: bool(re.fullmatch("#[0-9A-Fa-f]{6}", str(value)))), "a color, set by the sweep"),
-    "sweep.varied": (lambda value: isinstance(value, list) and all(map(_text, value)), "keys, set by the sweep"),
-    "sweep.data": (_or_null(_text), "the name of a data set, set by the sweep"),
-    "sweep.search": TRUE_OR_FALSE,
-    "*batch_size": (_integer(1), "an integer >= 1"),
-    "*.epochs": (_integer(1), "an integer >= 1"),
-    "*.lr": (_number(lambda value: value > 0), "a number > 0"),
-    "*.adamw_lr": (_number(lambda value: value > 0), "a number > 0"),
-    "*.weight_decay": (_number(lambda value: value >= 0), "a number >= 0"),
-    "*.momentum": (_number(lambda value: 0 <= value < 1), "a number >= 0 and < 1"),
-    "*.label_smoothing": (_number(lambda value: 0 <= value < 1), "a number >= 0 and < 1"),
-    "*.max_grad_norm": (_or_null(_number(lambda value: value > 0)), "a number > 0, or null"),
-    "*.split": (_text, "the name of a split of the data, such as train or finetune"),
-    "*.div_factor": (_number(lambda value: value > 0), "a number > 0"),
-    "*.final_div_factor": (_number(lambda value: value > 0), "a number > 0"),
-    "*.pct_start": (_number(lambda value: 0 < value < 1), "a number between 0 and 1"),
-    "*.min_factor": (_number(lambda value: 0 <= value <= 1), "a number from 0 to 1"),
-    "*.gamma": (_number(lambda value: 0 < value <= 1), "a number > 0 and <= 1"),
-    "*.milestones": (_numbers(lambda value: 0 <= value <= 1), "a list of numbers from 0 to 1, fractions of the phase"),
-    "*.degrees": (_number(lambda value: 0 <= value <= 180), "a number from 0 to 180"),
-    "*augmentation.scale": (
-        lambda value: _numbers(lambda item: item > 0)(value) and len(value) == 2 and value[0] <= value[1],
-        "[smallest, largest], both > 0",
+    "sweep.dry_run": TRUE_OR_FALSE,
+    "parameter_limit": (_or_null(_integer(1)), "an integer >= 1, or null for no limit"),
+    "batch_size": (_integer(1), "an integer >= 1"),
+    "*teacher.runs": (
+        _different_runs,
+        "a list of different ids of finished runs, or of prefixes of at least 6 hexadecimal digits",
     ),
-    "*.translate": (_number(lambda value: 0 <= value < 1), "a number >= 0 and < 1, a fraction of the side"),
-    "*betas": (
-        lambda value: _numbers(lambda item: 0 <= item < 1)(value) and len(value) == 2,
-        "two numbers >= 0 and < 1",
-    ),
-    "*teacher.runs": (_different_runs, "a list of different ids of finished runs, each of 32 hexadecimal digits"),
-    "data.root": (_text, "a folder"),
+    "shape": (_shape, "the classes, side and in_channels of the data, as a run stores them"),
     "tracking.uri": (_text, "sqlite:////path.db, or http(s)://host:port of an MLflow server"),
     "tracking.patience": (_number(lambda value: value >= 0), "a number of seconds >= 0"),
     "tracking.experiment": (_text, "the name of an MLflow experiment"),
-    "model.se": (_or_null(lambda value: isinstance(value, dict)), "a squeeze-excitation, or null"),
-    "data.finetune_fraction": (_number(lambda value: 0 < value < 1), "a number between 0 and 1"),
-    "data.validation_size": (lambda value: _integer(0)(value) and value < 60_000, "an integer >= 0 and < 60000"),
-    "data.fallback": (_one_of("digits", None), "digits or null"),
-    "model.dropout": (_number(lambda value: 0 <= value < 1), "a number >= 0 and < 1"),
-    "model.hidden_features": (_or_null(_integer(1)), "an integer >= 1, or null for no hidden layer"),
-    "model.kernel_sizes": (
-        lambda value: isinstance(value, list) and len(value) == 3 and all(_integer(1)(size) and size % 2 for size in value),
-        "three odd integers",
-    ),
-    "model.separable": TRUE_OR_FALSE,
-    "model.conv_bias": TRUE_OR_FALSE,
-    "model.mean_pool": TRUE_OR_FALSE,
-    "model.channels": (_three_integers, "three integers >= 1"),
-    "model.depths": (_three_integers, "three integers >= 1"),
-    "model.se.reduction": (_integer(1), "an integer >= 1"),
 }
+# The arguments of torch's own optimizers and schedulers. Ours check themselves.
+TORCH_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lr": (_number(lambda value: value > 0), "a number > 0"),
+    "weight_decay": (_number(lambda value: value >= 0), "a number >= 0"),
+    "momentum": (_number(lambda value: 0 <= value < 1), "a number >= 0 and < 1"),
+    "betas": (_two_fractions, "two numbers >= 0 and < 1"),
+    "gamma": (_number(lambda value: 0 < value <= 1), "a number > 0 and <= 1"),
+}
+# The arguments that each part gets when it is called: by position, by name.
+CALLS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "data": (0, ("seed",)),
+    "optimizer": (1, ()),
+    "scheduler": (1, ("total_steps",)),
+    "teacher": (2, ()),
+}
+TRIAL_STEPS = 1000  # of the schedules that are built to check their arguments
 
 
 def resolve(composed: DictConfig) -> dict[str, Any]:
@@ -182,7 +162,7 @@ def check(config: dict[str, Any]) -> None:
             f"{key} is not a key of the configuration{did_you_mean(key, KEYS)}. Expected one of: {', '.join(sorted(KEYS))}."
         )
     for key in sorted(REQUIRED):
-        if not config.get(key) and config.get(key) != 0:
+        if key not in config or (not config[key] and config[key] != 0 and key not in NULLABLE):
             raise UserError(f"{key} is missing: set it, or do not delete it (~{key}) on the command line.")
     for key, value in nodes({key: config[key] for key in sorted(config, key=lambda key: key == "phases")}):
         check_plain(key, value)
@@ -191,7 +171,12 @@ def check(config: dict[str, Any]) -> None:
             raise UserError(f"{key}={value} is invalid: expected a plain value, without ${{...}}.")
         for pattern, (valid, expected) in RULES.items():
             if fnmatch(key, pattern) and not valid(value):
-                raise UserError(f"{key}={value} is invalid: expected {expected}. Set it with {key}=... on the command line.")
+                raise _invalid(ArgumentError(key, value, expected))
+        if isinstance(value, dict) and str(value.get("_target_")).startswith("torch.optim."):
+            for name in value.keys() & TORCH_RULES.keys():
+                valid, expected = TORCH_RULES[name]
+                if not valid(value[name]):
+                    raise _invalid(ArgumentError(f"{key}.{name}", value[name], expected))
     if not isinstance(config["phases"], dict):
         raise UserError(f"phases={config['phases']} is invalid: expected phases by name, as in conf/config.yaml.")
     for name, phase in config["phases"].items():
@@ -205,6 +190,114 @@ def check(config: dict[str, Any]) -> None:
     for key in ("data", "model", "tracking"):
         if not isinstance(config[key], dict) or "_target_" not in config[key]:
             raise UserError(f"{key}={config[key]} is invalid: expected an option of the group conf/{key}/.")
+
+
+def _invalid(error: ArgumentError) -> UserError:
+    return UserError(f"{error} Set it with {error.name}=... on the command line.")
+
+
+def bind(config: dict[str, Any]) -> None:
+    """Check the arguments of every target of a checked configuration, before anything is loaded or trained.
+
+    Each is bound to its signature. All but data sets, teachers and stores are also built: the model without memory, and
+    optimizers and schedules for a trial layer. Equal nodes are checked once, so that the jobs of a sweep take little time.
+
+    Raises:
+        UserError: A target rejects its arguments, or the model has too many parameters.
+    """
+    for role in ("data", "tracking"):
+        _bind_node(role, role, _text_of(config[role]))
+    shape = config.get("shape") or _known_shape(config["data"])
+    _bind_model(_text_of(config["model"]), _text_of(shape), config["parameter_limit"])
+    for name, phase in config["phases"].items():
+        keys = {part: part if phase[part] == config.get(part) else f"phases.{name}.{part}" for part in PARTS}
+        for part in ("augmentation", "teacher"):
+            _bind_node(keys[part], part, _text_of(phase[part]))
+        _bind_schedule(keys["optimizer"], keys["scheduler"], _text_of(phase["optimizer"]), _text_of(phase["scheduler"]))
+        plain = {key: None if key in PARTS else value for key, value in phase.items()}
+        _bind_node(f"phases.{name}", "phase", _text_of(plain))
+
+
+def _text_of(node: Any) -> str:
+    return json.dumps(node, sort_keys=True)
+
+
+def _known_shape(data: dict[str, Any]) -> dict[str, int] | None:
+    """Return the shape of a data set if it is known before the images are read."""
+    module, _, name = data["_target_"].rpartition(".")
+    shapes: dict[str, dict[str, int]] = import_module(module).SHAPES
+    return shapes.get(name)
+
+
+@cache
+def _bind_node(key: str, role: str, text: str) -> None:
+    node = json.loads(text)
+    _bind_signature(node, key, *CALLS.get(role, (0, ())))
+    try:
+        if role == "data":
+            import_module(node["_target_"].rpartition(".")[0]).check_arguments(**_arguments(node))
+    except ArgumentError as error:
+        raise _invalid(error.within(key)) from error
+    if role in ("augmentation", "phase"):
+        build(node, key)
+
+
+@cache
+def _bind_model(text: str, shape_text: str, limit: int | None) -> None:
+    import torch
+
+    from mnist_exp.learning.models import count_parameters
+
+    node, shape = json.loads(text), json.loads(shape_text)
+    _bind_signature(node, "model", 0, ("classes", "side", "in_channels"))
+    if shape is not None:
+        with torch.device("meta"):
+            count_parameters(build(node, "model", **shape), limit)
+
+
+@cache
+def _bind_schedule(optimizer_key: str, scheduler_key: str, optimizer_text: str, scheduler_text: str) -> None:
+    import torch
+
+    layer = torch.nn.Conv2d(1, 1, 1)  # has both kinds of parameters that optimizers distinguish
+    parts = {optimizer_key: json.loads(optimizer_text), scheduler_key: json.loads(scheduler_text)}
+    for key, node in parts.items():
+        _bind_signature(node, key, *CALLS["scheduler" if key == scheduler_key else "optimizer"])
+    optimizer = _call(build(parts[optimizer_key], optimizer_key), optimizer_key, layer.parameters())
+    _call(build(parts[scheduler_key], scheduler_key), scheduler_key, optimizer, total_steps=TRIAL_STEPS)
+
+
+def _call(function: Callable[..., Any], key: str, *values: Any, **named: Any) -> Any:
+    try:
+        return function(*values, **named)
+    except Exception as error:  # torch and extensions raise exceptions of any kind
+        raise _not_built(key, error) from error
+
+
+def _not_built(key: str, error: BaseException) -> UserError:
+    """Return the error for a target that has raised `error`."""
+    if isinstance(error, ArgumentError):
+        return _invalid(error.within(key))
+    if isinstance(error, UserError):
+        return error
+    return UserError(f"{key} cannot be built: {error}. Its file in conf/ lists its arguments.")
+
+
+def _bind_signature(node: dict[str, Any], key: str, positional: int, named: tuple[str, ...]) -> None:
+    """Raise UserError unless the target of a node accepts its arguments and those that it gets when it is called."""
+    refuse_imported(node, key)
+    module, _, name = node["_target_"].rpartition(".")
+    target = getattr(import_module(module), name, None)
+    if target is None:
+        raise UserError(f"{key}._target_={node['_target_']} is invalid: expected a class or function that {module} defines.")
+    try:
+        inspect.signature(target).bind(*[None] * positional, **_arguments(node), **dict.fromkeys(named))
+    except TypeError as error:
+        raise _not_built(key, error) from error
+
+
+def _arguments(node: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
 
 
 def check_plain(key: str, value: Any) -> None:
@@ -235,7 +328,7 @@ def check_target(key: str, value: Any) -> None:
 
 def digest(config: dict[str, Any]) -> str:
     """Return a short hash of the part of a resolved configuration that affects the outcome of a run."""
-    recipe = {key: value for key, value in config.items() if key not in NEUTRAL}
+    recipe = {key: value for key, value in config.items() if key not in (*NEUTRAL, "shape")}
     recipe["data"] = {key: value for key, value in config["data"].items() if key != "root"}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -256,18 +349,21 @@ def nodes(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def build(node: Any, key: str, **arguments: Any) -> Any:
     """Instantiate the node `key` of a validated configuration; raises UserError if its target raises."""
-    for inner, target in nodes(node, key):
-        if inner.endswith("_target_") and str(target).startswith("mnist_exp."):
-            module, _, name = target.rpartition(".")
-            if getattr(getattr(import_module(module), name, None), "__module__", None) != module:  # it may only import the name
-                raise UserError(f"{inner}={target} is not allowed: expected a class or function that {module} defines.")
+    refuse_imported(node, key)
     try:
         return instantiate(node, _convert_="all", **arguments)
     except Exception as error:  # Hydra wraps any exception of a constructor in its InstantiationException
-        cause = error.__cause__
-        if isinstance(cause, UserError):
-            raise cause from None
-        raise UserError(f"{key} cannot be built: {cause or error}. Its file in conf/ lists its arguments.") from error
+        cause = error.__cause__ or error
+        raise _not_built(key, cause) from (None if isinstance(cause, UserError) else error)
+
+
+def refuse_imported(node: Any, key: str) -> None:
+    """Raise UserError on a target that its module in mnist_exp only imports."""
+    for inner, target in nodes(node, key):
+        if inner.endswith("_target_") and str(target).startswith("mnist_exp."):
+            module, _, name = target.rpartition(".")
+            if getattr(getattr(import_module(module), name, None), "__module__", None) != module:
+                raise UserError(f"{inner}={target} is not allowed: expected a class or function that {module} defines.")
 
 
 def did_you_mean(key: str, known: set[str]) -> str:

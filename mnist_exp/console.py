@@ -1,8 +1,9 @@
 """Terminal output: warnings, progress bars and tables."""
 
+import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
@@ -13,12 +14,25 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from mnist_exp.metrics import format_metric
 from mnist_exp.redaction import redact
+
+SHORT_ID = 8  # characters
+OPTIONAL = ("time/total_seconds", "test/loss")  # columns of a sweep's table that a narrow terminal omits
+LONGEST_PART = 24  # characters of a word or a path that a narrow table keeps on one line
+BETWEEN_NUMBERS = r"(?<= )(?=\()|(?<=/ )|(?<= to )"  # the positions in a cell at which a line may end
+BETWEEN_WORDS = r"(?<=\S )|(?<=\n)"
+WITHIN_WORDS = r"(?<=\w[/=])(?=\S)"
+NUMBER = re.compile(r"[-+(]?\d|- ?/|\(")
 
 
 def plain(text: str) -> Text:
     """Return a text without markup, credentials and control characters; rich wraps lines before `SafeOutput` sees them."""
-    return Text("".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in redact(text)), overflow="fold")
+    return Text(_clean(text), overflow="fold")
+
+
+def _clean(text: str) -> str:
+    return "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in redact(text))
 
 
 class Display:
@@ -58,8 +72,11 @@ class Display:
 
     def update(self, phase: str, examples_seen: int, metrics: Mapping[str, float]) -> None:
         """Advance the bar of a phase."""
-        form = "loss {train/loss:.4f}  accuracy {train/accuracy:.4f}  {train/examples_per_second:,.0f} examples/s"
-        self.progress.update(self.tasks[phase], advance=examples_seen - self.examples_seen, measured=form.format(**metrics))
+        loss, accuracy, speed = (
+            format_metric(name, metrics[name]) for name in ("train/loss", "train/accuracy", "train/examples_per_second")
+        )
+        measured = f"loss {loss}  accuracy {accuracy}  {speed}"
+        self.progress.update(self.tasks[phase], advance=examples_seen - self.examples_seen, measured=measured)
         self.examples_seen = examples_seen
 
     def warn(self, message: str) -> None:
@@ -70,10 +87,7 @@ class Display:
         """Show the results, and the command that opens the run in the UI."""
         if self.quiet:
             return
-        table = Table(show_header=False)
-        for name, value in rows.items():
-            table.add_row(name, plain(value))
-        self.console.print(table)
+        self.console.print(_pairs(self.console, rows))
         _show_ui_command(self.console, ui_command)
 
 
@@ -85,8 +99,8 @@ class SweepDisplay:
         self.jobs = jobs
 
     @contextmanager
-    def polling(self, read: Callable[[], tuple[int, int, float | None]]) -> Iterator[None]:
-        """Show the result of `read` (jobs finished, jobs failed, best accuracy) repeatedly while the block runs."""
+    def polling(self, read: Callable[[], tuple[int, int, str]]) -> Iterator[None]:
+        """Show the result of `read` (jobs finished, jobs failed, best result) repeatedly while the block runs."""
         stopped = threading.Event()
         progress = Progress(
             TextColumn("sweep"),
@@ -102,7 +116,7 @@ class SweepDisplay:
         def update() -> None:
             with suppress(Exception):  # the store may answer the next time
                 finished, failed, best = read()
-                progress.update(bar, completed=finished, failed=failed, best="-" if best is None else f"{best:.2%}")
+                progress.update(bar, completed=finished, failed=failed, best=best)
 
         def poll() -> None:
             pause = 2.0
@@ -123,7 +137,7 @@ class SweepDisplay:
 
     def results(self, rows: list[dict[str, str]], ui_command: str | None) -> None:
         """Show the table of all jobs, and the command that opens the sweep in the UI."""
-        show_table([{key: value for key, value in row.items() if key != "run"} for row in rows], self.console)
+        show_table([{key: value for key, value in row.items() if key != "run"} for row in rows], self.console, OPTIONAL)
         _show_ui_command(self.console, ui_command)
 
 
@@ -132,26 +146,129 @@ def _show_ui_command(console: Console, ui_command: str | None) -> None:
         console.print(f"Open it in the MLflow UI: {ui_command}", markup=False, highlight=False, soft_wrap=True)
 
 
-def show_table(rows: list[dict[str, str]], console: Console | None = None) -> None:
-    """Show a table of runs without its empty columns; unfinished runs are red."""
+def show_table(rows: list[dict[str, str]], console: Console | None = None, optional: Sequence[str] = ()) -> None:
+    """Show a table of runs without its empty columns, as wide as the terminal; unfinished runs are red.
+
+    A narrow terminal shows the first 8 characters of ids, and cells on several lines, which never break a number.
+
+    Args:
+        rows: The cells by column. Texts of the column `error` come below the table.
+        console: The terminal.
+        optional: The columns that a narrow terminal omits, the least important first.
+    """
     console = console or Console()
-    table = Table()
-    shown = [key for key in rows[0] if any(row[key] for row in rows)] if rows else []
-    for key in shown:
-        table.add_column(key, no_wrap=key in ("run", "metric", "arm"))
+    if not rows:
+        console.print("There are no runs.")
+        return
+    # Before lines are broken: half of a secret would not be masked.
+    rows = [{key: _clean(text) for key, text in row.items()} for row in rows]
+    columns = [key for key in rows[0] if key != "error" and any(row[key] for row in rows)]
+    cells = [[row[key] for row in rows] for key in columns]
+    if _room(console, columns) < sum(_natural(column, cell) for column, cell in zip(columns, cells, strict=True)):
+        cells = [
+            [text[:SHORT_ID] for text in texts] if key == "run" else texts for key, texts in zip(columns, cells, strict=True)
+        ]
+    for key in optional:
+        narrowest = sum(_narrowest(column, cell) for column, cell in zip(columns, cells, strict=True))
+        if key in columns and narrowest > _room(console, columns):
+            del cells[columns.index(key)]
+            columns.remove(key)
+    styles = [None if row.get("status", "FINISHED") == "FINISHED" else "red" for row in rows]
+    console.print(_table(console, columns, cells, styles))
     for row in rows:
-        style = None if row.get("status", "FINISHED") == "FINISHED" else "red"
-        table.add_row(*(plain(row[key]) for key in shown), style=style)
-    console.print(table if rows else "There are no runs yet.")
+        if row.get("error"):
+            console.print(plain(f"{columns[0]} {row[columns[0]]}: {row['error']}"), style="red")
+
+
+def show_pairs(title: str, pairs: Mapping[str, str]) -> None:
+    """Show names and values under a title."""
+    console = Console()
+    if pairs:
+        console.print(plain(title), style="bold")
+        console.print(_pairs(console, pairs))
+
+
+def show_lines(lines: Sequence[str]) -> None:
+    """Show lines that are copied from the terminal, such as commands and paths, without breaking them."""
+    console = Console()
+    for line in lines:
+        console.print(plain(line), soft_wrap=True)
 
 
 def show_comparison(rows: list[dict[str, str]], headline: str, notes: list[str]) -> None:
     """Show the numbers of a comparison, its headline, and notes on its validity."""
     console = Console()
-    show_table(rows, console)
+    lines = []
+    for row in rows:  # the name of a metric has a line of its own above its arms
+        if row["metric"]:
+            lines.append(dict.fromkeys(row, "") | {"arm": row["metric"]})
+        lines.append(row | {"metric": "", "arm": f"  {row['arm']}"})
+    show_table(lines, console, ("effect", "p: t / flip"))
     console.print(plain(headline), style="bold")
     for note in notes:
         console.print(plain(f"- {note}"))
+
+
+def _pairs(console: Console, pairs: Mapping[str, str]) -> Table:
+    cells = [[_clean(text) for text in texts] for texts in (pairs, pairs.values())]
+    return _table(console, ["", ""], cells, [None] * len(pairs))
+
+
+def _table(console: Console, columns: Sequence[str], cells: Sequence[Sequence[str]], styles: Sequence[str | None]) -> Table:
+    """Return a table that fits the terminal if the longest unbreakable parts of its cells do."""
+    widths = [_natural(column, texts) for column, texts in zip(columns, cells, strict=True)]
+    for longest in (LONGEST_PART, SHORT_ID):  # break words only if the table does not fit otherwise
+        narrowest = [_narrowest(column, texts, longest) for column, texts in zip(columns, cells, strict=True)]
+        for _ in range(sum(widths) - _room(console, columns)):
+            spare = [width if width > least else 0 for width, least in zip(widths, narrowest, strict=True)]
+            if any(spare):
+                widths[spare.index(max(spare))] -= 1
+    table = Table(show_header=any(columns))
+    for column, width in zip(columns, widths, strict=True):
+        table.add_column(Text(_wrap(column, width)), width=width, overflow="fold")
+    for row, style in zip(zip(*cells, strict=True), styles, strict=True):
+        table.add_row(*(Text(_wrap(text, width), overflow="fold") for text, width in zip(row, widths, strict=True)), style=style)
+    return table
+
+
+def _room(console: Console, columns: Sequence[str]) -> int:
+    """Return the characters that a table leaves for the cells of a line: each column has two spaces and a border."""
+    return console.width - 3 * len(columns) - 1
+
+
+def _natural(column: str, texts: Sequence[str]) -> int:
+    return max(len(line) for text in (column, *texts) for line in text.split("\n"))
+
+
+def _narrowest(column: str, texts: Sequence[str], longest: int = LONGEST_PART) -> int:
+    """Return the width of the longest part that a column should not break; words count as at most `longest`."""
+    parts = [part.rstrip() for text in (column, *texts) for part in _parts(text)]
+    return max(len(part) if NUMBER.match(part) else min(len(part), longest) for part in parts)
+
+
+def _parts(text: str, between: str = f"{BETWEEN_WORDS}|{WITHIN_WORDS}") -> list[str]:
+    """Return the parts of a cell that should stay on one line: parts of words, or numbers with their units."""
+    return re.split(BETWEEN_NUMBERS if NUMBER.match(text) else between, text)
+
+
+def _wrap(text: str, width: int) -> str:
+    """Return a cell with line breaks between its parts, so that lines have at most `width` characters where possible."""
+    lines = [""]
+    words = _parts(text, BETWEEN_WORDS)
+    for part in (part for word in words for part in (_parts(word) if len(word.rstrip()) > width else [word])):
+        if lines[-1].strip() and len(lines[-1] + part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def show_plan(rows: list[dict[str, str]], notes: list[str]) -> None:
+    """Show the jobs that a sweep would run, and notes on their number and time."""
+    console = Console()
+    if rows:
+        show_table(rows, console)
+    for note in notes:
+        console.print(plain(note))
 
 
 def show_report(address: str) -> None:

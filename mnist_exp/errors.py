@@ -11,3 +11,21 @@ class ResumableError(UserError):
 
 class PrunedError(UserError):
     """A search stopped this run early because others perform better."""
+
+
+class ArgumentError(UserError):
+    """An argument of a constructor is invalid.
+
+    Args:
+        name: Name of the argument. `config.build` puts the key of its node before it.
+        value: Its value.
+        expected: The values that are allowed.
+    """
+
+    def __init__(self, name: str, value: object, expected: str) -> None:
+        super().__init__(f"{name}={value} is invalid: expected {expected}.")
+        self.name, self.value, self.expected = name, value, expected
+
+    def within(self, key: str) -> "ArgumentError":
+        """Return the same error with `key` before the name of the argument."""
+        return ArgumentError(f"{key}.{self.name}", self.value, self.expected)

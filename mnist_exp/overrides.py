@@ -4,14 +4,16 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 
-from mnist_exp import HOME
+from mnist_exp import CONF, HOME
 from mnist_exp.errors import UserError
 from mnist_exp.redaction import has_credentials, redact
 
@@ -20,14 +22,37 @@ RECIPE = {"seed", "batch_size", "precision", "device", "phases", "data", "model"
 GROUPS = {"data", "model", "phase", "experiment", *PARTS}  # their groups in conf/
 # Locations of data, checkpoints and records: taken from the command line and the environment, never from a store.
 LOCATIONS = ("output_dir", "tracking", "data.root")
+JOB_KEY = "sweep_job"  # the hidden key with which a sweep passes a context to its jobs
 # Keys that do not affect a run's outcome.
-NEUTRAL = (*LOCATIONS, "save_every", "resume", "rerun", "sweep")
+NEUTRAL = (*LOCATIONS, "parameter_limit", "save_every", "resume", "rerun", "sweep")
 _PACKAGE = re.compile(rf"phases\.\w+(\.({'|'.join(PARTS)}))?")
 
 
 def key_of(override: str) -> str:
-    """Return the key or group of an override."""
-    return override.partition("=")[0].lstrip("+~")
+    """Return the key of an override, or the group with its package (group@package)."""
+    parsed = _parsed(override)
+    return parsed.key_or_group if parsed.package is None else f"{parsed.key_or_group}@{parsed.package}"
+
+
+def text_of(override: str) -> str:
+    """Return the value of an override as typed: Hydra reads an id such as 1234e567 as a number."""
+    return (_parsed(override).input_line or "").partition("=")[2]
+
+
+def typed_ids(overrides: Iterable[str], keys: Iterable[str]) -> dict[str, str | list[str]]:
+    """Return the ids of runs on a command line as typed, by key, for those of `keys` that it sets."""
+    texts = {key_of(override): text_of(override).strip("'\"") for override in overrides if text_of(override)}
+    found = {key: texts[key] for key in keys if key in texts and texts[key] not in ("null", "latest")}
+    return {
+        key: [item.strip(" '\"") for item in text[1:-1].split(",")] if text.startswith("[") else text
+        for key, text in found.items()
+    }
+
+
+def keep_ids(composed: DictConfig, overrides: Iterable[str]) -> None:
+    """Put the ids of runs into a composed configuration as typed: Hydra's grammar reads 1234e567 as a number."""
+    for key, text in typed_ids(overrides, ("resume", "rerun", "sweep.resume", "teacher.runs")).items():
+        OmegaConf.update(composed, key, text)
 
 
 def is_location(override: str) -> bool:
@@ -76,6 +101,13 @@ def location_overrides(config: Mapping[str, Any]) -> list[str]:
     return overrides
 
 
+def store_uri() -> str:
+    """Return the address of the store: from conf/local/default.yaml, else MLFLOW_TRACKING_URI, else the default store."""
+    file = CONF / "local" / f"{os.environ.get('MNIST_EXP_LOCAL', 'default')}.yaml"
+    local = OmegaConf.select(OmegaConf.load(file), "tracking.uri") if file.exists() else None
+    return local or os.environ.get("MLFLOW_TRACKING_URI") or default_store()
+
+
 def default_store() -> str:
     """Return the address of the default store."""
     return f"sqlite:///{HOME / 'mlflow.db'}"
@@ -105,7 +137,7 @@ def check_stored(overrides: Iterable[str], source: str) -> None:
 def _problem(override: str) -> str | None:
     """Return the reason why a store must not contain an override, None if it may."""
     try:
-        (parsed,) = parse([override])
+        parsed = _parsed(override)
         options = _options(parsed)
     except HydraException:
         return "Hydra cannot parse"
@@ -122,9 +154,14 @@ def _problem(override: str) -> str | None:
         return None
     if parsed.is_add() or parsed.is_force_add():
         return "adds to the configuration"
-    if package is not None or key.partition(".")[0] not in RECIPE | {"save_every"} or _names(key, LOCATIONS):
+    if package is not None or key.partition(".")[0] not in RECIPE | {"parameter_limit", "save_every"} or _names(key, LOCATIONS):
         return "is not a key of the recipe"
     return None
+
+
+@cache
+def _parsed(override: str) -> Override:
+    return parse([override])[0]
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:

@@ -3,26 +3,29 @@
 # torch and mlflow are imported inside functions: --help, --cfg job and tab completion must answer at once.
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict
 
 from mnist_exp import CONF, HOME
 from mnist_exp.cli import run_command
 from mnist_exp.config import build, check, resolve
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import command, is_location, key_of
+from mnist_exp.metrics import metric_of
+from mnist_exp.overrides import JOB_KEY, command, is_location, keep_ids, key_of
 from mnist_exp.signals import install_signal_handlers
 from mnist_exp.storage import run_dir
 
 if TYPE_CHECKING:
     from mnist_exp.experiment.runner import Outcome, RunRequest
-
-MEASURED = ("time/", "train/examples_per_second")  # metrics that differ from run to run
+    from mnist_exp.tracking.base import Store
+    from mnist_exp.tracking.definition import JobContext
 
 
 def main() -> None:
@@ -35,37 +38,53 @@ def task(composed: DictConfig) -> float | None:
     """Run the composed configuration; return its last validation accuracy, for Hydra's sweepers."""
     install_signal_handlers()
     job = HydraConfig.get()
-    config = resolve(composed)
-    overrides = [override for override in job.overrides.task if key_of(override).partition(".")[0] != "sweep"]
+    keep_ids(composed, job.overrides.task)
+    config, context = take_job_context(composed, is_job=job.mode == RunMode.MULTIRUN)
+    overrides = [override for override in job.overrides.task if key_of(override).partition(".")[0] not in ("sweep", JOB_KEY)]
     if config["sweep"]["resume"]:
         raise UserError(f"sweep.resume={config['sweep']['resume']} resumes a sweep: add -m before it.")
     if config["resume"]:
-        outcome = resume(config, overrides)
+        outcome = resume(config, overrides, context)
     elif config["rerun"]:
-        outcome = rerun(config, overrides)
+        outcome = rerun(config, overrides, context)
     else:
         choices = {group: option for group, option in job.runtime.choices.items() if option and not group.startswith("hydra/")}
-        outcome = _run(config, choices, [override for override in overrides if not is_location(override)])
+        outcome = _run(config, choices, [override for override in overrides if not is_location(override)], context)
     return outcome.last.get("val/accuracy")
 
 
-def _run(config: dict[str, Any], choices: dict[str, str], overrides: list[str], **options: Any) -> "Outcome":
+def take_job_context(composed: DictConfig, *, is_job: bool) -> "tuple[dict[str, Any], JobContext | None]":
+    """Return the resolved configuration, and the context of a job of a sweep, which is no part of it."""
+    if not is_job or JOB_KEY not in composed:  # typed by a user, the key is refused like any unknown one
+        return resolve(composed), None
+    from mnist_exp.tracking.definition import parse_job_context
+
+    rest = composed.copy()
+    with open_dict(rest):
+        context = parse_job_context(rest.pop(JOB_KEY))
+    return resolve(rest), context
+
+
+def _run(
+    config: dict[str, Any], choices: dict[str, str], overrides: list[str], job: "JobContext | None", **options: Any
+) -> "Outcome":
     """Run a configuration; options: further arguments of `RunRequest`."""
     from mnist_exp.experiment import runner
     from mnist_exp.sweep.search import make_pruning_callback
     from mnist_exp.tracking import provenance
 
-    sweep, make_should_prune = config["sweep"], None
-    repeat = command("run", *overrides) if sweep["id"] else provenance.command_line()
-    request: RunRequest = runner.RunRequest(config, choices, overrides, repeat, **options)
-    if sweep["search"] and sweep["id"]:
-        make_should_prune = partial(make_pruning_callback, Path(config["output_dir"]) / sweep["id"], sweep["job"])
+    make_should_prune = None
+    repeat = command("run", *overrides) if job else provenance.command_line()
+    request: RunRequest = runner.RunRequest(config, choices, overrides, repeat, job=job, **options)
+    if job and job.in_search:
+        make_should_prune = partial(make_pruning_callback, Path(config["output_dir"]) / job.sweep_id, job.number)
     return runner.run(request, make_should_prune)
 
 
-def resume(config: dict[str, Any], overrides: list[str]) -> "Outcome":
+def resume(config: dict[str, Any], overrides: list[str], job: "JobContext | None") -> "Outcome":
     """Resume the run `config["resume"]` from its last intact checkpoint, with the configuration that it contains."""
     from mnist_exp.storage import checkpoint
+    from mnist_exp.tracking.definition import parse_job_context
 
     refuse_changes(f"resume={config['resume']}", overrides)
     folder = run_dir.find_run(Path(config["output_dir"]), config["resume"])
@@ -78,11 +97,11 @@ def resume(config: dict[str, Any], overrides: list[str]) -> "Outcome":
             raise UserError(f"{folder} contains the checkpoint of run {saved.run_id}: expected a folder named like its run.")
         check(saved.config)
         stored = with_locations(saved.config, config) | {"resume": config["resume"]}
-        if not config["sweep"]["id"]:  # a job of a sweep that is resumed alone still belongs to its sweep
-            stored["sweep"] = saved.config["sweep"] | {"data": None, "search": False}
+        if job is None and saved.job:  # a job of a sweep that is resumed alone still belongs to its sweep
+            job = replace(parse_job_context(saved.job), data=None, in_search=False)
         threads = saved.software.get("threads", "")
         return _run(
-            stored, saved.choices, saved.overrides, checkpoint=saved, threads=int(threads) if threads.isdecimal() else None
+            stored, saved.choices, saved.overrides, job, checkpoint=saved, threads=int(threads) if threads.isdecimal() else None
         )
 
 
@@ -104,12 +123,14 @@ def refuse_changes(chosen: str, overrides: list[str]) -> None:
         )
 
 
-def rerun(config: dict[str, Any], overrides: list[str]) -> "Outcome":
+def rerun(config: dict[str, Any], overrides: list[str], job: "JobContext | None") -> "Outcome":
     """Repeat the stored run `config["rerun"]`; raises UserError if a metric differs."""
     from mnist_exp.tracking import provenance
 
     refuse_changes(f"rerun={config['rerun']}", overrides)
-    original = build(config["tracking"], "tracking").read(config["rerun"])
+    store: Store = build(config["tracking"], "tracking")
+    config = config | {"rerun": store.resolve_id(config["rerun"])}
+    original = store.read(config["rerun"])
     before, recipe = original.record.tags, original.recipe
     if original.record.status != "FINISHED":
         raise UserError(f"rerun={config['rerun']}: the run is {original.record.status}, expected a FINISHED run.")
@@ -122,12 +143,12 @@ def rerun(config: dict[str, Any], overrides: list[str]) -> "Outcome":
         with_locations(recipe.config, config),
         recipe.choices,
         recipe.overrides,
+        job,
         digests=original.record.digests,
         threads=int(before["threads"]) if before.get("threads", "").isdecimal() else None,
     )
-    differ = [
-        key for key, points in original.points.items() if not key.startswith(MEASURED) and points != outcome.points.get(key)
-    ]
+    compared = {name: points for name, points in original.points.items() if not metric_of(name).is_measured_time}
+    differ = [name for name, points in compared.items() if points != outcome.points.get(name)]
     if differ:
         raise UserError(f"Run {outcome.run_id} differs from run {config['rerun']} in {', '.join(sorted(differ))}.")
     print(f"Run {outcome.run_id} is identical to run {config['rerun']} in every metric except the measured times.")

@@ -1,65 +1,186 @@
-"""Command: list recorded runs, reap dead ones, repeat one: python -m mnist_exp.runs list | reap | rerun RUN_ID."""
+"""Command: list, show, compare and delete runs: python -m mnist_exp.runs list | show | diff | best | prune | reap | rerun."""
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
 from mnist_exp import HOME
 from mnist_exp.cli import safe_output
-from mnist_exp.console import plain, show_table
+from mnist_exp.console import show_lines, show_pairs, show_table
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import default_store
-from mnist_exp.tracking.base import RunRecord
-from mnist_exp.tracking.mlflow_store import MLflowStore
-from mnist_exp.tracking.tags import SWEEP
+from mnist_exp.metrics import format_metric
+from mnist_exp.overrides import command, store_uri
+from mnist_exp.tracking import tables
+from mnist_exp.tracking import tags as tag
+from mnist_exp.tracking.mlflow_store import MLflowStore, record_of
+
+DAYS = {"h": 1 / 24, "d": 1.0, "w": 7.0}
 
 
 def main() -> None:
     """Parse the command line and run the command; a user's mistake ends with a message and status 1."""
-    parser = argparse.ArgumentParser(prog="python -m mnist_exp.runs", description=__doc__)
-    parser.add_argument("--experiment", default="mnist_exp", help="the MLflow experiment (default: mnist_exp)")
-    parser.add_argument("--output-dir", type=Path, default=HOME / "outputs", help="the folder of the runs' checkpoints")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="list sweeps, their jobs, and single runs, the newest last")
-    commands.add_parser("reap", help="set runs to KILLED that are RUNNING in the store although their process is dead")
-    rerun = commands.add_parser("rerun", help="repeat a recorded run and compare the metrics")
-    rerun.add_argument("run_id")
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     if arguments.command == "rerun":
         os.execv(sys.executable, [sys.executable, "-m", "mnist_exp.run", f"rerun={arguments.run_id}"])
     with safe_output():
         try:
-            store = MLflowStore(os.environ.get("MLFLOW_TRACKING_URI", default_store()), arguments.experiment)
-            reaped = store.reap(arguments.output_dir)
-            for record in reaped:
-                print(plain(f"{record.run_id} ({record.name}): its process is dead, now KILLED"))
-            if arguments.command == "reap":
-                print(f"{len(reaped)} reaped")
-            else:
-                show_table(table(store.runs()))
+            store = MLflowStore(store_uri(), arguments.experiment)
+            arguments.run(store, arguments)
         except UserError as error:
             print(error, file=sys.stderr)
             sys.exit(1)
 
 
-def table(records: list[RunRecord]) -> list[dict[str, str]]:
-    """Return runs, the newest first, as the rows of a table: the newest last, and jobs below their sweep."""
-    children = [record for record in records if SWEEP in record.tags]
-    rows = []
-    for record in reversed(records):
-        if SWEEP in record.tags:
-            continue
-        rows.append(row(record.name, record))
-        jobs = [child for child in children if child.tags[SWEEP] == record.run_id]
-        rows += [row(f"  {child.name}", child) for child in sorted(jobs, key=lambda child: child.job or 0)]
-    return rows
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line. Every command sets the function `run`, except rerun."""
+    result = argparse.ArgumentParser(prog="python -m mnist_exp.runs", description=__doc__)
+    result.add_argument("--experiment", default="mnist_exp", help="the MLflow experiment (default: mnist_exp)")
+    result.add_argument("--output-dir", type=Path, default=HOME / "outputs", help="the folder of the runs' checkpoints")
+    commands = result.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser("list", help="list sweeps, their jobs, and single runs, the newest last")
+    listing.add_argument("--sort", metavar="METRIC", help="list the runs that have this metric, the best first")
+    listing.add_argument("--data", metavar="NAME", help="only runs on this data set")
+    listing.add_argument("--last", type=positive, metavar="N", help="only the N newest runs")
+    listing.set_defaults(run=list_runs)
+    show = commands.add_parser("show", help="show a run's command, settings, metrics, model and paths")
+    show.add_argument("run_id", metavar="ID", help="an id, or its first 6 or more digits")
+    show.set_defaults(run=show_run)
+    diff = commands.add_parser("diff", help="show how two runs differ: configuration, code, packages, machine, data, metrics")
+    diff.add_argument("first", metavar="A")
+    diff.add_argument("second", metavar="B")
+    diff.set_defaults(run=diff_runs)
+    best = commands.add_parser("best", help="print the command that trains the best arm of a sweep, by validation accuracy")
+    best.add_argument("sweep", metavar="SWEEP", help="the id of a sweep, or latest")
+    best.set_defaults(run=best_arm)
+    prune = commands.add_parser("prune", help="show which old runs can be deleted; --yes deletes them and their files")
+    prune.add_argument("--older-than", type=days, required=True, metavar="AGE", help="such as 30d, 12h or 4w, since their end")
+    prune.add_argument("--keep-best", type=positive, default=5, metavar="N", help="keep the N best of each data set (default: 5)")
+    prune.add_argument(
+        "--by", default=tables.METRICS[0], metavar="METRIC", help=f"the metric of --keep-best (default: {tables.METRICS[0]})"
+    )
+    prune.add_argument("--yes", action="store_true", help="delete; this cannot be undone")
+    prune.set_defaults(run=prune_runs)
+    commands.add_parser(
+        "reap", help="set runs to KILLED that are RUNNING in the store although their process is dead"
+    ).set_defaults(run=reap_runs)
+    rerun = commands.add_parser("rerun", help="repeat a recorded run and compare the metrics")
+    rerun.add_argument("run_id", metavar="ID")
+    return result
 
 
-def row(name: str, record: RunRecord) -> dict[str, str]:
-    """Return a run as the row of a table."""
-    metrics = {key: f"{record.metrics[key]:.2%}" if key in record.metrics else "" for key in ("val/accuracy", "test/accuracy")}
-    return {"run": record.run_id, "name": name, "status": record.status, **metrics}
+def positive(text: str) -> int:
+    """Return an integer >= 1."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is invalid: expected an integer >= 1")
+    return int(text)
+
+
+def days(text: str) -> float:
+    """Return an age such as 30d, 12h or 4w in days."""
+    if not (found := re.fullmatch(r"(\d{1,5})([hdw])", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is invalid: expected a number and h, d or w, such as 30d")
+    return int(found[1]) * DAYS[found[2]]
+
+
+def reap_runs(store: MLflowStore, arguments: argparse.Namespace) -> None:
+    """Correct the status of dead runs."""
+    print(f"{reap(store, arguments.output_dir)} reaped")
+
+
+def reap(store: MLflowStore, output_dir: Path) -> int:
+    """Correct the status of dead runs, report them, and return their number."""
+    reaped = store.reap(output_dir)
+    show_lines([f"{record.run_id} ({record.name}): its process is dead, now KILLED" for record in reaped])
+    return len(reaped)
+
+
+def list_runs(store: MLflowStore, arguments: argparse.Namespace) -> None:
+    """Show a table of the chosen runs."""
+    reap(store, arguments.output_dir)
+    records = store.runs()
+    if arguments.data or arguments.last:
+        records = tables.choose(records, arguments.data, arguments.last)
+    if arguments.sort:
+        show_table(tables.ranking(records, arguments.sort), optional=tables.METRICS)
+    else:
+        show_table(tables.tree(records), optional=tables.METRICS[:1])
+
+
+def show_run(store: MLflowStore, arguments: argparse.Namespace) -> None:
+    """Show one run."""
+    from mnist_exp.tracking.housekeeping import logged_models
+
+    record = record_of(store.get_run(store.resolve_id(arguments.run_id)))
+    show_pairs("Run", tables.overview(record))
+    show_pairs("Settings", dict(sorted(record.params.items())))
+    show_pairs("Metrics", {name: format_metric(name, value) for name, value in sorted(record.metrics.items())})
+    folder = arguments.output_dir.absolute() / record.run_id
+    lines = {
+        "command": record.tags.get(tag.COMMAND, ""),
+        "model": " ".join(f"models:/{model.model_id}" for model in logged_models(store, record)),
+        "artifacts": record.artifacts,
+        "folder": str(folder) if folder.is_dir() else "",
+    }
+    show_lines([f"{name}: {text}" for name, text in lines.items() if text])
+
+
+def diff_runs(store: MLflowStore, arguments: argparse.Namespace) -> None:
+    """Show the differences between two runs."""
+    from mnist_exp.tracking.differences import differences
+
+    first, second = (store.resolve_id(text) for text in (arguments.first, arguments.second))
+    found = differences(store, first, second)
+    for name, section in found.items():
+        if section:
+            columns = (name, f"A: {first[:8]}", f"B: {second[:8]}")
+            show_table([dict(zip(columns, (key, *values), strict=True)) for key, values in section.items()])
+    same = [name for name, section in found.items() if not section]
+    show_lines([f"Identical: {', '.join(same)}."] if same else [])
+
+
+def best_arm(store: MLflowStore, arguments: argparse.Namespace) -> None:
+    """Show the arms of a sweep, and the command that trains the best one."""
+    from mnist_exp.sweep.summary import RANKED_BY, rank_arms
+
+    sweep = "latest" if arguments.sweep == "latest" else store.resolve_id(arguments.sweep)
+    parent, definition = store.find_sweep(sweep, finished_too=True)
+    arms = rank_arms(definition.jobs, store.children(parent.run_id))
+    if not arms:
+        raise UserError(
+            f"Sweep {parent.run_id} has no finished job with {RANKED_BY}, by which arms are ranked. Finish it, or start one with "
+            "validation images, such as data=mnist_tuning."
+        )
+    rows = [{"arm": " ".join(arm.overrides), "n": str(arm.count), RANKED_BY: format_metric(RANKED_BY, arm.mean)} for arm in arms]
+    show_table(rows)
+    show_lines([command("run", *arms[0].overrides)])
+
+
+def prune_runs(store: MLflowStore, arguments: argparse.Namespace) -> None:
+    """Show the runs that can be deleted, or delete them."""
+    from mnist_exp.tracking import housekeeping
+
+    output_dir = arguments.output_dir.absolute()
+    reap(store, output_dir)
+    plan = housekeeping.plan_pruning(store, output_dir, arguments.older_than, arguments.keep_best, arguments.by)
+    sizes = {record.run_id: housekeeping.size(store, record, output_dir) for record in plan.runs}
+    left = {}
+    for record in plan.runs if arguments.yes else []:
+        if reason := housekeeping.delete(store, record, output_dir):
+            left[record.run_id] = reason
+    rows = [
+        tables.row(record.name, record) | {"MB": f"{sizes[record.run_id] / 1e6:.1f}", "error": left.get(record.run_id, "")}
+        for record in plan.runs
+    ]
+    if rows:
+        show_table(rows, optional=tables.METRICS)
+    kept = "; ".join(f"{reason} ({count})" for reason, count in plan.kept.items()) or "none"
+    freed = sum(size for run_id, size in sizes.items() if run_id not in left) / 1e6
+    done = "deleted" if arguments.yes else "would be deleted; add --yes to delete them"
+    show_lines([f"Kept: {kept}.", f"{len(plan.runs) - len(left)} runs, {freed:,.1f} MB: {done}."])
+    if left:
+        raise UserError(f"{len(left)} runs could not be deleted.")
 
 
 if __name__ == "__main__":

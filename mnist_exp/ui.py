@@ -7,7 +7,7 @@ import sys
 
 from mnist_exp.cli import safe_output
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import default_store
+from mnist_exp.overrides import store_uri
 from mnist_exp.redaction import without_credentials
 from mnist_exp.tracking.mlflow_store import MLflowStore
 from mnist_exp.tracking.views import leaderboard_path, run_path
@@ -16,12 +16,12 @@ from mnist_exp.tracking.views import leaderboard_path, run_path
 def main() -> None:
     """Parse the command line, print the link, become the server; a user's mistake ends with a message and status 1."""
     parser = argparse.ArgumentParser(prog="python -m mnist_exp.ui", description=__doc__)
-    parser.add_argument("run_id", nargs="?", help="open this run instead of the leaderboard")
+    parser.add_argument("run_id", nargs="?", help="open this run, by its id or the first 6 or more digits of it")
     parser.add_argument("--port", type=int, default=5000, choices=range(1, 65536), metavar="PORT")
     arguments = parser.parse_args()
     with safe_output():
         try:
-            store = MLflowStore(os.environ.get("MLFLOW_TRACKING_URI", default_store()), "mnist_exp")
+            store = MLflowStore(store_uri(), "mnist_exp")
             path = page_path(store, arguments.run_id)
         except UserError as error:
             print(error, file=sys.stderr)
@@ -45,7 +45,8 @@ def page_path(store: MLflowStore, run_id: str | None) -> str:
     store.open()
     if run_id is None:
         return leaderboard_path(store.experiment_id)
-    return run_path(store.get_run(run_id).info.experiment_id, run_id)
+    run = store.get_run(store.resolve_id(run_id))
+    return run_path(run.info.experiment_id, run.info.run_id)
 
 
 if __name__ == "__main__":

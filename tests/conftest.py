@@ -27,6 +27,7 @@ CommandLine = Callable[..., subprocess.CompletedProcess[str]]
 
 def pytest_configure() -> None:
     """Take one thread in each of several processes of tests: on their cores a second one only waits."""
+    os.environ["MNIST_EXP_LOCAL"] = "none"  # the developer's own defaults must not matter
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
         torch.set_num_threads(1)
@@ -36,10 +37,12 @@ def finished(config: dict[str, Any], data: Dataset, output_dir: Path, epochs: fl
     """Leave what a finished run leaves, of a network that has not learned anything, and return the run's id."""
     run_id = uuid4().hex
     digests = {name: split.digest for name, split in data.splits.items()}
-    state = {"model": build(config["model"], "model").state_dict()}
+    state = {"model": build(config["model"], "model", **data.shape).state_dict()}
     history = [(1, {"epoch": epochs or sum(phase["epochs"] for phase in config["phases"].values())})]
     folder = run_dir.make_folder(output_dir / run_id)
-    checkpoint.save(folder, checkpoint.Checkpoint(run_id, config, {}, [], digests, {}, state, history, {}, 0.0))
+    checkpoint.save(
+        folder, checkpoint.Checkpoint(run_id, config | {"shape": data.shape}, {}, [], digests, {}, state, history, {}, 0.0)
+    )
     run_dir.mark_finished(folder)
     return run_id
 

@@ -16,9 +16,10 @@ LAYERS = [
     {"run", "compare", "runs", "ui"},
     {"experiment", "sweep", "comparison", "serving"},
     {"tracking", "console", "cli"},
-    {"storage", "learning", "config"},
+    {"storage", "config"},
+    {"learning"},
     {"overrides"},
-    {"redaction", "signals", "errors"},
+    {"metrics", "redaction", "signals", "errors"},
 ]
 ONLY = {  # the rooms that may import a library
     "mlflow": {"tracking"},

@@ -5,15 +5,17 @@ import torch
 from conftest import finished
 
 from mnist_exp import CONF
-from mnist_exp.config import build, check
+from mnist_exp.config import bind, build, check, digest
 from mnist_exp.errors import UserError
+from mnist_exp.learning import models
 from mnist_exp.learning.data import Dataset
+from mnist_exp.learning.datasets import MNIST_SHAPE
 from mnist_exp.learning.models import count_parameters
 from mnist_exp.learning.training import fit, prepare_phases
 
 CLUSTERS = {"ray_cluster": "hydra_plugins.hydra_ray_launcher", "slurm": "hydra_plugins.hydra_submitit_launcher"}
 TAUGHT = {"ensemble", "record", "under_10k"}  # files that need finished runs to learn from
-FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.parent != CONF)
+FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.parent not in (CONF, CONF / "local"))
 
 
 def teachers(option: str, run: str = "0" * 32) -> list[str]:
@@ -31,9 +33,10 @@ def test_every_file_composes_and_runs(
     override = f"+phase@phases.more={option}" if group == "phase" else f"{group}={option}"
     run = finished(composed("data=digits"), short_digits, tmp_path) if option in TAUGHT else ""
     config = composed(override, *teachers(option, run))
-    model = build(config["model"], "model")
-    count_parameters(model)
-    if group in ("data", "experiment"):
+    model = build(config["model"], "model", **MNIST_SHAPE)
+    bind(config)
+    count_parameters(model, config["parameter_limit"])
+    if group in ("data", "experiment") and option != "fashion_mnist":  # tests/learning/test_datasets.py loads a small copy of it
         if option != "digits":
             request.getfixturevalue("mnist_root")
         assert "train" in build(config["data"], "data", seed=0).splits
@@ -77,7 +80,25 @@ WRONG = {
     "optimizer.lr=high": "lr=high is invalid",
     "precision=fp8": "precision=fp8 is invalid: expected auto, fp32, bf16 or fp16",
     "device=tpu": "device=tpu is invalid",
-    "phases.train.epochs=0": r"phases\.train\.epochs=0 is invalid",
+    "phases.train.epochs=0": r"phases\.train\.epochs=0 is invalid: expected an integer >= 1\. Set it with phases\.train\.epochs=",
+    "phases.train.label_smoothing=1": r"phases\.train\.label_smoothing=1 is invalid",
+    "parameter_limit=0": r"parameter_limit=0 is invalid: expected an integer >= 1, or null",
+    "parameter_limit=19000": r"The model has 19,674 parameters: at most 19,000 are allowed",
+    "~parameter_limit": r"parameter_limit is missing",
+    "data.subset=0": r"^data\.subset=0 is invalid: expected an integer >= 1, or null",
+    "data.finetune_fraction=2": r"^data\.finetune_fraction=2 is invalid: expected a number between 0 and 1",
+    "+data.hue=1": r"^data cannot be built: .*'hue'",
+    "+model.hue=1": r"^model cannot be built: .*'hue'",
+    "+optimizer.hue=1": r"^optimizer cannot be built: .*'hue'",
+    "+phases.finetune.optimizer.hue=1": r"^phases\.finetune\.optimizer cannot be built: .*'hue'",
+    "+augmentation.hue=1": r"^augmentation cannot be built: .*'hue'",
+    "+teacher.hue=1": r"^teacher cannot be built: .*'hue'",
+    "+tracking.hue=1": r"^tracking cannot be built: .*'hue'",
+    "+phases.train.hue=1": r"^phases\.train cannot be built: .*'hue'",
+    "optimizer.momentum=0": r"^optimizer cannot be built: Nesterov momentum requires a momentum",
+    "scheduler.pct_start=1": r"^scheduler\.pct_start=1 is invalid: expected a number between 0 and 1",
+    "model.se.reduction=99": r"^model\.se\.reduction=99 is invalid: expected an integer from 1 to 16",
+    "augmentation.degrees=-5": r"^augmentation\.degrees=-5 is invalid: expected a number from 0 to 180",
     "model.depths=[1,0,1]": r"model\.depths=\[1, 0, 1\] is invalid: expected three integers >= 1",
     "model.mean_pool=3": r"model\.mean_pool=3 is invalid: expected true or false",
     "model.channels=[8,16]": r"model\.channels=\[8, 16\] is invalid: expected three integers",
@@ -91,7 +112,30 @@ WRONG = {
 @pytest.mark.parametrize("override", WRONG, ids=str)
 def test_a_wrong_value_is_named(composed, override: str) -> None:
     with pytest.raises(UserError, match=WRONG[override]):
-        composed(override)
+        bind(composed(override))
+
+
+def test_a_model_of_two_stages_is_accepted(composed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its `channels` are its own: only CNN asks for three."""
+
+    class TwoStages(torch.nn.Module):
+        def __init__(self, channels: list[int], classes: int, side: int, in_channels: int) -> None:
+            super().__init__()
+            self.stages = torch.nn.Sequential(torch.nn.Conv2d(in_channels, channels[0], 3), torch.nn.Conv2d(*channels, 3))
+
+    TwoStages.__module__ = "mnist_exp.learning.models"
+    monkeypatch.setattr(models, "TwoStages", TwoStages, raising=False)
+    config = composed() | {"model": {"_target_": "mnist_exp.learning.models.TwoStages", "channels": [8, 16]}}
+    check(config)
+    bind(config)
+    config["model"]["hue"] = 1
+    with pytest.raises(UserError, match=r"model cannot be built: .*'hue'"):
+        bind(config)
+
+
+def test_the_parameter_limit_does_not_change_the_outcome(composed) -> None:
+    assert digest(composed()) == digest(composed("parameter_limit=null")) == digest(composed() | {"shape": MNIST_SHAPE})
+    bind(composed("parameter_limit=null", "model.hidden_features=300"))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mnist_exp.comparison.arms import Arms, Block, Row
 from mnist_exp.comparison.outcomes import Curve, Outcomes, curve, mean_mistakes
+from mnist_exp.metrics import metric_of
 from mnist_exp.tracking.colors import COLORS
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -26,20 +27,21 @@ def _styles(arms: Arms) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _scaled(metric: str, value: Any) -> Any:
-    """Return a value in the unit of the axes: accuracies in percent."""
-    return value * 100 if metric.endswith("accuracy") else value
+    """Return recorded values as displayed."""
+    return value * metric_of(metric).scale
 
 
 def _axis_label(metric: str) -> str:
-    return f"{metric} (%)" if metric.endswith("accuracy") else metric
+    return f"{metric}{metric_of(metric).axis_unit}"
 
 
 def differences(rows: Sequence[Row]) -> Figure:
     """Draw the difference of each arm in the first metric with its interval, and a line at no difference."""
     first = [row for row in rows if row.metric == rows[0].metric]
     figure = Figure(figsize=(WIDTH, 1 + 0.4 * len(first)))
-    unit = " (points)" if rows[0].metric.endswith("accuracy") else ""
-    axes = figure.add_subplot(xlabel=f"difference in {rows[0].metric} from {rows[0].baseline}{unit}, 95 % interval")
+    unit = metric_of(rows[0].metric).difference_unit
+    in_unit = f" ({unit})" if unit else ""
+    axes = figure.add_subplot(xlabel=f"difference in {rows[0].metric} from {rows[0].baseline}{in_unit}, 95 % interval")
     axes.axvline(0, color="0.5", linewidth=1)
     for height, row in enumerate(reversed(first)):
         interval = row.values.interval
@@ -157,7 +159,7 @@ def confusion(arms: Arms, outcomes: Outcomes) -> Figure | None:
     figure = Figure(figsize=(WIDTH, 2.9 * height))
     top = max(1.0, max(float(matrix.max()) for matrix in found.values()))
     for position, (title, matrix, colormap) in enumerate(panels, start=1):
-        axes = figure.add_subplot(height, columns, position, xticks=range(10), yticks=range(10))
+        axes = figure.add_subplot(height, columns, position, xticks=range(len(matrix)), yticks=range(len(matrix)))
         limit = top if colormap == "Greys" else max(0.5, float(np.abs(matrix).max()))
         _draw_matrix(axes, matrix, colormap, limit)
         axes.set_title(title, fontsize="small")
@@ -168,7 +170,7 @@ def confusion(arms: Arms, outcomes: Outcomes) -> Figure | None:
 
 
 def _draw_matrix(axes: Axes, matrix: NDArray[np.float64], colormap: str, limit: float) -> None:
-    """Draw a matrix (10, 10) up to `limit` (Greys), or from -limit to limit, with a number in each cell of 0.5 or more."""
+    """Draw a matrix (classes, classes) up to `limit` (Greys), or from -limit to limit, with each number of 0.5 or more."""
     is_count = colormap == "Greys"
     axes.imshow(matrix, cmap=colormap, vmin=0 if is_count else -limit, vmax=limit)
     axes.tick_params(labelsize="x-small", length=0)

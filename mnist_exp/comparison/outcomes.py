@@ -13,6 +13,7 @@ from mnist_exp.tracking.base import RunRecord
 
 Curve = tuple[list[float], list[float]]  # x and y of each point
 MOST_DISAGREED = 12  # images
+MOST_CLASSES = 1000  # in a file that anyone can have changed
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,10 @@ def parse_outcome(content: Any) -> Outcome | None:
         split = str(content["split"])
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         return None
-    digits = all(index >= 0 and 0 <= label <= 9 and 0 <= prediction <= 9 for index, label, prediction in mistakes)
+    are_indices = all(0 <= number < 2**31 for mistake in mistakes for number in mistake)
+    in_range = all(max(label, prediction) < MOST_CLASSES for _, label, prediction in mistakes)
     timed = all(metrics.get("train/examples_per_second", 1) > 0 for _, metrics in history)
-    return Outcome(history, mistakes, split) if digits and timed else None
+    return Outcome(history, mistakes, split) if are_indices and in_range and timed else None
 
 
 def curve(outcome: Outcome | None, metric: str, against: str) -> Curve:
@@ -66,11 +68,13 @@ def curve(outcome: Outcome | None, metric: str, against: str) -> Curve:
 
 
 def mean_mistakes(records: Iterable[RunRecord], outcomes: Outcomes) -> NDArray[np.float64] | None:
-    """Return the mean number of mistakes of a run by label and prediction (10, 10), None if no run has an outcome."""
+    """Return the mean number of mistakes of a run by label and prediction (classes, classes), None if no run has an outcome."""
     readable = _readable(records, outcomes)
     if not readable:
         return None
-    matrix = np.zeros((10, 10))
+    mistakes = [mistake for outcome in outcomes.values() if outcome for mistake in outcome.mistakes]
+    classes = 1 + max((max(label, prediction) for _, label, prediction in mistakes), default=0)  # the same for every arm
+    matrix = np.zeros((classes, classes))
     for outcome in readable:
         for _, label, prediction in outcome.mistakes:
             matrix[label, prediction] += 1 / len(readable)

@@ -39,7 +39,7 @@ def render(
         outcomes: The outcomes of the runs.
         parent: The parent run of the sweep.
         commands: The shell commands that repeat the sweep and the comparison.
-        images: The test images, uint8 (n, 1, 28, 28), None if they are not available.
+        images: The test images, uint8 (n, channels, side, side), None if they are not available.
     """
     # Names are text, not formulas, and equal figures give equal bytes.
     with mpl.rc_context({"text.parse_math": False, "svg.hashsalt": "mnist_exp"}):

@@ -4,30 +4,9 @@ import math
 from collections.abc import Sequence
 
 from mnist_exp.comparison.arms import Arms, Row
+from mnist_exp.metrics import format_metric, metric_of
 
 COLUMNS = ("metric", "arm", "n", "mean (sd)", "difference (95 %)", "p: t / flip", "effect", "differs")
-
-
-def format_metric(metric: str, value: float, *, signed: bool = False, is_difference: bool = False, bare: bool = False) -> str:
-    """Return a metric's value with its unit: 98.60 %, 3.46 s.
-
-    Args:
-        metric: The name of the metric.
-        value: The value, an accuracy as a fraction and a time in seconds.
-        signed: Whether positive values have a sign, too.
-        is_difference: Whether the value is a difference: those of accuracies are in points.
-        bare: Whether to omit the unit.
-    """
-    if not math.isfinite(value):
-        return "-"
-    sign = "+z" if signed else "z"  # z formats a value that rounds to 0 as 0, not as -0
-    if metric.endswith("accuracy"):
-        number, unit = f"{100 * value:{sign}.2f}", "points" if is_difference else "%"
-    elif metric.startswith("time/"):
-        number, unit = f"{value:{sign}.2f}", "s"
-    else:
-        number, unit = f"{value:{sign},.0f}" if metric == "model/parameters" else f"{value:{sign}.3g}", ""
-    return number if bare else f"{number} {unit}".rstrip()
 
 
 def _format_number(value: float, form: str = ".2g") -> str:
@@ -48,7 +27,7 @@ def format_difference(row: Row) -> str:
 def _verdict(row: Row) -> str:
     if not row.is_detected:
         return "not detected"
-    return "indicative" if row.metric.startswith("time/") else "yes"
+    return "indicative" if metric_of(row.metric).is_measured_time else "yes"
 
 
 def headline(arms: Arms, rows: Sequence[Row]) -> str:
@@ -87,7 +66,7 @@ def power_notes(arms: Arms, rows: Sequence[Row]) -> list[str]:
 
 def caveats(rows: Sequence[Row]) -> list[str]:
     """Return the limits of the compared metrics."""
-    timed = any(row.metric.startswith("time/") for row in rows)
+    timed = any(metric_of(row.metric).is_measured_time for row in rows)
     return ["Times were measured under load and in the order of the sweep; treat them as indicative."] if timed else []
 
 

@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from torch import Tensor
 
-from mnist_exp.learning.data import CLASSES, Dataset
-from mnist_exp.learning.evaluation import Evaluation
+from mnist_exp.learning.data import Dataset
+from mnist_exp.learning.evaluation import Evaluation, accuracy
 from mnist_exp.learning.seeds import generator
 from mnist_exp.learning.training import Phase
+from mnist_exp.metrics import format_metric
 
 History = Sequence[tuple[int, Mapping[str, float]]]  # (examples seen, metrics), in order
 
@@ -35,7 +36,7 @@ def run_figures(
     """
     first = phases[0].config
     sample = data.splits[first.split].images[:8]
-    title = f"{split}, accuracy {evaluation.accuracy:.2%}"
+    title = f"{split}, accuracy {format_metric('accuracy', accuracy(evaluation.logits, evaluation.labels))}"
     of_result: dict[str, Callable[[], Figure]] = {
         "confusion_matrix": lambda: confusion_matrix(evaluation, title),
         "worst_mistakes": lambda: worst_mistakes(evaluation, data.splits[split].images),
@@ -51,10 +52,10 @@ def run_figures(
 def confusion_matrix(evaluation: Evaluation, title: str) -> Figure:
     """Draw the number of images by label and prediction; the color shows the share of mistakes."""
     counts = evaluation.confusion_matrix
-    mistakes = counts.float() / counts.sum(1, keepdim=True).clamp(min=1)  # (10, 10) / (10, 1)
+    mistakes = counts.float() / counts.sum(1, keepdim=True).clamp(min=1)  # (classes, classes) / (classes, 1)
     mistakes.fill_diagonal_(0)
     figure = Figure(figsize=(6, 5.6))
-    ticks = range(CLASSES)
+    ticks = range(len(counts))
     axes = figure.add_subplot(xlabel="prediction", ylabel="label", title=title, xticks=ticks, yticks=ticks)
     axes.imshow(mistakes.numpy(), cmap="Reds", vmin=0, vmax=max(0.02, float(mistakes.max()) * 1.5))
     for label, row in enumerate(counts.tolist()):
@@ -105,14 +106,14 @@ def augmented_digits(
     """Draw each image in a row: first the original, then augmented versions of it.
 
     Args:
-        images: (n, 1, 28, 28).
+        images: (n, channels, side, side).
         augment: An augmentation.
         generator: Source of its randomness.
         versions: Number of augmented versions.
     """
-    columns = [images.float(), *(augment(images, generator) for _ in range(versions))]
-    framed = F.pad(torch.cat(columns, dim=1).cpu(), (1, 1, 1, 1), value=255)  # (n, 10, 28, 28) -> (n, 10, 30, 30)
-    sheet = framed.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)  # (n, 30, 10, 30) -> (n * 30, 10 * 30)
+    columns = [_gray(images), *(_gray(augment(images, generator)) for _ in range(versions))]
+    framed = F.pad(torch.stack(columns, dim=1), (1, 1, 1, 1), value=255)  # (n, columns, side, side) -> each side + 2
+    sheet = framed.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)  # (n * (side + 2), columns * (side + 2))
     figure = Figure(figsize=(sheet.shape[1] / 42, sheet.shape[0] / 42 + 0.4))
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.93)
     axes = figure.add_subplot(title="left: original; right: augmented, one draw per image")
@@ -126,17 +127,18 @@ def worst_mistakes(evaluation: Evaluation, images: Tensor, count: int = 25) -> F
 
     Args:
         evaluation: Evaluation of the images.
-        images: (n, 1, 28, 28).
+        images: (n, channels, side, side).
         count: Largest number of mistakes to draw.
     """
     worst = evaluation.worst_mistakes(count)
-    confidences, predictions = evaluation.logits[worst].softmax(1).max(1)  # (m, 10) -> (m,), (m,)
+    confidences, predictions = evaluation.logits[worst].softmax(1).max(1)  # (m, classes) -> (m,), (m,)
     total = int((evaluation.predictions != evaluation.labels).sum())
     columns = 5
     rows = -(-count // columns)
-    cells = torch.full((rows * columns, 36, 36), 255.0)  # each image has room for a line of text above
-    cells[: len(worst), 8:, 4:32] = images[worst.to(images.device), 0].float().cpu()  # (m, 28, 28)
-    sheet = cells.view(rows, columns, 36, 36).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)  # (rows * 36, columns * 36)
+    cell = images.shape[-1] + 8
+    cells = torch.full((rows * columns, cell, cell), 255.0)  # each image has room for a line of text above
+    cells[: len(worst), 8:, 4:-4] = _gray(images[worst.to(images.device)])  # (m, side, side)
+    sheet = cells.view(rows, columns, cell, cell).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)  # (rows * cell, columns * cell)
     figure = Figure(figsize=(6.5, 7))
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.94)
     title = f"The {len(worst)} worst of {total} mistakes: label > prediction, confidence"
@@ -148,5 +150,10 @@ def worst_mistakes(evaluation: Evaluation, images: Tensor, count: int = 25) -> F
     for position, (label, prediction, confidence) in enumerate(found):
         row, column = divmod(position, columns)
         text = f"{label} > {prediction}, {confidence:.0%}"
-        axes.text(column * 36 + 18, row * 36 + 6, text, ha="center", va="baseline", fontsize=9)
+        axes.text((column + 0.5) * cell, row * cell + 6, text, ha="center", va="baseline", fontsize=9)
     return figure
+
+
+def _gray(images: Tensor) -> Tensor:
+    """Return images on the CPU with the mean of their channels: (n, channels, h, w) -> (n, h, w) float32."""
+    return images.float().mean(1).cpu()

@@ -107,7 +107,7 @@ class Recorder:
         self.tracker.log_text(json.dumps({"split": split, "history": self.history, "mistakes": mistakes}), OUTCOME)
 
     def log_model(self, model: "nn.Module", example: Any) -> None:
-        """Record the last checkpoint and the exported model; example: a uint8 array (2, 1, 28, 28)."""
+        """Record the last checkpoint and the exported model; example: a uint8 array (2, channels, side, side)."""
         self.tracker.log_file(self.folder / run_dir.CHECKPOINT)
         if self.tracker.is_recording:
             model_export.save_model(self.folder / "model", model, example, self._initial.config)

@@ -5,14 +5,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mnist_exp.config import build, digest
+from mnist_exp.config import bind, build, digest
 from mnist_exp.console import Display
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.figures import run_figures
@@ -27,6 +27,7 @@ from mnist_exp.storage import run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import DatasetInfo, RunInfo, Store
+from mnist_exp.tracking.definition import JobContext
 from mnist_exp.tracking.tags import CONFIG_HASH, DATA, DIFFERS, JOB, OVERRIDES, RERUN_OF, RESUMED, SWEEP
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class RunRequest:
         checkpoint: The checkpoint to resume from.
         digests: Digests that splits of the data must have.
         threads: The number of torch's threads, which affects the last bits of a result; None for the default.
+        job: The context of a job of a sweep.
     """
 
     config: dict[str, Any]
@@ -58,6 +60,7 @@ class RunRequest:
     checkpoint: Checkpoint | None = None
     digests: dict[str, str] = field(default_factory=dict)
     threads: int | None = None
+    job: JobContext | None = None
 
 
 @dataclass(frozen=True)
@@ -131,21 +134,22 @@ def prepare(request: RunRequest) -> Prepared:
     torch.set_num_threads(request.threads or _default_threads())
     device = choose_device(config["device"])
     precision = choose_precision(config["precision"], device)
-    with torch.device("meta"):  # count the parameters before memory is allocated
-        parameter_count = count_parameters(build(config["model"], "model"))
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(config["seed"], "weights"))
-        model = build(config["model"], "model").to(device)
+    bind(config)
     configs = {name: build(node, f"phases.{name}") for name, node in config["phases"].items()}
     data = build(config["data"], "data", seed=config["seed"]).to(device)
     _check_data(request, data)
+    with torch.device("meta"):  # count the parameters before memory is allocated
+        parameter_count = count_parameters(build(config["model"], "model", **data.shape), config["parameter_limit"])
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(config["seed"], "weights"))
+        model = build(config["model"], "model", **data.shape).to(device)
     phases = prepare_phases(model, configs, data, Path(config["output_dir"]))
     store = build(config["tracking"], "tracking")
     output_dir = run_dir.make_folder(Path(config["output_dir"]))
     software = provenance.software() | {"threads": str(torch.get_num_threads())}
     totals = {phase.name: data.splits[phase.config.split].epoch_size * phase.config.epochs for phase in phases}
     examples_seen = saved.state["examples_seen"] if saved and saved.state else 0
-    display = Display(totals, examples_seen, quiet=bool(config["sweep"]["id"]))
+    display = Display(totals, examples_seen, quiet=request.job is not None)
     return Prepared(model, phases, data, precision, device, parameter_count, store, output_dir, software, display, started)
 
 
@@ -163,11 +167,12 @@ def _check_data(request: RunRequest, data: "Dataset") -> None:
             f"The data differs from the original run's: expected {expected}, found {found}. "
             "Set MNIST_ROOT to the data that the run was started with."
         )
-    of_sweep = request.config["sweep"]["data"]
-    if of_sweep not in (None, data.name):
+    if request.config.get("shape", data.shape) != data.shape:
+        raise UserError(f"shape={request.config['shape']} is invalid: expected {data.shape} with this data, or no such key.")
+    if request.job and request.job.data not in (None, data.name):
         raise UserError(
-            f"The sweep was started with {of_sweep}, but the data here is {data.name}. Set MNIST_ROOT to the data of the sweep, "
-            "or continue with sweep.force=true."
+            f"The sweep was started with {request.job.data}, but the data here is {data.name}. Set MNIST_ROOT to the data of "
+            "the sweep, or continue with sweep.force=true."
         )
 
 
@@ -180,9 +185,11 @@ def begin(request: RunRequest, prepared: Prepared) -> AbstractContextManager[Rec
     if data.notice:
         prepared.display.warn(data.notice)
     digests = {name: split.digest for name, split in data.splits.items()}
-    recipe = (request.config, request.choices, request.overrides, digests, prepared.software)
+    # The shape lets others rebuild the model without the data.
+    recipe = (request.config | {"shape": data.shape}, request.choices, request.overrides, digests, prepared.software)
     progress = (saved.history, saved.seconds, saved.elapsed) if saved else ([], {}, 0.0)
-    initial = Checkpoint(saved.run_id if saved else "", *recipe, None, *progress)
+    job = asdict(request.job) if request.job else None
+    initial = Checkpoint(saved.run_id if saved else "", *recipe, None, *progress, job)
     return recording(prepared.store, _run_info(request, prepared), prepared.output_dir, initial, prepared.started)
 
 
@@ -194,7 +201,7 @@ def _changes(request: RunRequest, prepared: Prepared) -> str:
 
 
 def _run_info(request: RunRequest, prepared: Prepared) -> RunInfo:
-    config, sweep = request.config, request.config["sweep"]
+    config, job = request.config, request.job
     shown = [override for override in request.overrides if not is_neutral(override)]
     tags = {
         **provenance.git_tags(),
@@ -205,13 +212,13 @@ def _run_info(request: RunRequest, prepared: Prepared) -> RunInfo:
         CONFIG_HASH: digest(config),
         OVERRIDES: " ".join(request.overrides),
     }
-    if sweep["id"]:
-        shown = [override for override in shown if key_of(override) in sweep["varied"]]
-        tags |= {SWEEP: sweep["id"], JOB: str(sweep["job"]), DIFFERS: " ".join(shown)}
+    if job:
+        shown = [override for override in shown if key_of(override) in job.varied]
+        tags |= {SWEEP: job.sweep_id, JOB: str(job.number), DIFFERS: " ".join(shown)}
     if config["rerun"]:
         tags[RERUN_OF] = config["rerun"]
     name = run_name(request.choices, shown, prepared.data.name)
-    return RunInfo(name, request.command, tags, sweep["id"], sweep["color"])
+    return RunInfo(name, request.command, tags, job.sweep_id if job else None, job.color if job else None)
 
 
 def train(request: RunRequest, prepared: Prepared, recorder: Recorder, should_prune: ShouldPrune | None) -> None:
@@ -244,7 +251,8 @@ def train(request: RunRequest, prepared: Prepared, recorder: Recorder, should_pr
 
 def _dataset(data: "Dataset", split: str, context: str) -> DatasetInfo:
     part = data.splits[split]
-    return DatasetInfo(data.name, split, context, part.digest, data.source, len(part), part.epoch_size)
+    shape = (data.channels, data.side, data.side)
+    return DatasetInfo(data.name, split, context, part.digest, data.source, len(part), part.epoch_size, shape)
 
 
 def score(request: RunRequest, prepared: Prepared, recorder: Recorder) -> Evaluation:
@@ -258,9 +266,7 @@ def score(request: RunRequest, prepared: Prepared, recorder: Recorder) -> Evalua
     evaluation = evaluate(prepared.model, data.splits[split])
     config = request.config
     recorder.log_figures(
-        run_figures(
-            evaluation, split, data, prepared.phases, recorder.history, config["seed"], with_recipe=not config["sweep"]["id"]
-        )
+        run_figures(evaluation, split, data, prepared.phases, recorder.history, config["seed"], with_recipe=request.job is None)
     )
     recorder.log_outcome(split, evaluation.mistakes)
     recorder.log_model(prepared.model.eval(), data.splits[split].images[:2].cpu().numpy())
@@ -272,7 +278,7 @@ def finish(request: RunRequest, prepared: Prepared, recorder: Recorder, evaluati
     results = {f"time/{phase}_seconds": seconds for phase, seconds in recorder.seconds.items()}
     results["model/parameters"] = prepared.parameter_count
     if prepared.eval_split == "test":
-        results |= {"test/accuracy": evaluation.accuracy, "test/loss": evaluation.loss}
+        results |= {f"test/{name}": value for name, value in evaluation.metrics.items()}
     results["time/total_seconds"] = recorder.elapsed
     outcome = Outcome(recorder.tracker.run_id, [*recorder.history, (recorder.history[-1][0], results)])
     rows = result_rows(outcome.last, prepared.data)

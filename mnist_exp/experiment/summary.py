@@ -4,7 +4,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from mnist_exp.config import nodes
-from mnist_exp.overrides import PARTS, command
+from mnist_exp.metrics import METRICS, format_metric, metric_of
+from mnist_exp.overrides import PARTS, command, key_of, text_of
 from mnist_exp.redaction import redact
 
 if TYPE_CHECKING:
@@ -13,14 +14,14 @@ if TYPE_CHECKING:
 
 def run_name(choices: dict[str, str], overrides: list[str], data: str) -> str:
     """Return a run's name: its model, its data unless that is mnist, and the rest of `overrides` in short form."""
-    rest = [shorten(override, choices) for override in overrides if not re.match("(model|data)=", override)]
+    rest = [shorten(override, choices) for override in overrides if key_of(override) not in ("model", "data")]
     return redact(" ".join([choices["model"], *([] if data == "mnist" else [data]), *rest]))[:200]
 
 
 def shorten(override: str, choices: dict[str, str]) -> str:
     """Return an override as names show it: `adam` for optimizer=adam, `bs=64` for batch_size=64, run ids cut to 8 digits."""
     override = re.sub("([0-9a-f]{8})[0-9a-f]{24}", r"\1", override)
-    key, _, value = override.partition("=")
+    key, value = key_of(override), text_of(override)
     if choices.get(key) == value:
         return value
     return f"{'bs' if key == 'batch_size' else key.rpartition('.')[2]}={value}" if value else override
@@ -40,15 +41,10 @@ def parameters(config: dict[str, Any], choices: dict[str, str]) -> dict[str, obj
 
 def result_rows(results: dict[str, float], data: "Dataset") -> dict[str, str]:
     """Return the results of a run as the rows of a table: name, value with its unit."""
-    formats = {
-        "test/accuracy": "{:.2%}",
-        "test/loss": "{:.4f}",
-        "val/accuracy": "{:.2%}",
-        "val/loss": "{:.4f}",
-        "model/parameters": "{:,.0f}",
-    }
-    rows = {name: form.format(results[name]) for name, form in formats.items() if name in results}
-    rows |= {name: f"{value:.1f} s" for name, value in sorted(results.items()) if name.startswith("time/")}
+    parts, order = ("test", "val", "model", "time"), list(METRICS)
+    names = [name for name in results if name.partition("/")[0] in parts]
+    shown = sorted(names, key=lambda name: (parts.index(name.partition("/")[0]), order.index(metric_of(name).name), name))
+    rows = {name: format_metric(name, results[name]) for name in shown}
     return rows | {"data": f"{data.name}: " + ", ".join(f"{name} {len(split):,}" for name, split in data.splits.items())}
 
 

@@ -10,6 +10,7 @@ from mnist_exp.config import build, check
 from mnist_exp.errors import UserError
 from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.distillation import Ensemble, Labels
+from mnist_exp.learning.models import count_parameters
 from mnist_exp.storage import checkpoint, run_dir
 
 
@@ -44,7 +45,7 @@ def ensemble(data: Dataset, output_dir: Path, runs: Sequence[str]) -> Ensemble:
 
 def _load_finished(run: str, output_dir: Path) -> checkpoint.Checkpoint:
     """Return the last checkpoint of a run; raises UserError unless the run was trained to its end."""
-    folder = output_dir / run
+    folder = output_dir / run_dir.expand_id(output_dir, run)
     if not run_dir.is_finished(folder):
         raise UserError(
             f"teacher.runs={run} is invalid: expected a finished run in output_dir={output_dir}. "
@@ -52,6 +53,8 @@ def _load_finished(run: str, output_dir: Path) -> checkpoint.Checkpoint:
         )
     saved = checkpoint.load(folder / run_dir.CHECKPOINT)
     check(saved.config)
+    if "shape" not in saved.config:
+        raise UserError(f"teacher.runs={run} is invalid: expected a run whose checkpoint contains the shape of its data.")
     epochs = sum(phase["epochs"] for phase in saved.config["phases"].values())
     if not saved.history or saved.history[-1][1].get("epoch", 0) < epochs:  # a run that a search stopped is finished, too
         raise UserError(
@@ -69,7 +72,8 @@ def _was_trained_on(saved: checkpoint.Checkpoint, data: Dataset, split: str) -> 
 
 def _load_network(saved: checkpoint.Checkpoint, device: torch.device) -> nn.Module:
     """Return the network in a checkpoint, ready for evaluation; raises UserError if this version builds another."""
-    network: nn.Module = build(saved.config["model"], "model")
+    network: nn.Module = build(saved.config["model"], "model", **saved.config["shape"])
+    count_parameters(network, saved.config["parameter_limit"])
     assert saved.state is not None
     try:
         network.load_state_dict(saved.state["model"])

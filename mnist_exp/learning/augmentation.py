@@ -1,6 +1,6 @@
 """Augmentations of a whole batch on its device, with an independent draw for each image.
 
-An augmentation takes images (n, 1, h, w) of any dtype and a CPU generator, its only source of randomness, and returns
+An augmentation takes images (n, channels, h, w) of any dtype and a CPU generator, its only source of randomness, and returns
 float32 images in the same range of values.
 """
 
@@ -9,6 +9,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mnist_exp.learning.arguments import is_number, is_sequence, require
 
 
 class Unchanged:
@@ -23,12 +25,21 @@ class RandomAffine:
     """Rotate, scale and shift each image about its center, with bilinear interpolation and black outside.
 
     Args:
-        degrees: Largest rotation; uniform within +- degrees.
-        scale: Smallest and largest factor; uniform between them.
-        translate: Largest shift on each axis, as a fraction of the side; uniform within +- translate.
+        degrees: Largest rotation, 0 to 180; uniform within +- degrees.
+        scale: Smallest and largest factor, both above 0; uniform between them.
+        translate: Largest shift on each axis, as a fraction of the side, 0 to below 1; uniform within +- translate.
+
+    Raises:
+        ArgumentError: An argument is out of range.
     """
 
     def __init__(self, degrees: float, scale: tuple[float, float], translate: float) -> None:
+        require(is_number(degrees, 0, 180), "degrees", degrees, "a number from 0 to 180")
+        is_range = is_sequence(scale) and len(scale) == 2 and all(is_number(factor, 1e-6) for factor in scale)
+        require(is_range and scale[0] <= scale[1], "scale", scale, "[smallest, largest], both > 0")
+        require(
+            is_number(translate, 0) and translate < 1, "translate", translate, "a number >= 0 and < 1, a fraction of the side"
+        )
         self.degrees = degrees
         self.scale = scale
         self.translate = translate

@@ -6,17 +6,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-SIDE = 28
-CLASSES = 10
-
 
 @dataclass(frozen=True)
 class Split:
     """Labeled images and the size of an epoch.
 
     Attributes:
-        images: (n, 1, 28, 28) uint8.
-        labels: (n,) int64, 0 to 9.
+        images: (n, channels, side, side) uint8.
+        labels: (n,) int64, below the number of classes.
         epoch_size: Images per epoch. Above n, an epoch passes over the images more than once, each time in a new order.
         digest: Hexadecimal hash of the images and labels.
     """
@@ -42,7 +39,7 @@ class Split:
             skip: Number of batches to leave out at the start. The order of the others stays the same.
 
         Yields:
-            Images (b, 1, 28, 28) uint8 and labels (b,) int64.
+            Images (b, channels, side, side) uint8 and labels (b,) int64.
         """
         passes = -(-self.epoch_size // len(self))
         indices = torch.cat([torch.randperm(len(self), generator=order) for _ in range(passes)])  # (passes * n,)
@@ -59,8 +56,9 @@ class Dataset:
     """The splits of one source.
 
     Attributes:
-        name: `mnist` or `digits`.
+        name: Such as `mnist`, or `mnist_1000` with a limited number of training images.
         source: Folder or function that the images come from.
+        classes: Number of classes.
         splits: Splits by name. `test` is absent if the test set must not be read (`data=mnist_tuning`).
         validation: Name of the split that validates each phase, until a phase trains on it.
         notice: Warning to show to the user, or None.
@@ -68,9 +66,34 @@ class Dataset:
 
     name: str
     source: str
+    classes: int
     splits: dict[str, Split]
     validation: str
     notice: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, split in self.splits.items():
+            if split.images.dtype != torch.uint8 or split.images.shape[1:] != (self.channels, self.side, self.side):
+                raise ValueError(
+                    f"The split {name} is invalid: expected square uint8 images (n, channels, side, side), all alike."
+                )
+            if not (len(split) and 0 <= int(split.labels.min()) <= int(split.labels.max()) < self.classes):
+                raise ValueError(f"The split {name} is invalid: expected labels from 0 to {self.classes - 1}, at least one.")
+
+    @property
+    def side(self) -> int:
+        """Height and width of the images."""
+        return next(iter(self.splits.values())).images.shape[-1]
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images: 1 for gray values, 3 for colors."""
+        return next(iter(self.splits.values())).images.shape[1]
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The arguments that every model takes from the data."""
+        return {"classes": self.classes, "side": self.side, "in_channels": self.channels}
 
     def to(self, device: torch.device) -> "Dataset":
         """Return the data set with its splits on `device`."""

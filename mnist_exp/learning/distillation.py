@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Targets(Protocol):
-    """Map a batch of augmented images (n, 1, 28, 28) float32 and labels (n,) int64 to the targets of the loss.
+    """Map a batch of augmented images (n, channels, side, side) float32 and labels (n,) int64 to the targets of the loss.
 
     Attributes:
         trained_on_validation: Whether networks behind the targets may have been trained on the split that validates. It
@@ -19,7 +19,7 @@ class Targets(Protocol):
     def trained_on_validation(self) -> bool: ...
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return class indices (n,) int64 or probabilities (n, 10) float32."""
+        """Return class indices (n,) int64 or probabilities (n, classes) float32."""
 
 
 class Labels:
@@ -48,6 +48,6 @@ class Ensemble:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return probabilities (n, 10) float32."""
+        """Return probabilities (n, classes) float32."""
         probabilities = [network(images).float().softmax(1) for network in self.networks]
-        return torch.stack(probabilities).mean(0)  # (networks, n, 10) -> (n, 10)
+        return torch.stack(probabilities).mean(0)  # (networks, n, classes) -> (n, classes)

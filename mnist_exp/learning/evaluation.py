@@ -1,5 +1,6 @@
 """Evaluation of a model on a split. Values are returned, never logged."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,38 +8,66 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnist_exp.errors import UserError
-from mnist_exp.learning.data import CLASSES, Split
+from mnist_exp.learning.data import Split
 
+Function = Callable[[Tensor, Tensor], float]
+EVALUATED: dict[str, Function] = {}  # the metrics of an evaluation, by name
 BATCH_SIZE = 250  # larger batches exceed the CPU's cache and take twice as long
+
+
+def metric(function: Function) -> Function:
+    """Register a function of logits (n, classes) float32 and labels (n,) int64 as a metric; `metrics.py` has its format."""
+    EVALUATED[function.__name__] = function
+    return function
+
+
+@metric
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Return the fraction of correct predictions, 0 to 1."""
+    return int((logits.argmax(1) == labels).sum()) / len(labels)
+
+
+@metric
+def loss(logits: Tensor, labels: Tensor) -> float:
+    """Return the mean cross-entropy, in nats."""
+    return F.cross_entropy(logits, labels).item()
+
+
+@metric
+def calibration_error(logits: Tensor, labels: Tensor) -> float:
+    """Return the expected calibration error, 0 to 1: the mean gap between confidence and accuracy in 15 equal-width bins.
+
+    Source: Guo et al., On Calibration of Modern Neural Networks, 2017, equation 3.
+    """
+    confidences, predictions = logits.double().softmax(1).max(1)  # (n, classes) -> (n,), (n,)
+    bins = (confidences * 15).ceil().long() - 1  # bin m covers (m / 15, (m + 1) / 15]
+    gaps = (predictions == labels).double() - confidences
+    return float(torch.zeros(15, dtype=torch.double).index_add_(0, bins.clamp(0, 14), gaps).abs().sum()) / len(labels)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's logits (n, 10) float32 on a split, and the labels (n,) int64, both on the CPU."""
+    """A model's logits (n, classes) float32 on a split, and the labels (n,) int64, both on the CPU."""
 
     logits: Tensor
     labels: Tensor
 
     @property
-    def loss(self) -> float:
-        """Mean cross-entropy, in nats."""
-        return F.cross_entropy(self.logits, self.labels).item()
+    def metrics(self) -> dict[str, float]:
+        """The value of each of `EVALUATED`, by name."""
+        return {name: function(self.logits, self.labels) for name, function in EVALUATED.items()}
 
     @property
     def predictions(self) -> Tensor:
         """The class of largest logit for each image: (n,) int64."""
-        return self.logits.argmax(1)  # (n, 10) -> (n,)
-
-    @property
-    def accuracy(self) -> float:
-        """Fraction of correct predictions, 0 to 1."""
-        return int((self.predictions == self.labels).sum()) / len(self.labels)
+        return self.logits.argmax(1)  # (n, classes) -> (n,)
 
     @property
     def confusion_matrix(self) -> Tensor:
-        """Number of images by (label, prediction): (10, 10) int64."""
-        cells = self.labels * CLASSES + self.predictions
-        return torch.bincount(cells, minlength=CLASSES**2).view(CLASSES, CLASSES)  # (100,) -> (10, 10)
+        """Number of images by (label, prediction): (classes, classes) int64."""
+        classes = self.logits.shape[1]
+        cells = self.labels * classes + self.predictions
+        return torch.bincount(cells, minlength=classes**2).view(classes, classes)  # (classes * classes,) -> (classes, classes)
 
     @property
     def mistakes(self) -> list[tuple[int, int, int]]:
@@ -64,7 +93,7 @@ def evaluate(model: nn.Module, split: Split) -> Evaluation:
     was_training = model.training
     model.eval()
     batches = split.images.split(BATCH_SIZE)  # type: ignore[no-untyped-call]  # torch's
-    logits = torch.cat([model(images).float() for images in batches])  # (n, 10)
+    logits = torch.cat([model(images).float() for images in batches])  # (n, classes)
     model.train(was_training)
     if not logits.isfinite().all():
         raise UserError(

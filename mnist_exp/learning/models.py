@@ -1,4 +1,4 @@
-"""The network: three convolutional blocks, squeeze-excitation in the second, a hidden layer, ten logits."""
+"""The network: three convolutional blocks, squeeze-excitation in the second, a hidden layer, one logit a class."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnist_exp.errors import UserError
-from mnist_exp.learning.data import CLASSES
+from mnist_exp.errors import ArgumentError, UserError
+from mnist_exp.learning.arguments import is_integer, is_number, is_sequence, require
 from mnist_exp.learning.fused import norm_pool_activate
 
-PARAMETER_LIMIT = 25_000
 NEGATIVE_SLOPE = 0.1
 
 
@@ -22,8 +21,8 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
-        if not 1 <= reduction <= channels:
-            raise UserError(f"model.se.reduction={reduction} is invalid: expected 1 to {channels}, the number of channels.")
+        is_valid = is_integer(reduction, 1) and reduction <= channels
+        require(is_valid, "reduction", reduction, f"an integer from 1 to {channels}, the number of channels")
         self.squeeze = nn.Linear(channels, channels // reduction)
         self.excite = nn.Linear(channels // reduction, channels)
 
@@ -96,7 +95,7 @@ class ConvBlock(nn.Module):
 
 
 class CNN(nn.Module):
-    """Map images (n, 1, 28, 28) of gray values 0 to 255, of any dtype, to logits (n, 10).
+    """Map images (n, in_channels, side, side) with values from 0 to 255, of any dtype, to logits (n, classes).
 
     Args:
         channels: Channels of the three blocks.
@@ -107,7 +106,13 @@ class CNN(nn.Module):
         mean_pool: Whether to average the last features over all pixels.
         hidden_features: Size of the hidden layer, or None for no hidden layer.
         dropout: Probability of dropout before the last layer.
+        classes: Number of classes.
+        side: Height and width of the images, at least 8.
+        in_channels: Channels of the images.
         se: Returns the second block's attention from its number of channels; None for no attention.
+
+    Raises:
+        ArgumentError: An argument is invalid.
     """
 
     def __init__(
@@ -120,36 +125,60 @@ class CNN(nn.Module):
         mean_pool: bool,
         hidden_features: int | None,
         dropout: float,
+        classes: int,
+        side: int,
+        in_channels: int,
         se: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        inputs, attentions = (1, *channels[:2]), (None, se(channels[1]) if se else None, None)
+        for name, value in {"channels": channels, "depths": depths, "kernel_sizes": kernel_sizes}.items():
+            require(_are_three_integers(value), name, value, "three integers >= 1")
+        require(all(size % 2 for size in kernel_sizes), "kernel_sizes", kernel_sizes, "three odd integers")
+        for name, switch in {"separable": separable, "conv_bias": conv_bias, "mean_pool": mean_pool}.items():
+            require(isinstance(switch, bool), name, switch, "true or false")
+        is_size = hidden_features is None or is_integer(hidden_features, 1)
+        require(is_size, "hidden_features", hidden_features, "an integer >= 1, or null for no hidden layer")
+        require(is_number(dropout, 0) and dropout < 1, "dropout", dropout, "a number >= 0 and < 1")
+        require(se is None or callable(se), "se", se, "a squeeze-excitation, or null")
+        require(side >= 8, "side", side, "images of at least 8 x 8 pixels, which three blocks can halve")
+        try:
+            attention = se(channels[1]) if se else None
+        except ArgumentError as error:
+            raise error.within("se") from error
+        inputs, attentions = (in_channels, *channels[:2]), (None, attention, None)
         parts = zip(inputs, channels, depths, kernel_sizes, attentions, strict=True)
         self.blocks = nn.Sequential(
-            # On a single input channel, a separable convolution could only learn one pattern, scaled.
-            *[ConvBlock(i, o, depth, size, conv_bias, separable and i > 1, a) for i, o, depth, size, a in parts]
+            # On a single channel, such as that of the images, a separable convolution could only learn one pattern, scaled.
+            *[
+                ConvBlock(i, o, depth, size, conv_bias, separable and block > 0, a)
+                for block, (i, o, depth, size, a) in enumerate(parts)
+            ]
         )
         self.pool = nn.AdaptiveAvgPool2d(1) if mean_pool else nn.Identity()
-        features = channels[2] * (1 if mean_pool else 3 * 3)
+        features = channels[2] * (1 if mean_pool else (side // 8) ** 2)  # each block halves the side
         self.hidden = nn.Linear(features, hidden_features) if hidden_features else None
         self.dropout = nn.Dropout(dropout)
-        self.output = nn.Linear(hidden_features or features, CLASSES)
+        self.output = nn.Linear(hidden_features or features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.blocks(images.float() / 255)  # (n, 1, 28, 28) -> (n, c, 3, 3)
-        features = self.pool(features).flatten(1)  # (n, c * 3 * 3), or (n, c) with mean_pool
+        features = self.blocks(images.float() / 255)  # (n, in_channels, side, side) -> (n, c, side // 8, side // 8)
+        features = self.pool(features).flatten(1)  # (n, c * (side // 8) ** 2), or (n, c) with mean_pool
         if self.hidden is not None:
             features = F.leaky_relu(self.hidden(features), NEGATIVE_SLOPE)  # (n, hidden_features)
-        logits: Tensor = self.output(self.dropout(features))  # (n, 10)
+        logits: Tensor = self.output(self.dropout(features))  # (n, classes)
         return logits
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of trainable parameters; raises UserError above PARAMETER_LIMIT."""
+def _are_three_integers(value: object) -> bool:
+    return is_sequence(value) and len(value) == 3 and all(is_integer(item, 1) for item in value)
+
+
+def count_parameters(model: nn.Module, limit: int | None) -> int:
+    """Return the number of trainable parameters; raises UserError above `limit`, unless it is None."""
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if count > PARAMETER_LIMIT:
+    if limit is not None and count > limit:
         raise UserError(
-            f"The model has {count:,} parameters: at most {PARAMETER_LIMIT:,} are allowed. "
-            "Lower model.channels or model.hidden_features."
+            f"The model has {count:,} parameters: at most {limit:,} are allowed. "
+            "Lower model.channels or model.hidden_features, or raise parameter_limit."
         )
     return count

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mnist_exp.errors import UserError
+from mnist_exp.errors import ArgumentError, UserError
+from mnist_exp.learning.arguments import is_integer, is_number, require
 from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.distillation import Targets
 from mnist_exp.learning.evaluation import evaluate
@@ -35,7 +36,7 @@ class PhaseConfig:
         batch_size: Images per step, at least 1.
         optimizer: Takes the parameters.
         scheduler: Takes the optimizer and `total_steps`; advanced after every step.
-        augmentation: Takes images (n, 1, 28, 28) uint8 and a generator, and returns float32 images.
+        augmentation: Takes images (n, channels, side, side) uint8 and a generator, and returns float32 images.
         teacher: Takes the data set and the folder of all runs, and returns the targets.
         max_grad_norm: Limit of the norm of the whole gradient, or None for no limit.
         label_smoothing: Share of each target that is spread over all classes, 0 to below 1 (Szegedy et al., 2016).
@@ -50,6 +51,16 @@ class PhaseConfig:
     teacher: Callable[[Dataset, Path], Targets]
     max_grad_norm: float | None
     label_smoothing: float
+
+    def __post_init__(self) -> None:
+        is_name = isinstance(self.split, str) and bool(self.split)
+        require(is_name, "split", self.split, "the name of a split of the data, such as train or finetune")
+        for name in ("epochs", "batch_size"):
+            require(is_integer(getattr(self, name), 1), name, getattr(self, name), "an integer >= 1")
+        is_limit = self.max_grad_norm is None or (is_number(self.max_grad_norm, 0) and self.max_grad_norm > 0)
+        require(is_limit, "max_grad_norm", self.max_grad_norm, "a number > 0, or null")
+        is_share = is_number(self.label_smoothing, 0) and self.label_smoothing < 1
+        require(is_share, "label_smoothing", self.label_smoothing, "a number >= 0 and < 1")
 
 
 @dataclass(frozen=True)
@@ -154,6 +165,8 @@ def prepare_phases(model: nn.Module, phases: Mapping[str, PhaseConfig], data: Da
             optimizer = config.optimizer(model.parameters())
             scheduler = config.scheduler(optimizer, total_steps=total_steps)
             targets = config.teacher(data, output_dir)
+        except ArgumentError as error:
+            raise error.within(f"phases.{name}") from error
         except (TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise UserError(
                 f"phases.{name} is invalid: its optimizer, scheduler or teacher rejects its arguments or the phase's "
@@ -286,7 +299,7 @@ class _PhaseTrainer:
         """Take one step, without waiting for the device except in fp16.
 
         Args:
-            images: (n, 1, 28, 28) uint8.
+            images: (n, channels, side, side) uint8.
             labels: (n,) int64.
             seed_parts: Parts of the step's seeds.
 
@@ -294,12 +307,12 @@ class _PhaseTrainer:
             Loss, accuracy and gradient norm, each () float32 on the device.
         """
         config, optimizer = self.phase.config, self.phase.optimizer
-        images = config.augmentation(images, generator(*seed_parts, "augmentation"))  # (n, 1, 28, 28) float32
+        images = config.augmentation(images, generator(*seed_parts, "augmentation"))  # (n, channels, side, side) float32
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(derive_seed(*seed_parts, "dropout"))  # dropout uses torch's global generator only
             with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-                logits = self.model(images)  # (n, 10)
-                targets = self.phase.targets(images, labels)  # (n,) or (n, 10)
+                logits = self.model(images)  # (n, classes)
+                targets = self.phase.targets(images, labels)  # (n,) or (n, classes)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -343,7 +356,7 @@ class _PhaseTrainer:
         if self.phase.validation is None:
             return {}
         evaluation = evaluate(self.model, self.data.splits[self.phase.validation])
-        return {"val/loss": evaluation.loss, "val/accuracy": evaluation.accuracy}
+        return {f"val/{name}": value for name, value in evaluation.metrics.items()}
 
     def not_finite(self, problem: str, epoch: int, step: int, window: _Window) -> NonFiniteLossError:
         """Return the error for a loss or weights that are not finite."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def load_model(uri: str) -> "nn.Module":
-    """Return an exported model in evaluation mode: it maps uint8 images (n, 1, 28, 28) to float32 logits (n, 10).
+    """Return an exported model in evaluation mode: it maps uint8 images (n, channels, side, side) to float32 logits (n, classes).
 
     Args:
         uri: A folder, or `models:/<model id>` in the store that MLFLOW_TRACKING_URI names.
@@ -26,11 +26,15 @@ def load_model(uri: str) -> "nn.Module":
     folder = download_model(uri)
     config = verify_model(folder)
     check(config)
-    with torch.device("meta"):  # count the parameters before memory is allocated
-        count_parameters(build(config["model"], "model"))
-    model: nn.Module = build(config["model"], "model")
+    if "shape" not in config:
+        raise UserError(f"{folder} does not contain the shape of the data. Use the version that wrote it.")
+    with torch.device("meta"):
+        skeleton: nn.Module = build(config["model"], "model", **config["shape"])
+    count_parameters(skeleton, config["parameter_limit"])
     try:
         weights = torch.load(io.BytesIO((folder / WEIGHTS).read_bytes()), map_location="cpu", weights_only=True)
+        skeleton.load_state_dict(weights, assign=True)  # before memory is allocated: the model is no larger than its file
+        model: nn.Module = build(config["model"], "model", **config["shape"])
         model.load_state_dict(weights)
     except Exception as error:  # a forged file can fail anywhere within torch
         raise UserError(f"{folder / WEIGHTS} does not contain the weights of this model: {type(error).__name__}.") from error

@@ -20,7 +20,7 @@ from mnist_exp.redaction import redact_all
 from mnist_exp.storage.run_dir import CHECKPOINT, PREVIOUS_CHECKPOINT, create, disk_error, sync
 
 MAGIC = b"mnist_exp checkpoint\n"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Checkpoint:
         history: (examples seen, metrics) of every report.
         seconds: Seconds of training by phase.
         elapsed: Seconds of the whole run.
+        job: The context of a job of a sweep, as in `tracking.definition.JobContext`.
     """
 
     run_id: str
@@ -49,6 +50,7 @@ class Checkpoint:
     history: list[tuple[int, dict[str, float]]]
     seconds: dict[str, float]
     elapsed: float
+    job: dict[str, Any] | None = None
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:

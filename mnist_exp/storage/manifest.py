@@ -12,6 +12,7 @@ from mnist_exp.errors import UserError
 
 MANIFEST = "mnist_exp.json"
 FORMAT_VERSION = 2
+UNREAD = {"registered_model_meta"}  # MLflow adds it to a model that it downloads; this program never reads it
 MAX_FILE_SIZE = 50_000_000  # bytes; our files have some 100,000
 MAX_TEXT_SIZE = 1_000_000  # bytes
 
@@ -46,7 +47,7 @@ def verify_manifest(folder: Path, files: set[str]) -> dict[str, Any]:
     folders = {parent.as_posix() for name in files for parent in Path(name).parents}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        is_expected = path.is_dir() if name in folders else name in files | {MANIFEST} and path.is_file()
+        is_expected = path.is_dir() if name in folders else name in files | {MANIFEST} | UNREAD and path.is_file()
         if path.is_symlink() or not is_expected or (path.is_file() and path.stat().st_size > MAX_FILE_SIZE):
             raise UserError(f"{folder} is not a model exported by this program: {name!r} does not belong to one.")
     actual = _checksums(folder)
@@ -67,6 +68,8 @@ def read_text_file(path: Path) -> bytes:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file in `folder` except the manifest, by relative path."""
+    """Return the SHA-256 of every file in `folder` except the manifest and `UNREAD`, by relative path."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if name != MANIFEST}
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if name not in {MANIFEST} | UNREAD
+    }

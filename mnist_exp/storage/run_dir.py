@@ -1,6 +1,7 @@
 """A run's folder below output_dir: find it, lock it against other processes, and write to it safely."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ def find_run(output_dir: Path, run: str) -> Path:
 
     Args:
         output_dir: The folder of all runs.
-        run: The id of the run, or `latest` for the one that was saved last.
+        run: The id of the run, a unique prefix of it, or `latest` for the run that was saved last.
 
     Raises:
         UserError: There is no such run, or it has finished.
@@ -48,12 +49,23 @@ def find_run(output_dir: Path, run: str) -> Path:
         if not saved:
             raise UserError(f"resume=latest: no unfinished run has a checkpoint in output_dir={output_dir}. Start a new run.")
         return max(saved, key=lambda path: path.stat().st_mtime).parent
-    folder = output_dir / run
+    folder = output_dir / expand_id(output_dir, run)
     refuse_finished(folder)
     if not folder.is_dir():
         found = ", ".join(sorted(path.parent.name for path in output_dir.glob(f"*/{CHECKPOINT}"))[:5]) or "none"
         raise UserError(f"resume={run}: output_dir={output_dir} has no such run. Runs with a checkpoint: {found}.")
     return folder
+
+
+def expand_id(output_dir: Path, prefix: str) -> str:
+    """Return the id of the run below `output_dir` that starts with `prefix`, or `prefix` if there is none.
+
+    Raises UserError if several runs do.
+    """
+    found = sorted(path.name for path in output_dir.glob(f"{prefix}*") if re.fullmatch("[0-9a-f]{32}", path.name))
+    if len(found) > 1:
+        raise UserError(f"{prefix} is ambiguous: it is the start of {', '.join(found[:5])}. Type more digits.")
+    return found[0] if found else prefix
 
 
 def is_finished(folder: Path) -> bool:

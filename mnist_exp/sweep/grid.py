@@ -11,14 +11,14 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from mnist_exp.config import build, resolve
-from mnist_exp.console import SweepDisplay
+from mnist_exp.console import SweepDisplay, show_plan
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import is_location, key_of
+from mnist_exp.overrides import is_location, keep_ids, key_of
 from mnist_exp.signals import install_signal_handlers
 from mnist_exp.storage import run_dir
 from mnist_exp.sweep.jobs import Composer, failed, varied_keys, without_hydra
 from mnist_exp.sweep.parent import Parent, open_parent, refuse_changed_definition, refuse_other_output_dir
-from mnist_exp.sweep.summary import Progress
+from mnist_exp.sweep.summary import Progress, preview
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import Store
 from mnist_exp.tracking.definition import Definition, Job
@@ -49,12 +49,15 @@ class GridSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Run the jobs that `arguments` define, or the missing jobs of the sweep `sweep.resume`; raises UserError."""
         install_signal_handlers()
-        self.run_config = config = resolve(without_hydra(self.composed))
+        composed = without_hydra(self.composed)
+        keep_ids(composed, arguments)
+        self.run_config = config = resolve(composed)
         sweep_config = config["sweep"]
         if sweep_config["on_failure"] == "stop" and not hasattr(self.launcher, "stops_on_failure"):
             raise UserError("sweep.on_failure=stop needs hydra/launcher=workers: other launchers start all jobs at once.")
         store = build(config["tracking"], "tracking")
-        run_dir.make_folder(Path(config["output_dir"]))
+        if not sweep_config["dry_run"]:
+            run_dir.make_folder(Path(config["output_dir"]))
         cli_overrides = [override for override in arguments if key_of(override).partition(".")[0] != "sweep"]
         locations = [override for override in cli_overrides if is_location(override)]
         overrides = [f"{key}={value}" for key, value in self.params.items()]
@@ -64,6 +67,9 @@ class GridSweeper(Sweeper):
         else:
             sweep_id, jobs = None, self.define(overrides)
             definition = Definition(type(self).__name__, self.total(jobs), overrides, provenance.software(), jobs)
+        if sweep_config["dry_run"]:
+            show_plan(*preview(definition, sweep_id, store))
+            return
         getattr(self.launcher, "warm_up", lambda: None)()  # now that nothing can be refused any more
         varied = self.varied(definition)
         with open_parent(
@@ -82,7 +88,8 @@ class GridSweeper(Sweeper):
     def _stored(self, store: Store, overrides: list[str], locations: list[str]) -> tuple[str, Definition]:
         """Return the id and the definition of the sweep to resume."""
         output_dir = Path(self.run_config["output_dir"])
-        store.reap(output_dir)
+        if not self.run_config["sweep"]["dry_run"]:
+            store.reap(output_dir)
         record, stored = store.find_sweep(self.run_config["sweep"]["resume"], finished_too=False)
         refuse_other_output_dir(record, output_dir, locations)
         jobs = [self.composer.job(job.number, job.overrides) for job in stored.jobs]

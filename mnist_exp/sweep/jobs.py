@@ -14,9 +14,9 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from mnist_exp.config import digest, resolve
+from mnist_exp.config import bind, digest, resolve
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import GROUPS, key_of, parse
+from mnist_exp.overrides import GROUPS, keep_ids, key_of, parse
 from mnist_exp.tracking.base import RunRecord
 from mnist_exp.tracking.colors import COLORS
 from mnist_exp.tracking.definition import Job
@@ -35,6 +35,7 @@ class Composer:
     def job(self, number: int, overrides: Sequence[str]) -> Job:
         """Return a job, composed and validated; raises UserError."""
         config = resolve(self._compose(list(overrides)))
+        bind(config)
         self._check(config)
         return Job(number, list(overrides), digest(config))
 
@@ -64,6 +65,11 @@ class Composer:
         return list(jobs.values())
 
     def _compose(self, overrides: list[str]) -> DictConfig:
+        config = self._compose_fast(overrides)
+        keep_ids(config, overrides)
+        return config
+
+    def _compose_fast(self, overrides: list[str]) -> DictConfig:
         plain = {override: parsed for override in overrides if (parsed := _plain_value(override))}
         rest = tuple(override for override in overrides if override not in plain)
         if rest not in self._bases:
@@ -119,7 +125,7 @@ def by_job(children: Iterable[RunRecord]) -> dict[int, RunRecord]:
 def common_data(children: Iterable[RunRecord], varied: Sequence[str]) -> str | None:
     """Return the name of the data set that all finished runs have used, unless the sweep varies it."""
     names = {child.data for child in children if child.status == "FINISHED"}
-    is_common = len(names) == 1 and not any(re.match(r"data\b", key) for key in varied)
+    is_common = len(names) == 1 and not any(key.partition(".")[0] == "data" for key in varied)
     return name if is_common and re.fullmatch(r"\w+", name := names.pop()) else None
 
 

@@ -1,6 +1,5 @@
 """The parent run of a sweep: define it, resume it, conclude it."""
 
-import json
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -16,10 +15,10 @@ from mnist_exp.overrides import command, key_of, location_overrides, quoted
 from mnist_exp.signals import Interrupted, defer_signals
 from mnist_exp.storage import run_dir
 from mnist_exp.sweep.jobs import by_job, common_data, failure_reason, job_colors
-from mnist_exp.sweep.summary import as_csv, describe_sweep, job_table
+from mnist_exp.sweep.summary import describe_sweep, job_table, results_csv
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import PROCESS_DIED, RunInfo, RunRecord, Store, Tracker
-from mnist_exp.tracking.definition import Definition, Job
+from mnist_exp.tracking.definition import Definition, Job, JobContext
 from mnist_exp.tracking.tags import HOST, OUTPUT_DIR, OVERRIDES, PID, SWEEP_JOBS
 
 ORPHAN_PATIENCE = 60.0  # seconds for the jobs of a killed parent to end
@@ -38,7 +37,7 @@ class Parent:
         locations: The overrides of locations on the command line, which every job receives.
         resume_command: The command that resumes the sweep.
         force: Whether to skip the checks for changes and for running jobs.
-        job_overrides: The overrides that every job receives in addition to its own.
+        in_search: Whether a search proposes the jobs.
         returns: The reports of the launcher, by job.
     """
 
@@ -50,7 +49,7 @@ class Parent:
     locations: list[str]
     resume_command: str
     force: bool
-    job_overrides: list[str]
+    in_search: bool = False
     returns: dict[int, JobReturn] = field(default_factory=dict)
 
     @property
@@ -71,7 +70,6 @@ class Parent:
         children = self.children()
         runs, colors = by_job(children), job_colors(self.definition.jobs)
         data = None if self.force else common_data(children, self.varied)
-        expected = [f"sweep.data={quoted(data)}"] if data else []
         missing = {}
         for job in jobs:
             child, returned = runs.get(job.number), self.returns.get(job.number)
@@ -82,8 +80,8 @@ class Parent:
                 overrides = [f"resume={child.run_id}"]
             elif child:
                 self.store.delete(child.run_id)
-            job_tags = [f"sweep.job={job.number}", f"sweep.color={quoted(colors[job.number])}"]
-            missing[job.number] = [*overrides, *self.locations, *self.job_overrides, *expected, *job_tags]
+            context = JobContext(self.tracker.run_id, job.number, colors[job.number], self.varied, data, self.in_search)
+            missing[job.number] = [*overrides, *self.locations, context.as_override()]
         return missing
 
     def mark_dead(self, numbers: Sequence[int]) -> None:
@@ -111,10 +109,11 @@ class Parent:
     def conclude(self) -> list[dict[str, str]]:
         """Record the results of all jobs; return them as the rows of a table."""
         self.store.reap(self.output_dir)
-        rows = job_table(self.definition.jobs, self.children(), self.returns)
+        children = self.children()
+        rows = job_table(self.definition.jobs, children, self.returns)
         if rows:
-            self.tracker.log_text(as_csv(rows), "results.csv")
-            self.tracker.set_description(describe_sweep(rows, self.store, self.resume_command))
+            self.tracker.log_text(results_csv(self.definition.jobs, children, self.returns), "results.csv")
+            self.tracker.set_description(describe_sweep(rows, children, self.store, self.resume_command))
         return rows
 
 
@@ -153,9 +152,8 @@ def open_parent(
             tracker = running.enter_context(store.start(info, sweep_id))
         resume_command = command("run", "-m", *flags, f"sweep.resume={tracker.run_id}", *location_overrides(config))
         lock.enter_context(_resume_advice(resume_command))
-        job_overrides = [f"sweep.id={tracker.run_id}", f"sweep.varied={json.dumps(varied)}"]
         force = config["sweep"]["force"]
-        parent = Parent(store, tracker, output_dir, definition, varied, locations, resume_command, force, job_overrides)
+        parent = Parent(store, tracker, output_dir, definition, varied, locations, resume_command, force)
         if sweep_id:
             tracker.set_tags(process_tags)
         else:

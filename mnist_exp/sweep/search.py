@@ -71,7 +71,7 @@ class OptunaSweeper(GridSweeper):
         if definition.jobs and not (parent.folder / DATABASE).exists():
             raise UserError(f"The study of this search is not in {parent.folder}: set output_dir to the folder it started with.")
         study = open_study(parent.folder, self.run_config["seed"])
-        parent.job_overrides.append("sweep.search=true")
+        parent.in_search = True
         space = self._space(definition.overrides)
         jobs = list(definition.jobs)
         while True:

@@ -2,16 +2,21 @@
 
 import csv
 import io
-from collections import Counter
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from hydra.core.utils import JobStatus
 
+from mnist_exp.metrics import format_metric
+from mnist_exp.overrides import key_of
 from mnist_exp.sweep.jobs import Returns, by_job, failure_reason, return_value
 from mnist_exp.tracking.base import RunRecord, Store
-from mnist_exp.tracking.definition import Job
-from mnist_exp.tracking.tags import ERROR, PRUNED
+from mnist_exp.tracking.definition import Definition, Job
+from mnist_exp.tracking.tags import ERROR, PRUNED, SWEEP
 
+TOTAL = "time/total_seconds"
 RANKED_BY = "val/accuracy"  # never a metric of the test set
 SHOWN = ("val/accuracy", "test/accuracy", "test/loss", "time/total_seconds")
 ROWS_SHOWN = 50  # MLflow truncates descriptions after 8,000 characters
@@ -33,19 +38,83 @@ class Progress:
     ended: dict[int, tuple[str, float | None]] = field(default_factory=dict)
     until: int = 0
 
-    def read(self) -> tuple[int, int, float | None]:
-        """Read the jobs that ended since the last call; return jobs finished, jobs failed, and the best accuracy."""
+    def read(self) -> tuple[int, int, str]:
+        """Read the jobs that ended since the last call; return jobs finished, jobs failed, and the best result."""
         children = self.store.children(self.sweep_id, ended_after=self.until - MAX_CLOCK_SKEW if self.until else 1)
         for number, child in by_job(children).items():
             self.ended[number] = child.status, child.metrics.get(RANKED_BY)
             self.until = max(self.until, child.ended or 0)
         statuses = Counter(status for status, _ in self.ended.values())
         best = [accuracy for status, accuracy in self.ended.values() if status == "FINISHED" and accuracy is not None]
-        return statuses["FINISHED"], statuses["FAILED"] + statuses["KILLED"], max(best, default=None)
+        shown = format_metric(RANKED_BY, max(best)) if best else "-"
+        return statuses["FINISHED"], statuses["FAILED"] + statuses["KILLED"], shown
 
 
-def job_table(jobs: list[Job], children: list[RunRecord], returns: Returns) -> list[dict[str, str]]:
-    """Return a row for each job: number, name, status, metrics, run, error."""
+def preview(definition: Definition, sweep_id: str | None, store: Store) -> tuple[list[dict[str, str]], list[str]]:
+    """Return the jobs of a sweep that has not started, as the rows of a table, and notes on their number and time.
+
+    Args:
+        definition: The sweep's definition.
+        sweep_id: The id of a sweep to resume, whose finished jobs are skipped.
+        store: The store; it is read if it exists, and not changed.
+    """
+    runs = store.finished_runs()
+    done = by_job(run for run in runs if sweep_id and run.tags.get(SWEEP) == sweep_id)
+    plan = {job.number: "skip: finished" if job.number in done else "run" for job in definition.jobs}
+    rows = [{"job": str(job.number), "plan": plan[job.number], "overrides": " ".join(job.overrides)} for job in definition.jobs]
+    left = definition.total - len(done)
+    notes = [f"{definition.total} jobs, {left} to run." if left < definition.total else f"{definition.total} jobs."]
+    if len(definition.jobs) < definition.total:
+        notes.append("The search proposes its jobs while it runs.")
+    seconds = [run.metrics[TOTAL] for run in runs if TOTAL in run.metrics and run.tags.get(SWEEP)] or [
+        run.metrics[TOTAL] for run in runs if TOTAL in run.metrics
+    ]
+    if seconds:
+        each = statistics.median(seconds)
+        notes.append(
+            f"About {format_metric(TOTAL, left * each)} of work: {left} x {format_metric(TOTAL, each)}, the median of "
+            f"{len(seconds)} earlier runs, of any recipe; divide by the number of parallel jobs."
+        )
+    return rows, [*notes, "Nothing was recorded: sweep.dry_run=true."]
+
+
+@dataclass(frozen=True)
+class RankedArm:
+    """The jobs of a sweep that differ in the seed alone.
+
+    Args:
+        overrides: The overrides that the jobs share.
+        mean: The mean of RANKED_BY over the finished jobs.
+        count: The number of finished jobs.
+    """
+
+    overrides: tuple[str, ...]
+    mean: float
+    count: int
+
+
+def rank_arms(jobs: Iterable[Job], children: Iterable[RunRecord]) -> list[RankedArm]:
+    """Return the arms with finished jobs that have a validation accuracy, the best first; equal ones in the sweep's order."""
+    finished, arms = by_job(children), defaultdict[tuple[str, ...], list[float]](list)
+    for job in jobs:
+        child = finished.get(job.number)
+        if child and child.status == "FINISHED" and RANKED_BY in child.metrics:
+            arms[tuple(item for item in job.overrides if key_of(item) != "seed")].append(child.metrics[RANKED_BY])
+    ranked = [RankedArm(overrides, statistics.mean(values), len(values)) for overrides, values in arms.items()]
+    return sorted(ranked, key=lambda arm: arm.mean, reverse=True)
+
+
+def job_table(
+    jobs: list[Job], children: list[RunRecord], returns: Returns, form: Callable[[str, float], str] = format_metric
+) -> list[dict[str, str]]:
+    """Return a row for each job: number, name, status, metrics, run, error.
+
+    Args:
+        jobs: The jobs.
+        children: The runs of the jobs.
+        returns: The reports of the launcher.
+        form: Returns the text of a metric, called with its name and value.
+    """
     latest = by_job(children)
     rows = []
     for job in jobs:
@@ -62,14 +131,15 @@ def job_table(jobs: list[Job], children: list[RunRecord], returns: Returns) -> l
         name = child.name if child else " ".join(job.overrides)
         rows.append(
             {"job": str(job.number), "name": name, "status": status}
-            | {key: f"{metrics[key]:.5g}" if key in metrics else "" for key in SHOWN}
+            | {key: form(key, metrics[key]) if key in metrics else "" for key in SHOWN}
             | {"run": child.run_id if child else "", "error": error}
         )
     return rows
 
 
-def as_csv(rows: list[dict[str, str]]) -> str:
-    """Return a table as comma-separated values."""
+def results_csv(jobs: list[Job], children: list[RunRecord], returns: Returns) -> str:
+    """Return the table of the jobs as comma-separated values, metrics as recorded."""
+    rows = job_table(jobs, children, returns, lambda name, value: repr(value))
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys())
     writer.writeheader()
@@ -77,18 +147,26 @@ def as_csv(rows: list[dict[str, str]]) -> str:
     return text.getvalue()
 
 
-def describe_sweep(rows: list[dict[str, str]], store: Store, resume_command: str) -> str:
-    """Return the parent's description in Markdown: counts by status, the best jobs by validation, the table."""
+def describe_sweep(rows: list[dict[str, str]], children: list[RunRecord], store: Store, resume_command: str) -> str:
+    """Return the parent's description in Markdown: counts by status, the best jobs by validation, the table.
+
+    Args:
+        rows: From `job_table`.
+        children: The runs of the jobs.
+        store: The store, for links.
+        resume_command: The command that resumes the sweep.
+    """
     counts = ", ".join(f"{count} {status}" for status, count in Counter(row["status"] for row in rows).most_common())
-    scored = [row for row in rows if row["status"] == "FINISHED" and row[RANKED_BY]]
+    latest = by_job(children).values()
+    scored = [child for child in latest if child.status == "FINISHED" and RANKED_BY in child.metrics]
     lines = [f"{len(rows)} jobs: {counts}."]
     if scored:
-        highest = max(float(row[RANKED_BY]) for row in scored)
-        best = [row for row in scored if float(row[RANKED_BY]) == highest]
-        links = ", ".join(f"[{row['name']}]({store.link(row['run'])})" for row in best[:BEST_SHOWN])
+        highest = max(child.metrics[RANKED_BY] for child in scored)
+        best = [child for child in sorted(scored, key=lambda child: child.job or 0) if child.metrics[RANKED_BY] == highest]
+        links = ", ".join(f"[{child.name}]({store.link(child.run_id)})" for child in best[:BEST_SHOWN])
         more = f" and {len(best) - BEST_SHOWN} more" if len(best) > BEST_SHOWN else ""
         tied = f"{len(best)} tie: " if len(best) > 1 else ""
-        lines.append(f"Best by {RANKED_BY}, {highest:.2%}: {tied}{links}{more}.")
+        lines.append(f"Best by {RANKED_BY}, {format_metric(RANKED_BY, highest)}: {tied}{links}{more}.")
     shown = ("job", "name", "status", *SHOWN)
     lines += ["", f"| {' | '.join(shown)} |", f"|{' --- |' * len(shown)}"]
     lines += [f"| {' | '.join(row[key] for key in shown)} |" for row in rows[:ROWS_SHOWN]]

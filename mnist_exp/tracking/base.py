@@ -54,6 +54,7 @@ class DatasetInfo:
         source: A path or an import path.
         size: The number of images.
         epoch_size: The number of images in an epoch.
+        shape: Channels, height and width of an image.
     """
 
     name: str
@@ -63,6 +64,7 @@ class DatasetInfo:
     source: str
     size: int
     epoch_size: int
+    shape: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -197,8 +199,14 @@ class Store(Protocol):
         Only locks below `output_dir` are examined. For runs of other folders only the process id counts.
         """
 
+    def resolve_id(self, text: str) -> str:
+        """Return the id of the run that starts with `text`; raises UserError if there is none, or several."""
+
     def read(self, run_id: str) -> StoredRun:
         """Return a run with its recipe; raises UserError if the store lacks a part."""
+
+    def finished_runs(self) -> list[RunRecord]:
+        """Return the finished runs of the experiment, without creating the store if it does not exist."""
 
     def find_sweep(self, sweep: str, *, finished_too: bool) -> tuple[RunRecord, Definition]:
         """Return the parent and the definition of a sweep, by id or `latest`; raises UserError."""
@@ -253,8 +261,14 @@ class NullStore:
     def reap(self, output_dir: Path) -> list[RunRecord]:
         return []
 
+    def resolve_id(self, text: str) -> str:
+        return text
+
     def read(self, run_id: str) -> StoredRun:
         raise UserError("tracking=none stores no runs: set MLFLOW_TRACKING_URI to the store that does.")
+
+    def finished_runs(self) -> list[RunRecord]:
+        return []
 
     def find_sweep(self, sweep: str, *, finished_too: bool) -> tuple[RunRecord, Definition]:
         raise UserError("tracking=none stores no sweeps: set MLFLOW_TRACKING_URI to the store that does.")

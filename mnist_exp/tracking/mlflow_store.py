@@ -67,31 +67,14 @@ class MLflowStore:
         tags |= {tag.PARENT: info.parent} if info.parent else {}
         tags |= {tag.COLOR: info.color} if info.color else {}
         name, tags = redact(info.name), redact_all(tags)
-        run = self._project_run(name, tags) or self.client.create_run(self.experiment_id, run_name=name, tags=tags)
+        run = _project_run(self.client, self.experiment_id, name, tags)
+        run = run or self.client.create_run(self.experiment_id, run_name=name, tags=tags)
         if not RUN_ID.fullmatch(run.info.run_id):  # it becomes the name of a folder
             raise UserError(f"{self.uri} created a run with the id {run.info.run_id!r}, expected 32 hexadecimal digits.")
         return MLflowTracker(self.client, self.uri, run, self.patience)
 
     def _retry(self, operation: Callable[[], Result]) -> Result:
         return retry(operation, self.uri, self.patience)
-
-    def _project_run(self, name: str, tags: Mapping[str, str]) -> "Run | None":
-        """Return the run that `mlflow run` has created for this process, if it belongs to this experiment."""
-        from mlflow.entities import RunTag
-        from mlflow.exceptions import MlflowException
-
-        run_id = os.environ.pop("MLFLOW_RUN_ID", None)
-        if run_id is None:
-            return None
-        try:
-            run = self.client.get_run(run_id)
-        except MlflowException:  # of another store
-            return None
-        if run.info.experiment_id != self.experiment_id:
-            return None
-        self.client.update_run(run_id, name=name)
-        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-        return run
 
     def _reopen(self, run_id: str) -> "Run":
         run = self.get_run(run_id)
@@ -130,7 +113,7 @@ class MLflowStore:
             page = self.client.search_runs([self.experiment_id], query, max_results=1000, page_token=token or None)
             runs += page
             token = page.token
-        return [_record(run) for run in runs if RUN_ID.fullmatch(run.info.run_id)]
+        return [record_of(run) for run in runs if RUN_ID.fullmatch(run.info.run_id)]
 
     def children(self, sweep_id: str, ended_after: int = 0) -> list[RunRecord]:
         ended = f" and attributes.end_time > {ended_after}" if ended_after else ""
@@ -168,18 +151,35 @@ class MLflowStore:
         if tag.SWEEP_JOBS in run.data.tags:
             raise UserError(f"Run {run_id} is a sweep: choose one of its jobs, which `{command('runs', 'list')}` shows.")
         try:
-            recipe = TypeAdapter(Recipe).validate_json(self._download(run_id, "recipe.json"))
+            recipe = TypeAdapter(Recipe).validate_json(download(self.client, run_id, "recipe.json"))
         except (OSError, ValidationError) as error:
             raise UserError(f"Run {run_id} has no readable recipe.json: {first_line(error)}") from error
         check_stored(recipe.overrides, f"recipe.json of run {run_id}")
         histories = {key: self.client.get_metric_history(run_id, key) for key in run.data.metrics}
         points = {key: {point.step: point.value for point in history} for key, history in histories.items()}
-        return StoredRun(_record(run), recipe, points)
+        return StoredRun(record_of(run), recipe, points)
+
+    def resolve_id(self, text: str) -> str:
+        if RUN_ID.fullmatch(text):
+            return text
+        prefix = text.lower() if re.fullmatch("[0-9a-fA-F]{6,32}", text) else None
+        found = self.runs(f"attributes.run_id LIKE '{prefix}%'") if prefix else []
+        if len(found) == 1:
+            return found[0].run_id
+        raise _unresolved(text, self.uri, found)
+
+    def finished_runs(self) -> list[RunRecord]:
+        if self.uri.startswith("sqlite:///") and not Path(self.uri.removeprefix("sqlite:///")).exists():
+            return []
+        return self.runs("attributes.status = 'FINISHED'")
 
     def find_sweep(self, sweep: str, *, finished_too: bool) -> tuple[RunRecord, Definition]:
         sweeps = self.runs(f"tags.{tag.SWEEP_JOBS} LIKE '%'")
         allowed = [record for record in sweeps if finished_too or record.status != "FINISHED"]
-        wanted = allowed if sweep == "latest" else [record for record in sweeps if record.run_id == sweep]
+        wanted = allowed if sweep == "latest" else [record for record in sweeps if record.run_id.startswith(sweep)]
+        if sweep != "latest" and len(wanted) > 1:
+            ids = ", ".join(record.run_id for record in wanted[:5])
+            raise UserError(f"{sweep} is ambiguous: it is the start of the sweeps {ids}. Type more digits.")
         for record in sorted(wanted, key=lambda record: record.started, reverse=True):
             if (definition := self._definition(record)) is not None:
                 return record, definition
@@ -195,19 +195,9 @@ class MLflowStore:
 
     def _definition(self, record: RunRecord) -> Definition | None:
         try:
-            return parse_definition(self._download(record.run_id, "sweep.json"), f"sweep.json of run {record.run_id}")
+            return parse_definition(download(self.client, record.run_id, "sweep.json"), f"sweep.json of run {record.run_id}")
         except OSError:
             return None
-
-    def _download(self, run_id: str, path: str) -> bytes:
-        """Return the content of an artifact; raises OSError if it cannot be read."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            with TemporaryDirectory() as folder:
-                return Path(self.client.download_artifacts(run_id, path, folder)).read_bytes()
-        except MlflowException as error:
-            raise OSError(str(error)) from error
 
     def outcomes(self, records: list[RunRecord]) -> list[tuple[RunRecord, Any]]:
         with ThreadPoolExecutor(8) as pool:  # over a network, most of the time is waiting
@@ -232,7 +222,38 @@ class MLflowStore:
         return run_path(self.experiment_id, run_id).removeprefix("/")
 
 
-def _record(run: "Run") -> RunRecord:
+def download(client: "MlflowClient", run_id: str, path: str) -> bytes:
+    """Return the content of an artifact; raises OSError if it cannot be read."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with TemporaryDirectory() as folder:
+            return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
+    except MlflowException as error:
+        raise OSError(str(error)) from error
+
+
+def _project_run(client: "MlflowClient", experiment_id: str, name: str, tags: Mapping[str, str]) -> "Run | None":
+    """Return the run that `mlflow run` has created for this process, if it belongs to this experiment."""
+    from mlflow.entities import RunTag
+    from mlflow.exceptions import MlflowException
+
+    run_id = os.environ.pop("MLFLOW_RUN_ID", None)
+    if run_id is None:
+        return None
+    try:
+        run = client.get_run(run_id)
+    except MlflowException:  # of another store
+        return None
+    if run.info.experiment_id != experiment_id:
+        return None
+    client.update_run(run_id, name=name)
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    return run
+
+
+def record_of(run: "Run") -> RunRecord:
+    """Return a run of MLflow's form as a record."""
     info, data = run.info, run.data
     inputs = run.inputs.dataset_inputs if run.inputs else []
     digests = {item.dataset.name.rpartition("-")[2]: item.dataset.digest for item in inputs}
@@ -241,6 +262,17 @@ def _record(run: "Run") -> RunRecord:
         info.run_id, info.experiment_id, info.run_name, info.status, info.start_time, info.end_time, dict(data.params),
         dict(data.metrics), dict(data.tags), digests, info.artifact_uri, description,
     )  # fmt: skip
+
+
+def _unresolved(text: str, uri: str, found: list[RunRecord]) -> UserError:
+    """Return the error for the start of an id that several runs share, or none has."""
+    if found:
+        listed = "".join(f"\n{record.run_id}  {record.name} ({record.status})" for record in found[:10])
+        return UserError(f"{text} is ambiguous: it is the start of {len(found)} ids. Type more digits of one of them:{listed}")
+    return UserError(
+        f"There is no run {text} in {uri}: expected an id, or its first 6 or more hexadecimal digits. "
+        f"`{command('runs', 'list')}` lists the runs; set MLFLOW_TRACKING_URI or tracking.uri to their store."
+    )
 
 
 def _outcome(record: RunRecord) -> Any:

@@ -155,7 +155,7 @@ class MLflowTracker:
             digest=dataset.digest,
             source_type="local",
             source=json.dumps({"uri": redact(dataset.source)}),
-            schema=json.dumps({"images": "uint8 (n, 1, 28, 28)", "labels": "int64 (n,)"}),
+            schema=json.dumps({"images": f"uint8 (n, {', '.join(map(str, dataset.shape))})", "labels": "int64 (n,)"}),
             profile=json.dumps({"num_rows": dataset.size, "epoch_size": dataset.epoch_size}),
         )
         inputs = [DatasetInput(entity, [InputTag(tag.DATASET_CONTEXT, dataset.context)])]

@@ -53,9 +53,9 @@ def save_model(folder: Path, model: "nn.Module", example: Any, config: dict[str,
 
     Args:
         folder: The folder; an earlier export is replaced.
-        model: Maps images (n, 1, 28, 28) to logits (n, 10).
-        example: A uint8 array (2, 1, 28, 28).
-        config: The resolved configuration; credentials are masked.
+        model: Maps images (n, channels, side, side) to logits (n, classes).
+        example: A uint8 array (2, channels, side, side).
+        config: The resolved configuration with the `shape` of the data; credentials are masked.
 
     Raises:
         UserError: The disk refuses.
@@ -63,7 +63,8 @@ def save_model(folder: Path, model: "nn.Module", example: Any, config: dict[str,
     import torch
 
     tmp_path = folder.with_name(f"{folder.name}.partial")
-    architecture = json.dumps({key: value for key, value in config["model"].items() if key != "dropout"})  # not in the graph
+    model_node = {key: value for key, value in config["model"].items() if key != "dropout"}  # not in the graph
+    architecture = json.dumps([model_node, config["shape"]])
     try:
         remove_folder(tmp_path)
         _write_graph(tmp_path, model, example, architecture)
@@ -117,13 +118,15 @@ def _trace(model: "nn.Module", example: Any, folder: Path) -> None:
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
+    with torch.no_grad():
+        classes = model(torch.from_numpy(example).to(next(model.parameters()).device)).shape[1]
     mlflow.pytorch.save_model(
         copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format),  # channels_last makes torch.export warn
         folder,
         input_example=example,
         signature=ModelSignature(
-            inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, 1, 28, 28))]),
-            outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, 10))]),
+            inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *example.shape[1:]))]),
+            outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, classes))]),
         ),
         pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
     )

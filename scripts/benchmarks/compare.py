@@ -38,7 +38,8 @@ def make_sweep(uri: str, arms: Sequence[str], seeds: int, factor: str = "model",
     store = MLflowStore(uri, "mnist_exp")
     data = load_digits(0.02, seed=0)
     test = data.splits["test"]
-    dataset = DatasetInfo(data.name, "test", "test", test.digest, data.source, len(test), test.epoch_size)
+    shape = (data.channels, data.side, data.side)
+    dataset = DatasetInfo(data.name, "test", "test", test.digest, data.source, len(test), test.epoch_size, shape)
     jobs = [
         Job(number, [f"{factor}={arm}", f"seed={seed}"], "") for number, (arm, seed) in enumerate(product(arms, range(seeds)))
     ]

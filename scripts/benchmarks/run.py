@@ -31,7 +31,7 @@ from rich.table import Table
 
 from mnist_exp import CONF
 from mnist_exp.config import build, resolve
-from mnist_exp.learning.datasets import MNIST_FILES
+from mnist_exp.learning.datasets import MNIST_FILES, MNIST_SHAPE
 from mnist_exp.learning.training import choose_precision, fit, keep_freed_memory, prepare_phases
 
 OURS = "mnist_exp"
@@ -107,7 +107,7 @@ def training_parts(overrides: list[str]) -> Measurement:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = resolve(compose("config", ["data.fallback=null", "device=cpu", "tracking=none", "~phases.finetune", *overrides]))
     data = build(config["data"], "data", seed=0)
-    model = build(config["model"], "model")
+    model = build(config["model"], "model", **MNIST_SHAPE)
     (phase_config,) = (build(node, "phase") for node in config["phases"].values())
     parts: dict[str, float] = defaultdict(float)
     last = time.perf_counter()

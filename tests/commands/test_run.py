@@ -19,6 +19,7 @@ from mnist_exp.config import build
 from mnist_exp.learning.datasets import load_digits
 from mnist_exp.learning.evaluation import evaluate
 from mnist_exp.redaction import redact
+from mnist_exp.serving.loading import load_model
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.tracking.provenance import uncommitted
 
@@ -132,7 +133,7 @@ def test_provenance(finished) -> None:
 def test_the_description_can_be_read(finished) -> None:
     note = finished[0].data.tags["mlflow.note.content"]
     accuracy = finished[0].data.metrics["test/accuracy"]
-    assert f"| test/accuracy | {accuracy:.2%} |" in note
+    assert f"| test/accuracy | {100 * accuracy:.2f} % |" in note
     assert "Repeat it: `python -m mnist_exp.run data=digits optimizer=adam" in note
 
 
@@ -150,11 +151,11 @@ def test_checkpoint_and_logged_model_predict_what_was_scored(finished) -> None:
     run, client, _ = finished
     saved = checkpoint.load(artifact(finished, run_dir.CHECKPOINT))
     assert saved.run_id == run.info.run_id
-    model = build(saved.config["model"], "model")
+    model = build(saved.config["model"], "model", **saved.config["shape"])
     model.load_state_dict(saved.state["model"])
     test = load_digits(0.02, seed=0).splits["test"]
     evaluation = evaluate(model, test)
-    assert evaluation.accuracy == run.data.metrics["test/accuracy"]
+    assert evaluation.metrics["accuracy"] == run.data.metrics["test/accuracy"]
 
     mlflow.set_tracking_uri(client.tracking_uri)
     served = mlflow.pyfunc.load_model(f"models:/{run.outputs.model_outputs[0].model_id}")
@@ -164,6 +165,8 @@ def test_checkpoint_and_logged_model_predict_what_was_scored(finished) -> None:
         logits = served.predict(test.images[:batch].numpy())
         assert logits.shape == (batch, 10)
         np.testing.assert_allclose(logits, evaluation.logits[:batch], atol=1e-4)
+    ours = load_model(f"models:/{run.outputs.model_outputs[0].model_id}")  # to whose folder MLflow has added a file of its own
+    assert ours(test.images[:7]).equal(model.eval()(test.images[:7]))
 
 
 def test_tracking_can_be_turned_off(in_process: CommandLine, tmp_path: Path, store: str) -> None:
@@ -240,7 +243,7 @@ def test_a_failure_is_recorded_with_its_traceback(in_process: CommandLine, store
 
 MISTYPED = {
     "batchsize=64": ["batchsize is not a key", "did you mean batch_size?"],
-    "optimizer.momentun=0.5": ["optimizer.momentun is not a key", "did you mean momentum?"],
+    "optimizer.momentun=0.5": ["optimizer.momentun is not a key", "did you mean optimizer.momentum?"],
     "optimzer=adam": ["optimzer", "did you mean optimizer?"],
     "optimizer=adamm": ["adamm", "adam", "sgd_nesterov"],
     "phases.train.optimizer.lr=0.1": ["override optimizer.lr instead"],
@@ -248,9 +251,9 @@ MISTYPED = {
     "batch_size=": ["batch_size is missing: set it"],
     "batch_size=0": ["\nbatch_size=0 is invalid", "an integer >= 1"],
     "optimizer.lr=-0.1": ["\noptimizer.lr=-0.1 is invalid", "a number > 0"],
-    "+optimizer.hue=blue": ["hue", "phases.train"],
+    "+optimizer.hue=blue": ["optimizer cannot be built", "hue"],
     "model.hidden_features=200": ["parameters: at most 25,000 are allowed", "Lower model.channels"],
-    "optimizer.momentum=0": ["phases.train", "Nesterov momentum requires a momentum"],
+    "optimizer.momentum=0": ["optimizer cannot be built", "Nesterov momentum requires a momentum"],
     "augmentation.scale=1": ["augmentation.scale=1", "[smallest, largest], both > 0"],
     "+batch_size={a:1}": ["batch_size={'a': 1} is invalid"],
     "optimizer=null": ["optimizer"],

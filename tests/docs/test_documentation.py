@@ -14,11 +14,12 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from mnist_exp import CONF
+from mnist_exp import CONF, metrics
 from mnist_exp.compare import check as check_comparison
-from mnist_exp.config import as_dict, build, resolve
+from mnist_exp.config import as_dict, bind, build, resolve
 from mnist_exp.errors import UserError
-from mnist_exp.learning import augmentation, datasets, models, optim
+from mnist_exp.learning import augmentation, datasets, evaluation, models, optim
+from mnist_exp.learning.datasets import MNIST_SHAPE
 from mnist_exp.learning.training import fit, prepare_phases
 from mnist_exp.overrides import parse
 
@@ -51,6 +52,11 @@ COMMANDS = {
     "python -m mnist_exp.run -m model=se_cnn,plain_cnn 'seed=range(0,3)'": RUN,
     "python -m mnist_exp.runs list": RUN,
     "python -m mnist_exp.runs reap": RUN,
+    "python -m mnist_exp.runs list --sort test/accuracy --data mnist --last 20": RUN,
+    "python -m mnist_exp.runs prune --older-than 30d --keep-best 5": RUN,
+    "python -m mnist_exp.runs show RUN_ID": "tests/commands/test_runs.py",
+    "python -m mnist_exp.runs diff RUN_ID OTHER_ID": "tests/commands/test_runs.py",
+    "python -m mnist_exp.runs best latest": "tests/commands/test_runs.py",
     'mlflow run . --env-manager local -P overrides="optimizer=adam"': RUN,
     'eval "$(mnist-exp -sc install=bash)"': RUN,
     "python -m mnist_exp.run resume=latest": "tests/commands/test_faults.py",
@@ -123,9 +129,14 @@ def first_job(overrides: list[str]) -> list[str]:
 @pytest.fixture
 def extensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The examples of docs/extending.md: the override that adds their YAML files to conf/. Their code joins its module."""
-    modules: dict[str, ModuleType] = {"augmentation": augmentation, "datasets": datasets, "models": models, "optim": optim}
+    learning = (augmentation, datasets, evaluation, models, optim)
+    modules: dict[str, ModuleType] = {module.__name__.rpartition(".")[2]: module for module in learning}
     before = {name: set(vars(module)) for name, module in modules.items()}
     for block in blocks(ROOT / "docs" / "extending.md", "python"):
+        if block.startswith("# mnist_exp/metrics.py\n"):
+            (entry,) = eval(block, vars(metrics))
+            monkeypatch.setitem(metrics.METRICS, entry.name, entry)
+            continue
         name = re.match(r"# mnist_exp/learning/(\w+)\.py\n", block)
         assert name, block
         exec(block, vars(modules[name[1]]))
@@ -135,6 +146,7 @@ def extensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
         path.write_text(block)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         yield f"hydra.searchpath=[file://{tmp_path}/conf]"
+    del evaluation.EVALUATED["macro_f1"]
     for name, module in modules.items():
         for added in vars(module).keys() - before[name]:
             delattr(module, added)
@@ -152,7 +164,8 @@ def test_the_listed_checks_exist() -> None:
         assert command in ci or all(part in ci for part in command.split(" && ")), f".ci/run does not run {command}"
     for command, check in COMMANDS.items():
         if check.startswith("tests/"):
-            word = shlex.split(command)[-1].removesuffix("RUN_ID") or shlex.split(command)[-2]
+            words = [word for word in shlex.split(command) if not re.fullmatch("(RUN|OTHER)_ID", word)]
+            word = words[-1].removesuffix("RUN_ID")
             assert word in (ROOT / check).read_text(), f"{check} does not run {command}"
 
 
@@ -162,7 +175,14 @@ def test_a_long_command_composes(command: str, extensions: str) -> None:
     full = compose("config", [extensions, *overrides], return_hydra_config=True)
     preset = [f"{key}={value}" for key, value in (full.hydra.sweeper.get("params") or {}).items()]
     config = resolve(compose("config", [extensions, *first_job(preset), *overrides]))
-    build(config["model"], "model")
+    build(config["model"], "model", **MNIST_SHAPE)
+
+
+def test_the_metric_is_evaluated_and_has_a_format(extensions: str) -> None:
+    logits, labels = torch.eye(3)[[0, 1, 1, 2]], torch.tensor([0, 1, 2, 2])
+    values = evaluation.Evaluation(logits, labels).metrics
+    assert values["macro_f1"] == pytest.approx((1 + 2 / 3 + 2 / 3) / 3)
+    assert metrics.format_metric("test/macro_f1", values["macro_f1"]) == "77.78 %"
 
 
 @pytest.mark.parametrize("command", chosen(COMPOSED, "python -m mnist_exp.compare"))
@@ -203,8 +223,9 @@ def test_the_extensions_train(extensions: str, tmp_path: Path, digits, short_dig
     np.savez(tmp_path / "digits.npz", **arrays)
     overrides = ["optimizer=nadam", "scheduler=linear", "augmentation=noise", "model=mlp", "data=npz"]
     config = resolve(compose("config", [extensions, *overrides, f"data.path={tmp_path}/digits.npz"]))
+    bind(config)
     assert len(build(config["data"], "data", seed=0).splits["test"]) == 360
-    model = build(config["model"], "model")
+    model = build(config["model"], "model", **MNIST_SHAPE)
     phases = {name: build(node, name) for name, node in config["phases"].items()}
     prepared = prepare_phases(model, phases, short_digits, tmp_path)
     *_, last = fit(model, prepared, short_digits, seed=0, precision=torch.float32)

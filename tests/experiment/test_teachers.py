@@ -20,7 +20,7 @@ def test_the_targets_are_the_mean_predictions_of_the_runs(composed, tmp_path: Pa
     predictions = []
     for run in runs:
         saved = checkpoint.load(tmp_path / run / "checkpoint.pt")
-        network = build(saved.config["model"], "model").eval()
+        network = build(saved.config["model"], "model", **saved.config["shape"]).eval()
         network.load_state_dict(saved.state["model"])
         predictions.append(network(images).softmax(1))
     targets = ensemble(digits, tmp_path, runs)(images, labels)

@@ -7,15 +7,16 @@ from torch import Tensor, nn
 
 from mnist_exp.config import build
 from mnist_exp.errors import UserError
+from mnist_exp.learning.datasets import MNIST_SHAPE
 from mnist_exp.learning.fused import norm_pool_activate
 from mnist_exp.learning.models import CNN, count_parameters
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("se_cnn", 19_674), ("plain_cnn", 19_526), ("plain_cnn_matched", 19_717)])
 def test_sizes(composed, name: str, parameters: int) -> None:
-    model = build(composed(f"model={name}")["model"], "model")
-    assert count_parameters(model) == parameters
-    assert abs(count_parameters(model) / 19_674 - 1) < 0.01
+    model = build(composed(f"model={name}")["model"], "model", **MNIST_SHAPE)
+    assert count_parameters(model, 25_000) == parameters
+    assert abs(count_parameters(model, None) / 19_674 - 1) < 0.01
 
 
 ACCURATE = {"se_cnn_wide": 23_386, "se_cnn_deep": 24_496, "se_cnn_separable": 24_157, "se_cnn_separable_small": 9_715}
@@ -23,14 +24,14 @@ ACCURATE = {"se_cnn_wide": 23_386, "se_cnn_deep": 24_496, "se_cnn_separable": 24
 
 @pytest.mark.parametrize(("name", "parameters"), ACCURATE.items())
 def test_sizes_of_the_larger_models(composed, name: str, parameters: int) -> None:
-    model = build(composed(f"model={name}")["model"], "model")
-    assert count_parameters(model) == parameters
+    model = build(composed(f"model={name}")["model"], "model", **MNIST_SHAPE)
+    assert count_parameters(model, 25_000) == parameters
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 
 def test_depths_and_mean_pool(composed) -> None:
     """A block of depth 2 convolves twice at full size; the mean discards the positions of the last features."""
-    model = build(composed("model=se_cnn_deep")["model"], "model").eval()
+    model = build(composed("model=se_cnn_deep")["model"], "model", **MNIST_SHAPE).eval()
     assert [[module.out_channels for module in block.modules() if isinstance(module, nn.Conv2d)] for block in model.blocks] == [
         [16],
         [24, 24],
@@ -46,7 +47,7 @@ def test_depths_and_mean_pool(composed) -> None:
 
 def test_separable_convolutions(composed) -> None:
     """Except in the first block, they equal one full convolution, whose kernel is the product of both parts."""
-    model = build(composed("model=se_cnn_separable")["model"], "model").eval()
+    model = build(composed("model=se_cnn_separable")["model"], "model", **MNIST_SHAPE).eval()
     assert isinstance(model.blocks[0].conv, nn.Conv2d)
     depthwise, pointwise = model.blocks[2].conv
     features = torch.randn(2, 88, 7, 7)
@@ -57,12 +58,12 @@ def test_separable_convolutions(composed) -> None:
 @pytest.mark.parametrize("batch", [1, 7])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_28_by_28_to_10(composed, batch: int, dtype: torch.dtype) -> None:
-    model = build(composed()["model"], "model").eval()
+    model = build(composed()["model"], "model", **MNIST_SHAPE).eval()
     assert model(torch.zeros(batch, 1, 28, 28, dtype=dtype)).shape == (batch, 10)
 
 
 def test_scaling_is_part_of_the_model(composed) -> None:
-    model = build(composed()["model"], "model").eval()
+    model = build(composed()["model"], "model", **MNIST_SHAPE).eval()
     images = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
     inputs = []
     model.blocks[0].conv.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
@@ -71,13 +72,15 @@ def test_scaling_is_part_of_the_model(composed) -> None:
 
 
 def test_too_large_a_model_is_refused() -> None:
-    with pytest.raises(UserError, match=r"25,000 are allowed.*model\.channels"):
-        count_parameters(CNN([8, 16, 20], [1, 1, 1], [3, 3, 3], False, True, False, 120, 0.1))
+    model = CNN([8, 16, 20], [1, 1, 1], [3, 3, 3], False, True, False, 120, 0.1, **MNIST_SHAPE)
+    with pytest.raises(UserError, match=r"25,000 are allowed.*model\.channels.*parameter_limit"):
+        count_parameters(model, 25_000)
+    assert count_parameters(model, None) == count_parameters(model, 30_000) > 25_000
 
 
 def test_squeeze_excitation_attends(composed) -> None:
     """Its gates are in (0, 1), differ between images, scale whole channels, and are learned."""
-    model = build(composed()["model"], "model")
+    model = build(composed()["model"], "model", **MNIST_SHAPE)
     se = model.blocks[1].attention
     features = torch.randn(8, 16, 7, 7, generator=torch.Generator().manual_seed(0)).abs()
     gates = se.gates(features)
@@ -87,7 +90,7 @@ def test_squeeze_excitation_attends(composed) -> None:
     torch.testing.assert_close(se(features), features * gates[:, :, None, None])
     se(features).sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in se.parameters())
-    assert build(composed("model=plain_cnn")["model"], "model").blocks[1].attention is None
+    assert build(composed("model=plain_cnn")["model"], "model", **MNIST_SHAPE).blocks[1].attention is None
 
 
 @pytest.mark.parametrize("shape", [(6, 8, 28, 28), (5, 16, 14, 14), (3, 20, 7, 7), (1, 3, 2, 2)])

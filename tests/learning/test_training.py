@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mnist_exp.config import build
 from mnist_exp.errors import UserError
 from mnist_exp.learning.data import Dataset
-from mnist_exp.learning.datasets import load_digits
+from mnist_exp.learning.datasets import MNIST_SHAPE, load_digits
 from mnist_exp.learning.distillation import Labels
 from mnist_exp.learning.evaluation import evaluate
 from mnist_exp.learning.seeds import derive_seed
@@ -32,7 +32,7 @@ def train(config: dict[str, Any], data: Dataset | None = None) -> tuple[nn.Modul
     """Train as a run does, without recording anything; on `data`, or by default on the data of the configuration."""
     data = data or build(config["data"], "data", seed=config["seed"])
     torch.manual_seed(derive_seed(config["seed"], "weights"))
-    model = build(config["model"], "model")
+    model = build(config["model"], "model", **MNIST_SHAPE)
     configs = {name: build(node, name) for name, node in config["phases"].items()}
     phases = prepare_phases(model, configs, data, Path())
     precision = choose_precision(config["precision"], torch.device("cpu"))
@@ -41,7 +41,7 @@ def train(config: dict[str, Any], data: Dataset | None = None) -> tuple[nn.Modul
 
 def test_digits_pass_the_gate(composed) -> None:
     model, reports, data = train(composed("data=digits"))
-    assert evaluate(model, data.splits["test"]).accuracy > 0.80
+    assert evaluate(model, data.splits["test"]).metrics["accuracy"] > 0.80
     assert {report.phase for report in reports} == {"train", "finetune"}
     assert reports[-1].examples_seen == 60_000
 
@@ -58,7 +58,7 @@ def test_the_default_run_averages_983(composed, mnist_root) -> None:
     accuracies = []
     for seed in range(3):
         model, _, data = train(composed(f"data.root={mnist_root}", f"seed={seed}"))
-        accuracies.append(evaluate(model, data.splits["test"]).accuracy)
+        accuracies.append(evaluate(model, data.splits["test"]).metrics["accuracy"])
     assert sum(accuracies) / 3 >= 0.983, accuracies
 
 
@@ -73,7 +73,7 @@ def test_a_caller_s_random_state_neither_matters_nor_changes(composed, short_dig
     torch.manual_seed(1)
     first = train(config, data)[0].state_dict()
     torch.manual_seed(derive_seed(0, "weights"))
-    model = build(config["model"], "model")
+    model = build(config["model"], "model", **MNIST_SHAPE)
     phases = prepare_phases(model, {"finetune": build(config["phases"]["finetune"], "")}, data, Path())
     torch.manual_seed(2)
     before = torch.get_rng_state()
@@ -107,13 +107,13 @@ class OneOff(Labels):
 
 def test_a_network_learns_the_targets_of_its_teacher(composed, short_digits) -> None:
     config = composed("~phases.finetune", "batch_size=64", "phases.train.epochs=3")
-    model = build(config["model"], "model")
+    model = build(config["model"], "model", **MNIST_SHAPE)
     phase = replace(build(config["phases"]["train"], ""), teacher=lambda data, output_dir: OneOff())
     phases = prepare_phases(model, {"train": phase}, short_digits, Path())
     reports = list(fit(model, phases, short_digits, seed=0, precision=torch.float32))
     evaluation = evaluate(model, short_digits.splits["test"])
     assert (evaluation.logits.argmax(1) == (evaluation.labels + 1) % 10).float().mean() > 0.8
-    assert evaluation.accuracy < 0.1 > reports[-1].metrics["train/accuracy"], "accuracy counts labels, not targets"
+    assert evaluation.metrics["accuracy"] < 0.1 > reports[-1].metrics["train/accuracy"], "accuracy counts labels, not targets"
 
 
 def test_a_split_that_a_phase_has_trained_on_no_longer_validates(composed, short_digits) -> None:
@@ -145,7 +145,7 @@ def test_reports_cover_every_example_once(composed, short_digits) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 def test_steps_do_not_wait_for_the_gpu(composed, short_digits) -> None:
     config, device = composed("~phases.finetune"), torch.device("cuda")
-    model, data = build(config["model"], "model").to(device), short_digits.to(device)
+    model, data = build(config["model"], "model", **MNIST_SHAPE).to(device), short_digits.to(device)
     (phase,) = prepare_phases(model, {"train": build(config["phases"]["train"], "")}, data, Path())
     trainer = _PhaseTrainer(model, phase, data, 0, choose_precision("auto", device), None, 0, 0)
     batches = list(data.splits["train"].batches(512, torch.Generator()))
@@ -164,7 +164,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(composed, short_digits) -> None
 
 def test_weights_that_are_not_finite_never_reach_a_checkpoint(composed, short_digits) -> None:
     config = composed("~phases.train")
-    model = build(config["model"], "model")
+    model = build(config["model"], "model", **MNIST_SHAPE)
     phases = prepare_phases(model, {"finetune": build(config["phases"]["finetune"], "")}, short_digits, Path())
     phases[0].scheduler.step = lambda: model.output.weight.data.fill_(float("nan"))  # after the last step's finite loss
     with pytest.raises(NonFiniteLossError, match=r"weights became .* in phase finetune, epoch 1, step 1 of 1"):
@@ -177,7 +177,7 @@ def test_the_gradient_is_clipped(composed, short_digits) -> None:
     config = composed("~phases.finetune", "phases.train.max_grad_norm=1e-12",
                       "scheduler=constant", "optimizer=sgd", "optimizer.weight_decay=0")  # fmt: skip
     torch.manual_seed(derive_seed(0, "weights"))
-    before = build(config["model"], "model")
+    before = build(config["model"], "model", **MNIST_SHAPE)
     after = train(config, short_digits)[0]
     for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
         torch.testing.assert_close(old, new, atol=1e-9, rtol=0, msg=f"{name} moved")
@@ -186,7 +186,7 @@ def test_the_gradient_is_clipped(composed, short_digits) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_precisions_learn(composed, precision: str, short_digits) -> None:
     model, _, data = train(composed(f"precision={precision}", "batch_size=64", "phases.train.epochs=3"), short_digits)
-    assert evaluate(model, data.splits["test"]).accuracy > 0.80
+    assert evaluate(model, data.splits["test"]).metrics["accuracy"] > 0.80
 
 
 def test_a_phase_on_a_split_that_is_not_there(composed, short_digits) -> None:
@@ -225,7 +225,7 @@ def test_resuming_from_any_checkpoint_ends_in_the_same_state(composed, short_dig
 
     def start() -> tuple[nn.Module, list[Phase]]:
         torch.manual_seed(derive_seed(0, "weights"))
-        model = build(config["model"], "model")
+        model = build(config["model"], "model", **MNIST_SHAPE)
         configs = {name: build(node, name) for name, node in config["phases"].items()}
         return model, prepare_phases(model, configs, short_digits, Path())
 

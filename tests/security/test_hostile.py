@@ -56,7 +56,7 @@ def test_edited_checkpoints(saved: bytes, tmp_path: Path, edits: list[tuple[int,
 @example(content=checkpoint.MAGIC)
 @example(content=checkpoint.MAGIC + b"{}\n")
 @example(content=checkpoint.MAGIC + b"[]\n")
-@example(content=checkpoint.MAGIC + b'{"format_version": 4, "bytes": 0, "sha256": null}\n')
+@example(content=checkpoint.MAGIC + b'{"format_version": 5, "bytes": 0, "sha256": null}\n')
 def test_any_bytes_as_a_checkpoint(tmp_path: Path, content: bytes) -> None:
     (tmp_path / CHECKPOINT).write_bytes(content)
     with pytest.raises(UserError, match=CHECKPOINT):

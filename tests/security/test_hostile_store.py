@@ -146,14 +146,13 @@ def hostile_configs(config: dict[str, Any], bait: Path) -> dict[str, dict[str, A
     """Configurations that are refused, or run without what they ask for."""
     opener = {"_target_": "mnist_exp.tracking.connection.connect", "uri": f"sqlite:///{bait}/x.db", "experiment": "x"}
     reader = {"_target_": "mnist_exp.experiment.teachers.load_finished", "run": "file", "output_dir": str(bait)}
-    sweep = config["sweep"] | {"id": "../bait", "job": 0, "search": True}
     mnist = {"_target_": "mnist_exp.learning.datasets.load_mnist", "root": str(bait), "fallback": None, "finetune_fraction": 0.02}
     phase = config["phases"]["finetune"]
     return {
         "output_dir": config | {"output_dir": str(bait)},
         "tracking": config | {"tracking": config["tracking"] | {"uri": f"sqlite:///{bait}/x.db"}},
         "data.root": config | {"data": mnist | {"validation_size": 0}},
-        "sweep.id": config | {"sweep": sweep},
+        "sweep_job": config | {"sweep_job": "{}"},
         "model": config | {"model": opener},
         "data": config | {"data": opener},
         "tracking target": config | {"tracking": opener},
@@ -203,6 +202,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "threads": {"software": {"threads": "-1"}},
     "a phase": {"state": {"phase": "x", "steps": 1, "examples_seen": 1}},
     "no state": {"state": {}},
+    "a job": {"job": {"sweep_id": "../../bait", "number": 0, "color": "#000000", "varied": [], "data": None, "in_search": True}},
     "another type": {"seconds": {"train": "x"}},
     "another network": {"state": {"phase": "finetune", "steps": 1, "examples_seen": 1, "model": {}, "optimizer": 1}},
 }

@@ -13,6 +13,7 @@ from conftest import Bomb
 
 from mnist_exp.config import build
 from mnist_exp.errors import UserError
+from mnist_exp.learning.datasets import MNIST_SHAPE
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.storage.run_dir import CHECKPOINT, PREVIOUS_CHECKPOINT
@@ -25,13 +26,13 @@ def one(run_id: str = "abc", config: dict | None = None, state: dict | None = No
 
 
 def test_a_model_rebuilt_from_its_checkpoint_predicts_the_same(composed, tmp_path: Path) -> None:
-    config = composed()
-    model = build(config["model"], "model").eval()
+    config = composed() | {"shape": MNIST_SHAPE}
+    model = build(config["model"], "model", **MNIST_SHAPE).eval()
     model.blocks[0].norm.running_mean.uniform_()
     checkpoint.save(tmp_path, one("abc", config, {"model": model.state_dict()}))
 
     loaded = checkpoint.load(tmp_path / CHECKPOINT)
-    rebuilt = build(loaded.config["model"], "model").eval()
+    rebuilt = build(loaded.config["model"], "model", **loaded.config["shape"]).eval()
     rebuilt.load_state_dict(loaded.state["model"])
     images = torch.randint(0, 256, (7, 1, 28, 28), dtype=torch.uint8)
     assert rebuilt(images).equal(model(images))
@@ -69,7 +70,7 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "truncated": (lambda file: file[:-100], "is truncated"),
     "cut in the header": (lambda file: file[:40], "its header is unreadable"),
     "tampered with": (lambda file: file[:-50] + bytes([file[-50] ^ 1]) + file[-49:], "was changed after it was written"),
-    "of another version": (lambda file: forged(b"", version=0), "has format version 0, expected 4"),
+    "of another version": (lambda file: forged(b"", version=0), "has format version 0, expected 5"),
 }
 
 

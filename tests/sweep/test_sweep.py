@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -85,14 +86,19 @@ def test_names_are_short() -> None:
 
 
 def test_runs_that_tie_are_named_together() -> None:
-    rows = [
-        {"job": str(number), "name": f"seed={number}", "status": "FINISHED", "val/accuracy": accuracy, "test/accuracy": "",
-         "test/loss": "", "time/total_seconds": "", "run": str(number)}
-        for number, accuracy in enumerate(("1", "0.99", "1", "1", "1"))
-    ]  # fmt: skip
-    note = describe_sweep(rows, NullStore(), "resume")
-    assert "Best by val/accuracy, 100.00%: 4 tie: [seed=0](), [seed=2](), [seed=3]() and 1 more." in note
-    assert "Best by val/accuracy, 99.00%: [seed=1]()." in describe_sweep(rows[1:2], NullStore(), "resume")
+    def child(number: int, accuracy: float) -> RunRecord:
+        metrics, tags = {"val/accuracy": accuracy}, {"job_num": str(number)}
+        return RunRecord(str(number), "1", f"seed={number}", "FINISHED", 0, 1, {}, metrics, tags, {}, "", "")
+
+    def description(*accuracies: float) -> str:
+        children = [child(number, accuracy) for number, accuracy in enumerate(accuracies)]
+        rows = job_table([Job(number, [], "") for number in range(len(accuracies))], children, {})
+        return describe_sweep(rows, children, NullStore(), "resume")
+
+    assert "Best by val/accuracy, 100.00 %: 4 tie: [seed=0](), [seed=2](), [seed=3]() and 1 more." in description(
+        1, 0.99, 1, 1, 1
+    )
+    assert "Best by val/accuracy, 99.00 %: [seed=0]()." in description(0.99)
 
 
 @pytest.mark.parametrize(("tag", "shown"), [(PROCESS_DIED, "the store is gone"), ("Stopped by SIGINT.", "the store is gone")])
@@ -132,11 +138,21 @@ def test_a_sweep_with_a_mistake_in_one_job_does_not_start(in_process: CommandLin
     assert not MlflowClient(store).search_experiments(filter_string="name = 'mnist_exp'")
 
 
-def test_a_mistake_in_a_late_job_is_found_before_the_first(in_process: CommandLine, store: str) -> None:
-    seeds = ",".join(map(str, [*range(100), -1, *range(101, 120)]))
-    done = in_process(*SHORT, f"seed={seeds}")
+@pytest.mark.parametrize(
+    ("key", "good", "bad", "message"),
+    [
+        ("seed", range(120), "-1", "seed=-1 is invalid"),
+        ("model.hidden_features", range(10, 80), "500", "parameters: at most 25,000 are allowed"),
+        ("model.se.reduction", range(1, 16), "17", "model.se.reduction=17 is invalid: expected an integer from 1 to 16"),
+        ("phases.finetune.optimizer.betas", ("[0.9,0.99]", "[0.8,0.9]"), "[0.9]", "betas=[0.9] is invalid"),
+    ],
+)
+def test_a_mistake_in_a_late_job_is_found_before_the_first(
+    in_process: CommandLine, store: str, key: str, good: Sequence[object], bad: str, message: str
+) -> None:
+    done = in_process(*SHORT, f"{key}={','.join(map(str, good))},{bad}")
     assert done.returncode == 1
-    assert "seed=-1 is invalid" in done.stderr
+    assert message in done.stderr
     assert not MlflowClient(store).search_experiments(filter_string="name = 'mnist_exp'")
 
 

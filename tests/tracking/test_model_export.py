@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from mnist_exp import CONF
 from mnist_exp.config import build, resolve
 from mnist_exp.errors import UserError
+from mnist_exp.learning.datasets import MNIST_SHAPE
 from mnist_exp.serving.loading import load_model
 from mnist_exp.storage.manifest import MANIFEST, write_manifest
 from mnist_exp.tracking.model_export import GRAPH, WEIGHTS, save_model, verify_model
@@ -24,8 +25,8 @@ from mnist_exp.tracking.model_export import GRAPH, WEIGHTS, save_model, verify_m
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("original") / "model"
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = resolve(compose("config"))
-    model = build(config["model"], "model").eval()
+        config = resolve(compose("config")) | {"shape": MNIST_SHAPE}
+    model = build(config["model"], "model", **MNIST_SHAPE).eval()
     images = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
     save_model(folder, model, images.numpy(), config)
     return folder
@@ -44,7 +45,7 @@ def renew_manifest(folder: Path) -> None:
 def test_an_exported_model_predicts_the_same_and_knows_its_configuration(original: Path) -> None:
     import mlflow.pytorch
 
-    model = build(verify_model(original)["model"], "model").eval()
+    model = build(verify_model(original)["model"], "model", **MNIST_SHAPE).eval()
     model.load_state_dict(torch.load(original / WEIGHTS, weights_only=True))
     images = torch.randint(0, 256, (7, 1, 28, 28), dtype=torch.uint8)
     assert load_model(str(original))(images).equal(model(images))
@@ -57,7 +58,7 @@ def test_models_of_one_architecture_share_a_graph_but_not_their_weights(original
 
     config = verify_model(original)
     images = torch.randint(0, 256, (7, 1, 28, 28), dtype=torch.uint8)
-    models = [build(config["model"], "model").eval() for _ in range(3)]
+    models = [build(config["model"], "model", **MNIST_SHAPE).eval() for _ in range(3)]
     for number, model in enumerate(models):
         model.blocks[0].norm.running_mean.add_(number)  # a buffer that training moves
         save_model(tmp_path / str(number), model, images[:2].numpy(), config)
@@ -74,7 +75,7 @@ def test_a_failed_export_keeps_the_previous_one(folder: Path, monkeypatch: pytes
 
     monkeypatch.setattr("mnist_exp.tracking.model_export._write_graph", fill_disk)
     with pytest.raises(UserError, match=r"output_dir: .* cannot be written: No space left"):
-        save_model(folder, torch.nn.Identity(), None, {"model": {}})
+        save_model(folder, torch.nn.Identity(), None, {"model": {}, "shape": {}})
     verify_model(folder)
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
@@ -94,7 +95,30 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "climbing": (lambda folder: edit_manifest(folder, sha256={"../../etc/passwd": "0"}), "passwd' is missing"),
     "no model": (lambda folder: edit_manifest(folder, config={}), "is missing: set it"),
     "another network": (lambda folder: edit_manifest(folder, config=wider(folder)), "does not contain the weights of this model"),
+    "larger than its weights": (lambda folder: edit_manifest(folder, config=gigantic(folder)), "does not contain the weights"),
+    "above its limit": (
+        lambda folder: edit_manifest(folder, config=limited(folder)),
+        "19,674 parameters: at most 100 are allowed",
+    ),
+    "without a shape": (lambda folder: edit_manifest(folder, config=shapeless(folder)), "does not contain the shape of the data"),
 }
+
+
+def gigantic(folder: Path) -> dict[str, object]:
+    """A forged model of 80 GB, which a forged limit allows."""
+    config = json.loads((folder / MANIFEST).read_text())["config"]
+    config["model"]["hidden_features"] = 10**8
+    return config | {"parameter_limit": None}
+
+
+def limited(folder: Path) -> dict[str, object]:
+    return json.loads((folder / MANIFEST).read_text())["config"] | {"parameter_limit": 100}
+
+
+def shapeless(folder: Path) -> dict[str, object]:
+    config = json.loads((folder / MANIFEST).read_text())["config"]
+    del config["shape"]
+    return config
 
 
 def wider(folder: Path) -> dict[str, object]:

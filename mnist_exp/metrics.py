@@ -1,0 +1,75 @@
+"""The metrics of runs: display format, unit and direction, defined once for the terminal, tables, reports and MLflow."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How values of a metric are displayed.
+
+    Args:
+        name: The last part of the names under which it is recorded, such as `accuracy` in `test/accuracy`.
+        form: The format specification of the displayed number.
+        unit: The unit of a value.
+        difference_unit: The unit of a difference.
+        scale: The factor from recorded to displayed values.
+        higher_is_better: The direction, None if there is none.
+        is_measured_time: Whether the value depends on the speed of the machine, so that it differs when a run is repeated.
+    """
+
+    name: str
+    form: str
+    unit: str = ""
+    difference_unit: str = ""
+    scale: float = 1.0
+    higher_is_better: bool | None = None
+    is_measured_time: bool = False
+
+    def format(self, value: float, *, signed: bool = False, is_difference: bool = False, bare: bool = False) -> str:
+        """Return a recorded value as displayed: 98.60 %, 3.46 s.
+
+        Args:
+            value: The value, or a difference of two.
+            signed: Whether positive values have a sign, too.
+            is_difference: Whether to use the unit of a difference.
+            bare: Whether to omit the unit.
+        """
+        if not math.isfinite(value):
+            return "-"
+        sign = "+z" if signed else "z"  # z formats a value that rounds to 0 as 0, not as -0
+        number = f"{value * self.scale:{sign}{self.form}}"
+        return number if bare else f"{number} {self.difference_unit if is_difference else self.unit}".rstrip()
+
+    @property
+    def axis_unit(self) -> str:
+        """The unit in parentheses, for the label of an axis; empty without one."""
+        return f" ({self.unit})" if self.unit else ""
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("accuracy", ".2f", "%", "points", 100.0, higher_is_better=True),
+        Metric("loss", ".4f", higher_is_better=False),
+        Metric("calibration_error", ".2f", "%", "points", 100.0, higher_is_better=False),
+        Metric("parameters", ",.0f", higher_is_better=False),
+        Metric("epoch", ".2f"),
+        Metric("lr", ".3g"),
+        Metric("grad_norm", ".3g"),
+        Metric("seconds", ".2f", "s", "s", higher_is_better=False, is_measured_time=True),
+        Metric("examples_per_second", ",.0f", "examples/s", "examples/s", higher_is_better=True, is_measured_time=True),
+    )
+}
+OTHER = Metric("other", ".4g")
+
+
+def metric_of(name: str) -> Metric:
+    """Return the metric that is recorded as `name`: of `test/accuracy` accuracy, of `time/train_seconds` seconds."""
+    last = name.rpartition("/")[2]
+    return METRICS.get("seconds" if last.endswith("_seconds") else last, OTHER)
+
+
+def format_metric(name: str, value: float, *, signed: bool = False, is_difference: bool = False, bare: bool = False) -> str:
+    """Return a value of the metric that is recorded as `name`, as displayed; see `Metric.format`."""
+    return metric_of(name).format(value, signed=signed, is_difference=is_difference, bare=bare)
