@@ -56,9 +56,7 @@ def task(composed: DictConfig) -> None:
     found = arms.arrange(store.children(parent.run_id), jobs, typed.get("factor"), typed.get("baseline"))
     rows = arms.compare_arms(found, arms.choose_metrics(found, config["metrics"]))
     headline = wording.headline(found, rows)
-    # The terminal is too narrow for the effect sizes.
-    table = [{key: text for key, text in line.items() if key != "effect"} for line in wording.table(rows)]
-    show_comparison(table, headline, wording.notes(found, rows))
+    show_comparison(wording.table(rows), headline, wording.notes(found, rows))
 
     parsed = {record.run_id: outcomes.parse_outcome(content) for record, content in store.outcomes(found.records)}
     page = report.render(found, rows, parsed, parent, commands(parent, definition, found, typed), test_images(found))

@@ -158,7 +158,7 @@ def show_table(rows: list[dict[str, str]], console: Console | None = None, optio
     """
     console = console or Console()
     if not rows:
-        console.print("There are no runs.")
+        console.print("No runs.")
         return
     # Before lines are broken: half of a secret would not be masked.
     rows = [{key: _clean(text) for key, text in row.items()} for row in rows]

@@ -12,6 +12,7 @@ from mnist_exp.console import show_lines, show_pairs, show_table
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import format_metric
 from mnist_exp.overrides import command, store_uri
+from mnist_exp.redaction import redact
 from mnist_exp.tracking import tables
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.mlflow_store import MLflowStore, record_of
@@ -100,6 +101,11 @@ def list_runs(store: MLflowStore, arguments: argparse.Namespace) -> None:
     """Show a table of the chosen runs."""
     reap(store, arguments.output_dir)
     records = store.runs()
+    if not records:
+        raise UserError(
+            f"Experiment {arguments.experiment} in {redact(store.uri)} has no runs. Set MLFLOW_TRACKING_URI to the store with "
+            "your runs, or start one: python -m mnist_exp.run."
+        )
     if arguments.data or arguments.last:
         records = tables.choose(records, arguments.data, arguments.last)
     if arguments.sort:

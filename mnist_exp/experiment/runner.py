@@ -165,7 +165,7 @@ def _check_data(request: RunRequest, data: "Dataset") -> None:
     if any(found.get(name) != digest for name, digest in expected.items()):
         raise UserError(
             f"The data differs from the original run's: expected {expected}, found {found}. "
-            "Set MNIST_ROOT to the data that the run was started with."
+            "Set MNIST_ROOT (or data.root) to the data that the run was started with, or start a new run."
         )
     if request.config.get("shape", data.shape) != data.shape:
         raise UserError(f"shape={request.config['shape']} is invalid: expected {data.shape} with this data, or no such key.")

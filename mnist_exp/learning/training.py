@@ -186,7 +186,7 @@ def _check_split(name: str, config: PhaseConfig, data: Dataset) -> None:
     if config.batch_size > epoch_size:
         raise UserError(
             f"phases.{name}.batch_size={config.batch_size} is invalid: expected at most {epoch_size}, the size of an epoch of "
-            f"the split {config.split}."
+            f"the split {config.split}. Lower phases.{name}.batch_size, or change data.finetune_fraction."
         )
 
 

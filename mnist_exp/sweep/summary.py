@@ -66,16 +66,27 @@ def preview(definition: Definition, sweep_id: str | None, store: Store) -> tuple
     notes = [f"{definition.total} jobs, {left} to run." if left < definition.total else f"{definition.total} jobs."]
     if len(definition.jobs) < definition.total:
         notes.append("The search proposes its jobs while it runs.")
-    seconds = [run.metrics[TOTAL] for run in runs if TOTAL in run.metrics and run.tags.get(SWEEP)] or [
-        run.metrics[TOTAL] for run in runs if TOTAL in run.metrics
-    ]
+    timed = [run for run in runs if TOTAL in run.metrics]
+    seconds = [run.metrics[TOTAL] for run in [run for run in timed if SWEEP in run.tags] or timed]
     if seconds:
         each = statistics.median(seconds)
         notes.append(
-            f"About {format_metric(TOTAL, left * each)} of work: {left} x {format_metric(TOTAL, each)}, the median of "
-            f"{len(seconds)} earlier runs, of any recipe; divide by the number of parallel jobs."
+            f"Roughly {_duration(left * each)} of work: {left} x {_duration(each)}, the median of {len(seconds)} earlier runs of "
+            "any recipe and data set. Divide it by the number of parallel jobs."
         )
     return rows, [*notes, "Nothing was recorded: sweep.dry_run=true."]
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.1f} s"
+        if seconds < 10
+        else f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 @dataclass(frozen=True)
