@@ -68,6 +68,15 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of exported graphs for all processes of this test session, not the user's own."""
+    root = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "cache"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def mnist_root() -> Path:
     root = Path(os.environ.get("MNIST_ROOT", HOME / "data"))

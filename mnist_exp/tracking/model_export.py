@@ -15,11 +15,11 @@ from mnist_exp.errors import UserError
 from mnist_exp.redaction import redact_all
 from mnist_exp.storage.manifest import read_text_file, verify_manifest, write_manifest
 from mnist_exp.storage.run_dir import disk_error, remove_folder, sync
+from mnist_exp.tracking import graph_cache
 from mnist_exp.tracking.connection import first_line
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.export import ExportedProgram
 
 WEIGHTS = "weights.pt"
 GRAPH = "data/model.pt2"  # MLflow's name
@@ -43,9 +43,6 @@ MLMODEL_KEYS = {
     "is_signature_from_type_hint", "mlflow_version", "model_id", "model_size_bytes", "model_uuid", "prompts",
     "saved_input_example_info", "signature", "type_hint_from_example", "utc_time_created",
 }  # fmt: skip
-TRACES_KEPT = 8
-# The graph and the other files, by architecture and example.
-_traces: "dict[tuple[str, bytes], tuple[ExportedProgram, dict[Path, bytes]]]" = {}
 
 
 def save_model(folder: Path, model: "nn.Module", example: Any, config: dict[str, Any]) -> None:
@@ -81,34 +78,23 @@ def save_model(folder: Path, model: "nn.Module", example: Any, config: dict[str,
 
 
 def _write_graph(folder: Path, model: "nn.Module", example: Any, architecture: str) -> None:
-    """Write the MLflow model. Models of one architecture share a trace.
+    """Write the MLflow model. Only the first model of an architecture is traced; later ones take its graph from the cache."""
+    key = graph_cache.cache_key(architecture, example.tobytes())
+    with graph_cache.lock_graph(key) as file:
+        files = graph_cache.read_files(file, FILES - {WEIGHTS})
+        if files is None:
+            _trace(model, example, folder)
+            graph_cache.write_files(file, {name: (folder / name).read_bytes() for name in FILES - {WEIGHTS}})
+            return
+    import yaml
 
-    Tracing takes most of the time, and torch never returns all of its memory.
-    """
-    import torch
-
-    key = architecture, example.tobytes()
-    if key not in _traces:
-        _trace(model, example, folder)
-        while len(_traces) >= TRACES_KEPT:
-            del _traces[next(iter(_traces))]
-        files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        _traces[key] = torch.export.load(folder / GRAPH), files
-        return
-    from mlflow.models import Model
-
-    program, files = _traces[key]
-    weights = model.state_dict()
-    with torch.no_grad():
-        for name, value in program.state_dict.items():
-            value.copy_(weights[name])
-    for path, content in files.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(content)
-    torch.export.save(program, folder / GRAPH)
-    described = Model.load(folder)
-    described.model_uuid, described.utc_time_created = uuid4().hex, str(datetime.now(UTC).replace(tzinfo=None))
-    described.save(folder / "MLmodel")
+    files[GRAPH] = graph_cache.with_weights(files[GRAPH], model.state_dict())
+    description = yaml.safe_load(files["MLmodel"])
+    description |= {"model_uuid": uuid4().hex, "utc_time_created": str(datetime.now(UTC).replace(tzinfo=None))}
+    files["MLmodel"] = yaml.safe_dump(description, sort_keys=False).encode()
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def _trace(model: "nn.Module", example: Any, folder: Path) -> None:

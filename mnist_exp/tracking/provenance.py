@@ -155,8 +155,9 @@ def _size(path: Path) -> int:
 @cache
 def packages() -> str:
     """Return every installed distribution as name==version, a line each."""
-    installed = {f"{dist.metadata['Name']}=={dist.version}" for dist in importlib.metadata.distributions()}
-    return "\n".join(sorted(installed, key=str.lower)) + "\n"
+    # The names of the folders say it (PEP 427). importlib.metadata would parse all files in them, which takes half a second.
+    folders = [path.name.removesuffix(".dist-info") for entry in sys.path for path in Path(entry).glob("*.dist-info")]
+    return "".join(f"{name}=={version}\n" for name, _, version in sorted({name.rpartition("-") for name in folders}))
 
 
 def process_tags(output_dir: Path) -> dict[str, str]:
