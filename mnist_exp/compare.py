@@ -3,6 +3,7 @@
 import os
 import re
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +13,22 @@ from omegaconf import DictConfig
 
 from mnist_exp import CONF, HOME
 from mnist_exp.cli import run_command
-from mnist_exp.config import as_dict, build, check_target, nodes
+from mnist_exp.config import as_dict, as_list, build, check_margin, check_target, nodes
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import command, key_of, text_of, typed_ids
 from mnist_exp.redaction import redact
 from mnist_exp.signals import install_signal_handlers
 from mnist_exp.tracking.base import RunRecord, Store
-from mnist_exp.tracking.definition import Definition
+from mnist_exp.tracking.definition import Definition, Plan
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
-    from mnist_exp.comparison.arms import Arms
+    from mnist_exp.comparison.arms import Arms, Source
 
-KEYS = {"sweep", "factor", "baseline", "metrics", "tracking"}
+KEYS = {"sweep", "results", "factor", "baseline", "metrics", "margin", "export", "tracking"}
 REPORT = "report.html"
 
 
@@ -38,10 +41,10 @@ def main() -> None:
 def task(composed: DictConfig) -> None:
     """Compare the runs of a sweep, show the answer, and publish a report in the sweep's parent run."""
     install_signal_handlers()
-    from mnist_exp.comparison import arms, outcomes, report, wording
+    from mnist_exp.comparison import arms, outcomes, report, tables, wording
     from mnist_exp.console import show_comparison, show_report
 
-    overrides = HydraConfig.get().overrides.task
+    overrides = as_list(HydraConfig.get().overrides.task)
     added = [override for override in overrides if key_of(override).partition(".")[0] not in KEYS]
     if added:
         raise UserError(f"{' '.join(added)} is invalid: expected keys among {', '.join(sorted(KEYS))}.")
@@ -51,16 +54,44 @@ def task(composed: DictConfig) -> None:
     # As typed: [8,16,20] and null are values of an arm here, not a list and None.
     typed = dict(split(override) for override in overrides)
     store: Store = build(config["tracking"], "tracking")
-    parent, definition = store.find_sweep(config["sweep"], finished_too=True)
-    jobs = {job.number: dict(split(override) for override in job.overrides) for job in definition.jobs}
-    found = arms.arrange(store.children(parent.run_id), jobs, typed.get("factor"), typed.get("baseline"))
-    rows = arms.compare_arms(found, arms.choose_metrics(found, config["metrics"]))
+    sweeps = [] if config["results"] else find_sweeps(store, config["sweep"])
+    sources = tables.read_tables(map(Path, config["results"])) if config["results"] else [source(store, *item) for item in sweeps]
+    if config["export"]:
+        tables.write_table(Path(config["export"]), sources)
+    plan = sources[0].plan or Plan()
+    factor = typed.get("factor", plan.factor)
+    found = arms.arrange(sources, factor, typed.get("baseline", plan.baseline if factor == plan.factor else None))
+    metrics = arms.choose_metrics(found, config["metrics"] or ([plan.metric] if plan.metric else None))
+    margin = plan.margin if plan.metric in (None, metrics[0]) else None
+    rows = arms.compare_arms(found, metrics, config["margin"] or margin)
+    levels = arms.compare_levels(found, rows[0].metric)
     headline = wording.headline(found, rows)
-    show_comparison(wording.table(rows), headline, wording.notes(found, rows))
-
+    show_comparison(wording.table(rows), headline, wording.notes(found, rows, levels))
+    if not sweeps:  # a table has neither histories nor a run to publish in
+        return
     parsed = {record.run_id: outcomes.parse_outcome(content) for record, content in store.outcomes(found.records)}
-    page = report.render(found, rows, parsed, parent, commands(parent, definition, found, typed), test_images(found))
-    show_report(publish(store, parent, headline, page))
+    for parent, _ in sweeps:
+        page = report.render(found, rows, levels, parsed, parent, commands(sweeps, found, typed), test_images(found))
+        show_report(publish(store, parent, headline, page))
+
+
+def find_sweeps(store: Store, ids: str | list[str]) -> list[tuple[RunRecord, Definition]]:
+    """Return the parents and definitions of sweeps, each once, in the order of their start."""
+    found = {
+        parent.run_id: (parent, definition)
+        for parent, definition in (
+            store.find_sweep(sweep, finished_too=True) for sweep in ([ids] if isinstance(ids, str) else ids)
+        )
+    }
+    return sorted(found.values(), key=lambda item: item[0].started)
+
+
+def source(store: Store, parent: RunRecord, definition: Definition) -> "Source":
+    """Return the runs of a sweep as a source of a comparison."""
+    from mnist_exp.comparison.arms import Source
+
+    jobs = {job.number: dict(split(override) for override in job.overrides) for job in definition.jobs}
+    return Source(parent.run_id, store.children(parent.run_id), jobs, definition.initial, definition.plan)
 
 
 def publish(store: Store, parent: RunRecord, headline: str, page: str) -> str:
@@ -79,34 +110,41 @@ def check(config: dict[str, Any]) -> None:
         raise UserError(f"The command line removes {', '.join(sorted(KEYS - config.keys()))}: expected only changed values.")
     for key, value in nodes(config):
         check_target(key, value)
-    if not re.fullmatch("latest|[0-9a-f]{6,32}", str(config["sweep"])):
+    sweeps = config["sweep"] if isinstance(config["sweep"], list) else [config["sweep"]]
+    if not sweeps or not all(re.fullmatch("latest|[0-9a-f]{6,32}", str(sweep)) for sweep in sweeps):
         raise UserError(
-            f"sweep={config['sweep']} is invalid: expected the id of a sweep, a prefix of at least 6 hexadecimal digits, or "
-            "latest."
+            f"sweep={config['sweep']} is invalid: expected the id of a sweep, a prefix of at least 6 hexadecimal digits, latest, "
+            "or a list of them, such as 'sweep=[1a2b3c,4d5e6f]'."
         )
-    metrics = config["metrics"] = [config["metrics"]] if isinstance(config["metrics"], str) else config["metrics"]
-    if metrics is not None and not (isinstance(metrics, list) and metrics and all(isinstance(item, str) for item in metrics)):
-        raise UserError(
-            f"metrics={metrics} is invalid: expected a name, a list such as metrics=[test/accuracy,test/loss], or null."
-        )
+    for key, example in (("metrics", "metrics=[test/accuracy,test/loss]"), ("results", "'results=[a.csv,b.csv]'")):
+        value = config[key] = [config[key]] if isinstance(config[key], str) else config[key]
+        if value is not None and not (isinstance(value, list) and value and all(isinstance(item, str) for item in value)):
+            raise UserError(f"{key}={value} is invalid: expected a name, a list such as {example}, or null.")
+    check_margin("margin", config["margin"])
+    if config["export"] is not None and not str(config["export"]).endswith(".csv"):
+        raise UserError(f"export={config['export']} is invalid: expected the path of a file that ends with .csv, or null.")
 
 
-def commands(parent: RunRecord, definition: Definition, arms: "Arms", typed: dict[str, str]) -> list[str]:
-    """Return the shell commands that repeat the sweep and the comparison.
+def commands(sweeps: "Sequence[tuple[RunRecord, Definition]]", arms: "Arms", typed: dict[str, str]) -> list[str]:
+    """Return the shell commands that repeat the sweeps, their extensions, and the comparison.
 
     Args:
-        parent: The parent run of the sweep.
-        definition: The definition of the sweep.
+        sweeps: The parent and the definition of each sweep.
         arms: The compared runs.
         typed: The overrides of this command line, as values by key.
     """
-    is_search = "Optuna" in definition.sweeper
-    search = ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={definition.total}"] if is_search else []
-    metrics = [f"metrics={typed['metrics']}"] if "metrics" in typed else []
-    return [
-        command("run", "-m", *search, *definition.overrides),
-        command("compare", f"sweep={parent.run_id}", f"factor={arms.factor}", f"baseline={arms.baseline}", *metrics),
-    ]
+    repeated = []
+    for _, definition in sweeps:
+        is_search = "Optuna" in definition.sweeper
+        search = ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={definition.total}"] if is_search else []
+        plan = asdict(definition.plan) if definition.plan else {}
+        planned = [f"plan.{key}={value}" for key, value in plan.items() if value is not None]
+        repeated.append(command("run", "-m", *search, *definition.overrides, *planned))
+        repeated += [command("run", "-m", "sweep.extend=latest", *step.overrides) for step in definition.extensions]
+    ids = [parent.run_id for parent, _ in sweeps]
+    sweep = ids[0] if len(ids) == 1 else f"[{','.join(ids)}]"
+    options = [f"{key}={typed[key]}" for key in ("metrics", "margin") if key in typed]
+    return [*repeated, command("compare", f"sweep={sweep}", f"factor={arms.factor}", f"baseline={arms.baseline}", *options)]
 
 
 def test_images(arms: "Arms") -> "Tensor | None":

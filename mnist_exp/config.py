@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from functools import cache
@@ -24,7 +24,7 @@ OmegaConf.register_new_resolver("root", lambda path: str(HOME / path), replace=T
 OmegaConf.register_new_resolver("without_credentials", without_credentials, replace=True)
 OmegaConf.register_new_resolver("scaled", lambda value, at, to: value * to / at, replace=True)
 
-KEYS = RECIPE | {"output_dir", "parameter_limit", "save_every", "resume", "rerun", "sweep", "tracking", "shape"}
+KEYS = RECIPE | {"output_dir", "parameter_limit", "save_every", "resume", "rerun", "sweep", "plan", "tracking", "shape"}
 NULLABLE = {"parameter_limit", "save_every", "resume", "rerun"}
 # The phases require their own parts. The shape of the data is not in conf/: a run adds it to the configuration that it stores.
 REQUIRED = KEYS - {*PARTS, "shape"}
@@ -60,6 +60,12 @@ def _one_of(*allowed: str | None) -> Callable[[Any], bool]:
     return lambda value: (value is None or isinstance(value, str)) and value in allowed
 
 
+def check_margin(key: str, value: Any) -> None:
+    """Raise UserError unless `value` is a positive number or None."""
+    if value is not None and not _number(lambda number: number > 0)(value):
+        raise UserError(f"{key}={value} is invalid: expected a number > 0, in the displayed unit of the metric, or null.")
+
+
 def _text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
@@ -75,6 +81,10 @@ def _one_run(value: Any) -> bool:
 def _different_runs(value: Any) -> bool:
     runs = isinstance(value, list) and bool(value) and all(isinstance(run, str) and _one_run(run) for run in value)
     return runs and len(set(value)) == len(value)
+
+
+def _scalar(value: Any) -> bool:
+    return isinstance(value, str | int | float)
 
 
 def _shape(value: Any) -> bool:
@@ -101,10 +111,19 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "resume": (_or_null(_run_id), "the id of a run, or a prefix of at least 6 hexadecimal digits, latest, or null"),
     "rerun": (_or_null(_one_run), "the id of a run, or a prefix of at least 6 hexadecimal digits, or null"),
     "sweep.resume": (_or_null(_run_id), "the id of a sweep, or a prefix of at least 6 hexadecimal digits, latest, or null"),
+    "sweep.extend": (_or_null(_run_id), "the id of a sweep, or a prefix of at least 6 hexadecimal digits, latest, or null"),
     "sweep.on_failure": (_one_of("continue", "stop"), "continue or stop"),
     "sweep.retries": (_integer(0), "an integer >= 0"),
     "sweep.force": TRUE_OR_FALSE,
     "sweep.dry_run": TRUE_OR_FALSE,
+    "plan.factor": (_or_null(_text), "a key that the sweep varies, or null"),
+    "plan.baseline": (_or_null(_scalar), "a value of plan.factor, or null"),
+    "plan.metric": (_or_null(_text), "the name of a metric, such as test/accuracy, or null"),
+    "plan.margin": (
+        _or_null(_number(lambda value: value > 0)),
+        "a number > 0, in the displayed unit of the metric, or null",
+    ),
+    "plan.seeds": (_or_null(_integer(2)), "an integer >= 2, or null"),
     "parameter_limit": (_or_null(_integer(1)), "an integer >= 1, or null for no limit"),
     "batch_size": (_integer(1), "an integer >= 1"),
     "*teacher.runs": (
@@ -153,6 +172,14 @@ def as_dict(composed: DictConfig) -> dict[str, Any]:
         raise UserError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
     assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}
+
+
+def as_list(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of a command line with interpolations resolved; raises UserError if one refers to itself."""
+    try:
+        return list(overrides)
+    except OmegaConfBaseException as error:
+        raise UserError(f"The command line cannot be resolved: {str(error).splitlines()[0]}. Write plain values.") from error
 
 
 def check(config: dict[str, Any]) -> None:

@@ -203,7 +203,7 @@ def show_comparison(rows: list[dict[str, str]], headline: str, notes: list[str])
         if row["metric"]:
             lines.append(dict.fromkeys(row, "") | {"arm": row["metric"]})
         lines.append(row | {"metric": "", "arm": f"  {row['arm']}"})
-    show_table(lines, console, ("effect", "p: t / flip"))
+    show_table(lines, console, ("effect", "p"))
     console.print(plain(headline), style="bold")
     for note in notes:
         console.print(plain(f"- {note}"))

@@ -16,6 +16,7 @@ class Metric:
         scale: The factor from recorded to displayed values.
         higher_is_better: The direction, None if there is none.
         is_measured_time: Whether the value depends on the speed of the machine, so that it differs when a run is repeated.
+        margin: The smallest difference that matters, as displayed; None if that depends on the question.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Metric:
     scale: float = 1.0
     higher_is_better: bool | None = None
     is_measured_time: bool = False
+    margin: float | None = None
 
     def format(self, value: float, *, signed: bool = False, is_difference: bool = False, bare: bool = False) -> str:
         """Return a recorded value as displayed: 98.60 %, 3.46 s.
@@ -50,7 +52,7 @@ class Metric:
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("accuracy", ".2f", "%", "points", 100.0, higher_is_better=True),
+        Metric("accuracy", ".2f", "%", "points", 100.0, higher_is_better=True, margin=0.05),
         Metric("loss", ".4f", higher_is_better=False),
         Metric("calibration_error", ".2f", "%", "points", 100.0, higher_is_better=False),
         Metric("parameters", ",.0f", higher_is_better=False),

@@ -19,12 +19,12 @@ from mnist_exp.redaction import has_credentials, redact
 
 PARTS = ("optimizer", "scheduler", "augmentation", "teacher")  # shared by all phases, each of which may choose its own
 RECIPE = {"seed", "batch_size", "precision", "device", "phases", "data", "model", *PARTS}  # keys that affect a run's outcome
-GROUPS = {"data", "model", "phase", "experiment", *PARTS}  # their groups in conf/
+GROUPS = {"data", "model", "phase", "experiment", "arm", *PARTS}  # their groups in conf/
 # Locations of data, checkpoints and records: taken from the command line and the environment, never from a store.
 LOCATIONS = ("output_dir", "tracking", "data.root")
 JOB_KEY = "sweep_job"  # the hidden key with which a sweep passes a context to its jobs
 # Keys that do not affect a run's outcome.
-NEUTRAL = (*LOCATIONS, "parameter_limit", "save_every", "resume", "rerun", "sweep")
+NEUTRAL = (*LOCATIONS, "parameter_limit", "save_every", "resume", "rerun", "sweep", "plan")
 _PACKAGE = re.compile(rf"phases\.\w+(\.({'|'.join(PARTS)}))?")
 
 
@@ -51,7 +51,7 @@ def typed_ids(overrides: Iterable[str], keys: Iterable[str]) -> dict[str, str | 
 
 def keep_ids(composed: DictConfig, overrides: Iterable[str]) -> None:
     """Put the ids of runs into a composed configuration as typed: Hydra's grammar reads 1234e567 as a number."""
-    for key, text in typed_ids(overrides, ("resume", "rerun", "sweep.resume", "teacher.runs")).items():
+    for key, text in typed_ids(overrides, ("resume", "rerun", "sweep.resume", "sweep.extend", "teacher.runs")).items():
         OmegaConf.update(composed, key, text)
 
 

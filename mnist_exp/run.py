@@ -15,7 +15,7 @@ from omegaconf import DictConfig, open_dict
 
 from mnist_exp import CONF, HOME
 from mnist_exp.cli import run_command
-from mnist_exp.config import build, check, resolve
+from mnist_exp.config import as_list, build, check, resolve
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import metric_of
 from mnist_exp.overrides import JOB_KEY, command, is_location, keep_ids, key_of
@@ -38,11 +38,16 @@ def task(composed: DictConfig) -> float | None:
     """Run the composed configuration; return its last validation accuracy, for Hydra's sweepers."""
     install_signal_handlers()
     job = HydraConfig.get()
-    keep_ids(composed, job.overrides.task)
+    task_overrides = as_list(job.overrides.task)
+    keep_ids(composed, task_overrides)
     config, context = take_job_context(composed, is_job=job.mode == RunMode.MULTIRUN)
-    overrides = [override for override in job.overrides.task if key_of(override).partition(".")[0] not in ("sweep", JOB_KEY)]
-    if config["sweep"]["resume"]:
-        raise UserError(f"sweep.resume={config['sweep']['resume']} resumes a sweep: add -m before it.")
+    overrides = [override for override in task_overrides if key_of(override).partition(".")[0] not in ("sweep", "plan", JOB_KEY)]
+    typed_plan = [override for override in task_overrides if key_of(override).partition(".")[0] == "plan"]
+    if typed_plan and context is None:
+        raise UserError(f"{' '.join(typed_plan)} needs a sweep, whose comparison it plans: add -m before it.")
+    for key in ("resume", "extend"):
+        if config["sweep"][key]:
+            raise UserError(f"sweep.{key}={config['sweep'][key]} needs a sweep: add -m before it.")
     if config["resume"]:
         outcome = resume(config, overrides, context)
     elif config["rerun"]:
@@ -110,7 +115,7 @@ def with_locations(stored: dict[str, Any], config: dict[str, Any]) -> dict[str, 
     data = stored["data"]
     if "root" in data:
         data = data | {"root": config["data"].get("root") or os.environ.get("MNIST_ROOT", str(HOME / "data"))}
-    return stored | {key: config[key] for key in ("output_dir", "tracking", "sweep", "resume", "rerun")} | {"data": data}
+    return stored | {key: config[key] for key in ("output_dir", "tracking", "sweep", "plan", "resume", "rerun")} | {"data": data}
 
 
 def refuse_changes(chosen: str, overrides: list[str]) -> None:

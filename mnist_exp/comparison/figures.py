@@ -36,17 +36,21 @@ def _axis_label(metric: str) -> str:
 
 
 def differences(rows: Sequence[Row]) -> Figure:
-    """Draw the difference of each arm in the first metric with its interval, and a line at no difference."""
+    """Draw the difference of each arm in the first metric and its interval, a line at 0, and the margin as a band."""
     first = [row for row in rows if row.metric == rows[0].metric]
     figure = Figure(figsize=(WIDTH, 1 + 0.4 * len(first)))
     unit = metric_of(rows[0].metric).difference_unit
     in_unit = f" ({unit})" if unit else ""
     axes = figure.add_subplot(xlabel=f"difference in {rows[0].metric} from {rows[0].baseline}{in_unit}, 95 % interval")
     axes.axvline(0, color="0.5", linewidth=1)
+    if rows[0].margin is not None:  # differences inside of it do not matter
+        margin = _scaled(rows[0].metric, rows[0].margin)
+        axes.axvspan(-margin, margin, color="0.9", zorder=0)
     for height, row in enumerate(reversed(first)):
         interval = row.values.interval
         low, middle, high = (_scaled(row.metric, value) for value in (interval.low, row.values.difference, interval.high))
-        axes.plot([low, high], [height, height], color="black", linewidth=2)
+        if interval.is_finite:
+            axes.plot([low, high], [height, height], color="black", linewidth=2)
         axes.plot(middle, height, "o", color="black", mfc="black" if row.is_detected else "white")
     axes.set_yticks(range(len(first)), [row.arm for row in reversed(first)])
     axes.set_ylim(-0.6, len(first) - 0.4)

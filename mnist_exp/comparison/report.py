@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mnist_exp.comparison import figures, wording
-from mnist_exp.comparison.arms import Arms, Row, differing_params
+from mnist_exp.comparison.arms import Arms, Level, Row, differing_params, processor_of
 from mnist_exp.comparison.outcomes import Outcomes, disagreements
+from mnist_exp.metrics import format_metric
 from mnist_exp.tracking.base import RunRecord
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ TEMPLATE = Path(__file__).with_name("report.html")
 def render(
     arms: Arms,
     rows: Sequence[Row],
+    levels: Sequence[Level],
     outcomes: Outcomes,
     parent: RunRecord,
     commands: Sequence[str],
@@ -36,6 +38,7 @@ def render(
     Args:
         arms: The runs by arm.
         rows: The comparisons; the figures show the first one's metric.
+        levels: The differences in the first metric by the level of other keys.
         outcomes: The outcomes of the runs.
         parent: The parent run of the sweep.
         commands: The shell commands that repeat the sweep and the comparison.
@@ -56,9 +59,15 @@ def render(
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         arms=arms,
         headline=wording.headline(arms, rows),
-        notes=wording.notes(arms, rows),
+        notes=wording.notes(arms, rows, levels),
         table=wording.table(rows),
-        interval_method=rows[0].values.interval.method,
+        margin=wording.format_margin(rows[0]),
+        levels=[
+            {"arm": level.arm, "key": level.key, "level": level.level, "differs": level.differs}
+            | {"difference": format_metric(rows[0].metric, level.difference, signed=True, is_difference=True)}
+            for level in levels
+        ],
+        processors=sorted({processor_of(record) for record in arms.records}),
         parent=parent,
         commands=commands,
         figures=addresses,

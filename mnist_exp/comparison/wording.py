@@ -3,10 +3,12 @@
 import math
 from collections.abc import Sequence
 
-from mnist_exp.comparison.arms import Arms, Row
+from mnist_exp.comparison.arms import Arms, Level, Row
+from mnist_exp.comparison.statistics import ALPHA, pairs_for_equivalence, pairs_needed
 from mnist_exp.metrics import format_metric, metric_of
 
-COLUMNS = ("metric", "arm", "n", "mean (sd)", "difference (95 %)", "p: t / flip", "effect", "differs")
+COLUMNS = ("metric", "arm", "n", "mean (sd)", "difference (95 %)", "p", "effect", "verdict")
+MOST_PAIRS = 100_000  # nobody runs more
 
 
 def _format_number(value: float, form: str = ".2g") -> str:
@@ -18,50 +20,111 @@ def format_difference(row: Row) -> str:
     difference = format_metric(row.metric, row.values.difference, signed=True, is_difference=True)
     if row.values.difference_std == 0:
         return f"{difference} ({'always' if row.is_fixed else 'in all pairs, no interval'})"
+    if not row.values.interval.is_finite:
+        return f"{difference} (too few pairs for an interval)"
     low, high = (
         format_metric(row.metric, end, signed=True, bare=True) for end in (row.values.interval.low, row.values.interval.high)
     )
     return f"{difference} ({low} to {high})"
 
 
-def _verdict(row: Row) -> str:
-    if not row.is_detected:
-        return "not detected"
-    return "indicative" if metric_of(row.metric).is_measured_time else "yes"
+def format_margin(row: Row) -> str:
+    """Return the margin of a row as displayed: 0.05 points; empty without one."""
+    return "" if row.margin is None else format_metric(row.metric, row.margin, is_difference=True)
+
+
+def describe_verdict(row: Row) -> str:
+    """Return the verdict in words: higher, by less than the margin."""
+    verdict = row.verdict
+    if verdict in ("higher", "lower") and metric_of(row.metric).is_measured_time:
+        return f"{verdict} (indicative)"
+    if verdict not in ("higher", "lower") or row.margin is None or row.is_fixed:
+        return verdict
+    near, far = sorted((abs(row.values.interval.low), abs(row.values.interval.high)))
+    if near >= row.margin:
+        return f"{verdict} by more than the margin"
+    return f"{verdict}, by less than the margin" if far <= row.margin else verdict
 
 
 def headline(arms: Arms, rows: Sequence[Row]) -> str:
     """Return the result in the first metric as one sentence."""
     first = [row for row in rows if row.metric == rows[0].metric]
-    parts = []
-    for row in first:
-        higher = "higher by" if row.values.difference > 0 else "lower by"
-        verdict = f"is {higher}" if row.is_detected else "shows no detectable difference:"
-        difference = format_difference(row)
-        parts.append(f"{row.arm} {verdict} {difference.lstrip('+-') if row.is_detected else difference}")
+    parts = [_result(row) for row in first]
     pairs = " and ".join(dict.fromkeys(f"{row.values.n}" for row in first))
     mean = format_metric(first[0].metric, first[0].values.baseline_mean)
     about = f"In {first[0].metric}, against {arms.factor}={arms.baseline} ({mean})"
-    corrected = f", verdicts corrected for {len(first)} arms" if len(first) > 1 else ""
-    return f"{about}: {'; '.join(parts)}; 95 % intervals, n = {pairs} pairs{corrected}."
+    margin = f", margin {format_margin(first[0])}" if first[0].margin is not None else ""
+    corrected = f" over {len(first)} arms" if len(first) > 1 else ""
+    return f"{about}: {'; '.join(parts)}; 95 % intervals{corrected}, n = {pairs} seeds{margin}."
+
+
+def _result(row: Row) -> str:
+    verdict = describe_verdict(row)
+    return f"{row.arm} {'undecided' if verdict == 'undecided' else f'is {verdict}'}: {format_difference(row)}"
+
+
+def plan_notes(arms: Arms, rows: Sequence[Row]) -> list[str]:
+    """Return whether the comparison was made as planned, and every deviation from the plan."""
+    plan = arms.plan
+    if plan is None:
+        return [
+            "Explored: the sweep has no plan (plan.factor, plan.margin, plan.seeds, ...), so the question came after the runs."
+        ]
+    metric = metric_of(rows[0].metric)
+    margin = None if rows[0].margin is None else rows[0].margin * metric.scale
+    found = {
+        "factor": (plan.factor, arms.factor),
+        "baseline": (plan.baseline, arms.baseline),
+        "metric": (plan.metric, rows[0].metric),
+        "margin": (plan.margin, None if margin is None else round(margin, 12)),
+        "seeds": (plan.seeds, min(row.values.n for row in rows if row.metric == rows[0].metric)),
+    }
+    deviations = [
+        f"{name} {planned:g} planned, {actual:g} used" if isinstance(planned, int | float) and isinstance(actual, int | float)
+        else f"{name} {planned} planned, {actual} used"
+        for name, (planned, actual) in found.items()
+        if planned is not None and planned != actual
+    ]  # fmt: skip
+    if deviations:
+        return [f"Explored: the comparison deviates from the sweep's plan: {'; '.join(deviations)}."]
+    return ["As planned: the plan was stored before the first job."]
 
 
 def power_notes(arms: Arms, rows: Sequence[Row]) -> list[str]:
-    """Return the minimum detectable effect of each arm in the first metric, and a warning about adding seeds.
+    """Return what the number of seeds can show in the first metric, from its spread and margin.
 
-    The notes name no number of seeds that would detect the observed difference: running them and pooling all runs finds a
-    difference where none exists in about 9 % of cases instead of 5 %.
+    Nothing here depends on the observed difference: seeds chosen by it find differences where none exist more often than 5 %.
     """
     tests = len(arms.others)
     level = "level 5 %" if tests == 1 else f"level 5 % over {tests} arms"
     texts = []
     for row in rows:
-        if row.metric == rows[0].metric and row.values.difference_std != 0:
-            effect = format_metric(row.metric, row.values.min_detectable_effect, is_difference=True)
-            texts.append(f"{row.arm}: minimum detectable effect {effect} at n = {row.values.n} pairs (power 80 %, {level}).")
-    if texts:
-        texts.append("Adding seeds after a look at the result requires a correction: the intervals are valid for one look.")
+        if row.metric != rows[0].metric or row.values.difference_std == 0:
+            continue
+        spread = row.values.difference_std
+        effect = format_metric(row.metric, row.values.min_detectable_effect, is_difference=True)
+        text = f"{row.arm}: {row.values.n} seeds detect a difference of {effect} (power 80 %, {level})."
+        if row.margin is not None and row.margin > spread / math.sqrt(MOST_PAIRS):
+            detect = pairs_needed(row.margin, spread, tests)
+            equal = pairs_for_equivalence(row.margin, spread, ALPHA / tests)
+            text += f" {detect:,} seeds detect the margin; {equal:,} show equivalence if there is no difference"
+            text += "." if arms.seeds_known else ", if all are defined before the first job; with this wider interval, more."
+        texts.append(text)
     return texts
+
+
+def level_notes(levels: Sequence[Level], metric: str) -> list[str]:
+    """Return the differences of each arm by the level of another key, with a warning if they depend on it."""
+    notes = []
+    for arm, key, differs in dict.fromkeys((level.arm, level.key, level.differs) for level in levels):
+        shown = [
+            f"{level.level}: {format_metric(metric, level.difference, signed=True, is_difference=True)}"
+            for level in levels
+            if (level.arm, level.key) == (arm, key)
+        ]
+        warning = ": it depends on it more than chance explains" if differs else ""
+        notes.append(f"The difference of {arm} by {key}{warning}: {', '.join(shown)}.")
+    return notes
 
 
 def caveats(rows: Sequence[Row]) -> list[str]:
@@ -70,9 +133,11 @@ def caveats(rows: Sequence[Row]) -> list[str]:
     return ["Times were measured under load and in the order of the sweep; treat them as indicative."] if timed else []
 
 
-def notes(arms: Arms, rows: Sequence[Row]) -> list[str]:
-    """Return the notes below the headline: power, caveats, and the runs that are left out."""
-    return [*power_notes(arms, rows), *caveats(rows), *arms.flags]
+def notes(arms: Arms, rows: Sequence[Row], levels: Sequence[Level]) -> list[str]:
+    """Return the notes below the headline: plan, kind of interval, power, levels, caveats, and the runs that are left out."""
+    metric = rows[0].metric
+    intervals = [*plan_notes(arms, rows), arms.seeds_reason, *power_notes(arms, rows)]
+    return [*intervals, *level_notes(levels, metric), *caveats(rows), *arms.flags]
 
 
 def table(rows: Sequence[Row]) -> list[dict[str, str]]:
@@ -82,14 +147,14 @@ def table(rows: Sequence[Row]) -> list[dict[str, str]]:
     for row in rows:
         values, n = row.values, str(row.values.n)
         baseline = (row.metric, values.n, values.baseline_mean)
-        if baseline != previous:  # an arm may have fewer pairs than another
+        if baseline != previous:  # an arm may have fewer seeds than another
             mean = _format_mean(row.metric, values.baseline_mean, values.baseline_std)
             lines.append((row.metric, row.baseline, n, mean, "", "", "", ""))
         previous = baseline
         mean = _format_mean(row.metric, values.mean, values.std)
-        p = f"{_format_number(row.p_t)} / {_format_number(row.p_sign_flip)}"
         effect = _format_number(values.effect_size, "+.2f")
-        lines.append(("", row.arm, n, mean, format_difference(row), p, effect, _verdict(row)))
+        p = _format_number(values.p)
+        lines.append(("", row.arm, n, mean, format_difference(row), p, effect, describe_verdict(row)))
     return [dict(zip(COLUMNS, line, strict=True)) for line in lines]
 
 

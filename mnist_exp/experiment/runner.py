@@ -17,7 +17,7 @@ from mnist_exp.console import Display
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.figures import run_figures
 from mnist_exp.experiment.recorder import Recorder, recording
-from mnist_exp.experiment.summary import describe_run, parameters, result_rows, run_name
+from mnist_exp.experiment.summary import describe_run, parameters, result_rows, run_name, shorten
 from mnist_exp.learning.evaluation import Evaluation, evaluate
 from mnist_exp.learning.models import count_parameters
 from mnist_exp.learning.seeds import derive_seed
@@ -28,7 +28,7 @@ from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import DatasetInfo, RunInfo, Store
 from mnist_exp.tracking.definition import JobContext
-from mnist_exp.tracking.tags import CONFIG_HASH, DATA, DIFFERS, JOB, OVERRIDES, RERUN_OF, RESUMED, SWEEP
+from mnist_exp.tracking.tags import ARM, CONFIG_HASH, DATA, DIFFERS, JOB, OVERRIDES, RERUN_OF, RESUMED, SWEEP
 
 if TYPE_CHECKING:
     from torch import nn
@@ -214,7 +214,8 @@ def _run_info(request: RunRequest, prepared: Prepared) -> RunInfo:
     }
     if job:
         shown = [override for override in shown if key_of(override) in job.varied]
-        tags |= {SWEEP: job.sweep_id, JOB: str(job.number), DIFFERS: " ".join(shown)}
+        arm = " ".join(shorten(override, request.choices) for override in shown if key_of(override) != "seed")
+        tags |= {SWEEP: job.sweep_id, JOB: str(job.number), DIFFERS: " ".join(shown), ARM: arm or request.choices["model"]}
     if config["rerun"]:
         tags[RERUN_OF] = config["rerun"]
     name = run_name(request.choices, shown, prepared.data.name)

@@ -179,6 +179,6 @@ def count_parameters(model: nn.Module, limit: int | None) -> int:
     if limit is not None and count > limit:
         raise UserError(
             f"The model has {count:,} parameters: at most {limit:,} are allowed. "
-            "Make the model smaller (model.channels, model.hidden_features), or raise parameter_limit (null for no limit)."
+            "Lower model.channels or other sizes of the model, or raise parameter_limit (null: no limit)."
         )
     return count

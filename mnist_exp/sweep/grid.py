@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from omegaconf import DictConfig
 from mnist_exp.config import build, resolve
 from mnist_exp.console import SweepDisplay, show_plan
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import is_location, keep_ids, key_of
+from mnist_exp.overrides import check_stored, is_location, keep_ids, key_of, parse, text_of
 from mnist_exp.signals import install_signal_handlers
 from mnist_exp.storage import run_dir
 from mnist_exp.sweep.jobs import Composer, failed, varied_keys, without_hydra
@@ -21,7 +23,7 @@ from mnist_exp.sweep.parent import Parent, open_parent, refuse_changed_definitio
 from mnist_exp.sweep.summary import Progress, preview
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import Store
-from mnist_exp.tracking.definition import Definition, Job
+from mnist_exp.tracking.definition import Definition, Extension, Job, Plan
 
 
 class GridSweeper(Sweeper):
@@ -58,23 +60,34 @@ class GridSweeper(Sweeper):
         store = build(config["tracking"], "tracking")
         if not sweep_config["dry_run"]:
             run_dir.make_folder(Path(config["output_dir"]))
-        cli_overrides = [override for override in arguments if key_of(override).partition(".")[0] != "sweep"]
+        cli_overrides = [override for override in arguments if key_of(override).partition(".")[0] not in ("sweep", "plan")]
         locations = [override for override in cli_overrides if is_location(override)]
         overrides = [f"{key}={value}" for key, value in self.params.items()]
         overrides += [override for override in cli_overrides if override not in locations]
-        if sweep_config["resume"]:
-            sweep_id, definition = self._stored(store, overrides, locations)
+        self.typed_plan = [override for override in arguments if key_of(override).partition(".")[0] == "plan"]
+        stored = None
+        if sweep_config["resume"] or sweep_config["extend"]:
+            sweep_id, stored = self._stored(store, overrides, locations)
+            definition = self.extended(sweep_id, stored, overrides) if sweep_config["extend"] else self.resumed(stored)
         else:
             sweep_id, jobs = None, self.define(overrides)
-            definition = Definition(type(self).__name__, self.total(jobs), overrides, provenance.software(), jobs)
+            if any(override.is_sweep_override() for override in parse(self.typed_plan)):
+                raise UserError(f"{' '.join(self.typed_plan)} is invalid: expected one value, because a sweep has one plan.")
+            plan = make_plan(config["plan"], jobs)
+            definition = Definition(type(self).__name__, self.total(jobs), overrides, provenance.software(), jobs, plan)
+        if definition is not stored:
+            refuse_unstorable(definition)
         if sweep_config["dry_run"]:
             show_plan(*preview(definition, sweep_id, store))
             return
         getattr(self.launcher, "warm_up", lambda: None)()  # now that nothing can be refused any more
         varied = self.varied(definition)
         with open_parent(
-            store, definition, config, sweep_id=sweep_id, varied=varied, locations=locations, flags=self.flags
+            store, definition, config, sweep_id=sweep_id, stored=stored, varied=varied, locations=locations, flags=self.flags
         ) as parent:
+            if definition is not stored:
+                parent.define()
+                parent.confirm()
             display = SweepDisplay(definition.total)
             try:
                 with display.polling(Progress(store, parent.tracker.run_id).read):
@@ -86,16 +99,42 @@ class GridSweeper(Sweeper):
             _refuse_failed(parent, _show(parent, display))
 
     def _stored(self, store: Store, overrides: list[str], locations: list[str]) -> tuple[str, Definition]:
-        """Return the id and the definition of the sweep to resume."""
-        output_dir = Path(self.run_config["output_dir"])
-        if not self.run_config["sweep"]["dry_run"]:
+        """Return the id and the definition of the sweep to resume or to extend."""
+        sweep_config, output_dir = self.run_config["sweep"], Path(self.run_config["output_dir"])
+        extends = bool(sweep_config["extend"])
+        key = "sweep.extend" if extends else "sweep.resume"
+        if extends and sweep_config["resume"]:
+            raise UserError("sweep.resume and sweep.extend exclude each other: resume the sweep first, then extend it.")
+        if self.typed_plan:
+            raise UserError(
+                f"{' '.join(self.typed_plan)} is invalid: the plan of a sweep is stored before its first job, and {key} cannot "
+                "change it. Leave it out."
+            )
+        if not sweep_config["dry_run"]:
             store.reap(output_dir)
-        record, stored = store.find_sweep(self.run_config["sweep"]["resume"], finished_too=False)
-        refuse_other_output_dir(record, output_dir, locations)
+        record, stored = store.find_sweep(sweep_config["extend"] or sweep_config["resume"], finished_too=extends)
+        if extends and (self.flags or stored.sweeper != type(self).__name__):  # only a grid needs no flags
+            raise UserError(
+                f"sweep.extend={record.run_id} is invalid: expected a grid, not a search. Continue a search with "
+                "sweep.resume and a larger hydra.sweeper.n_trials."
+            )
+        refuse_other_output_dir(record, output_dir, locations, key)
         jobs = [self.composer.job(job.number, job.overrides) for job in stored.jobs]
-        if not self.run_config["sweep"]["force"]:
-            refuse_changed_definition(stored, Definition(type(self).__name__, len(jobs), overrides, provenance.software(), jobs))
-        return record.run_id, self.resumed(stored)
+        if not sweep_config["force"]:
+            current = [] if extends else overrides
+            software = provenance.software()
+            refuse_changed_definition(stored, Definition(type(self).__name__, len(jobs), current, software, jobs), key)
+        return record.run_id, stored
+
+    def extended(self, sweep_id: str, stored: Definition, overrides: list[str]) -> Definition:
+        """Return the definition of a sweep with the jobs that `overrides` add; raises UserError if they add none."""
+        if not overrides:
+            raise UserError(f"sweep.extend={sweep_id} adds nothing: expected new values, such as 'seed=range(5,20)'.")
+        jobs = self.composer.added(stored.jobs, overrides)
+        if not jobs:
+            raise UserError(f"sweep.extend={sweep_id} adds no job: all combinations with {' '.join(overrides)} are in the sweep.")
+        step = Extension(datetime.now(UTC).isoformat(timespec="seconds"), overrides, jobs[0].number, len(jobs))
+        return replace(stored, total=stored.total + len(jobs), jobs=[*stored.jobs, *jobs], extensions=[*stored.extensions, step])
 
     def define(self, overrides: list[str]) -> list[Job]:
         """Return all jobs that can be defined before the first starts, validated."""
@@ -136,6 +175,51 @@ class GridSweeper(Sweeper):
                 results = [failed(error) for _ in missing]
             parent.returns |= dict(zip(missing, results, strict=True))
             parent.mark_dead(list(missing))
+
+
+def refuse_unstorable(definition: Definition) -> None:
+    """Raise UserError on an override that could not be read back from the store, before anything is recorded."""
+    jobs = [override for job in definition.jobs for override in job.overrides]
+    added = [override for step in definition.extensions for override in step.overrides]
+    overrides = dict.fromkeys([*definition.overrides, *jobs, *added])
+    check_stored([override for override in overrides if key_of(override) not in ("resume", "rerun")], "The command line")
+
+
+def make_plan(values: dict[str, Any], jobs: Sequence[Job]) -> Plan | None:
+    """Return the plan of a sweep, None without one.
+
+    Args:
+        values: The values of `plan` in the configuration.
+        jobs: The jobs of the sweep.
+
+    Raises:
+        UserError: The plan names a factor or a baseline that the sweep does not contain, or an unknown metric.
+    """
+    if all(value is None for value in values.values()):
+        return None
+    baseline = None if values["baseline"] is None else str(values["baseline"])
+    varied = [key for key in varied_keys(jobs) if key != "seed"]
+    factor = values["factor"] or (varied[0] if len(varied) == 1 else None)
+    plan = Plan(**(values | {"baseline": baseline, "factor": factor}))
+    if plan.factor is not None and plan.factor not in varied:
+        raise UserError(
+            f"plan.factor={plan.factor} is invalid: expected a key that the sweep varies: {', '.join(varied) or 'none'}."
+        )
+    arms = dict.fromkeys(text_of(item) for job in jobs for item in job.overrides if key_of(item) == factor)
+    if baseline is not None and baseline not in arms:
+        raise UserError(f"plan.baseline={baseline} is invalid: expected a value of plan.factor: {', '.join(arms) or 'none'}.")
+    if plan.metric is not None and not _is_recorded(plan.metric):
+        raise UserError(f"plan.metric={plan.metric} is invalid: expected a metric of a run, such as test/accuracy or val/loss.")
+    return plan
+
+
+def _is_recorded(metric: str) -> bool:
+    """Return whether finished runs have one value of a metric."""
+    from mnist_exp.learning.evaluation import EVALUATED
+
+    part, _, name = metric.rpartition("/")
+    of_time = part == "time" and name.endswith("_seconds")
+    return of_time or metric == "model/parameters" or (part in ("val", "test") and name in EVALUATED)
 
 
 def _show(parent: Parent, display: SweepDisplay) -> list[dict[str, str]]:

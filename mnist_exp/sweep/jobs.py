@@ -3,6 +3,7 @@
 import copy
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -20,6 +21,8 @@ from mnist_exp.overrides import GROUPS, keep_ids, key_of, parse
 from mnist_exp.tracking.base import RunRecord
 from mnist_exp.tracking.colors import COLORS
 from mnist_exp.tracking.definition import Job
+
+Returns = Mapping[int, JobReturn]
 
 
 class Composer:
@@ -43,8 +46,8 @@ class Composer:
         """Return overrides as parsed by Hydra, with globs resolved against conf/."""
         return OverridesParser.create(config_loader=self._loader).parse_overrides(overrides)
 
-    def grid(self, overrides: list[str]) -> list[Job]:
-        """Return every combination of the choices in `overrides`; combinations that compose equal configurations count once."""
+    def choices(self, overrides: list[str]) -> dict[str, list[str]]:
+        """Return the overrides that a command line chooses between, by key; raises UserError on an interval."""
         choices: dict[str, list[str]] = {}
         for override in self.parse(overrides):
             key = override.get_key_element()
@@ -57,12 +60,40 @@ class Composer:
                     f"{override.input_line} is invalid: expected a list of choices, such as 0.1,0.2 or range(0,5). "
                     "Intervals need hydra/sweeper=optuna."
                 )
+        return choices
+
+    def grid(self, overrides: list[str]) -> list[Job]:
+        """Return every combination of the choices in `overrides`; combinations that compose equal configurations count once."""
         jobs: dict[tuple[str, ...], Job] = {}
-        for combination in itertools.product(*choices.values()):
+        for combination in itertools.product(*self.choices(overrides).values()):
             job = self.job(len(jobs), combination)
             runs = (override for override in combination if key_of(override) in ("resume", "rerun"))
             jobs.setdefault((job.config_hash, *runs), job)
         return list(jobs.values())
+
+    def added(self, jobs: Sequence[Job], overrides: list[str]) -> list[Job]:
+        """Return new jobs: the values of `overrides`, combined with the values that the other keys have in `jobs`.
+
+        Args:
+            jobs: The jobs that exist; a combination that composes the configuration of one is left out.
+            overrides: The overrides of the command line.
+        """
+        choices = self.choices(overrides)
+        hashes, seen = {job.config_hash for job in jobs}, {tuple(job.overrides) for job in jobs}
+        added: list[Job] = []
+        # An existing job with a value replaced keeps the order of its overrides, which decides what overrides what.
+        for combination in itertools.product(*choices.values()):
+            for job in jobs:
+                values = {key_of(override): override for override in combination}
+                changed = [values.pop(key_of(override), override) for override in job.overrides] + list(values.values())
+                if tuple(changed) in seen:
+                    continue
+                seen.add(tuple(changed))
+                new = self.job(jobs[-1].number + 1 + len(added), changed)
+                if new.config_hash not in hashes:
+                    hashes.add(new.config_hash)
+                    added.append(new)
+        return added
 
     def _compose(self, overrides: list[str]) -> DictConfig:
         config = self._compose_fast(overrides)
@@ -101,12 +132,14 @@ def without_hydra(composed: DictConfig) -> DictConfig:
 
 
 def varied_keys(jobs: Iterable[Job]) -> list[str]:
-    """Return the keys whose overrides differ between jobs, in the order of the command line."""
+    """Return the keys whose overrides differ between jobs, or are missing in some, in the order of the command line."""
     values: dict[str, set[str]] = {}
+    jobs = list(jobs)
+    counts = Counter(key_of(override) for job in jobs for override in job.overrides)
     for job in jobs:
         for override in job.overrides:
             values.setdefault(key_of(override), set()).add(override)
-    return [key for key, seen in values.items() if len(seen) > 1]
+    return [key for key, seen in values.items() if len(seen) > 1 or counts[key] < len(jobs)]
 
 
 def job_colors(jobs: Sequence[Job]) -> dict[int, str]:
@@ -148,6 +181,3 @@ def failure_reason(returned: JobReturn | None) -> str:
     """Return, in one line, the reason that a launcher reports for a failure, empty if there is none."""
     value = return_value(returned)
     return str(value).splitlines()[0] if isinstance(value, BaseException) and str(value) else ""
-
-
-Returns = Mapping[int, JobReturn]

@@ -64,6 +64,15 @@ class Parent:
     def define(self) -> None:
         """Record the definition, which `sweep.resume` reads."""
         self.tracker.log_text(self.definition.as_json(), "sweep.json")
+        self.tracker.set_tags({SWEEP_JOBS: str(self.definition.total)})
+
+    def confirm(self) -> None:
+        """Raise ResumableError unless the store has the definition: jobs that it does not know would be lost to `compare`."""
+        self.tracker.flush()
+        if self.tracker.is_recording:
+            _, stored = self.store.find_sweep(self.tracker.run_id, finished_too=True)
+            if stored.as_json() != self.definition.as_json():
+                raise ResumableError("The store has not recorded the definition of the sweep, so no job was started. Try again.")
 
     def missing(self, jobs: Sequence[Job]) -> dict[int, list[str]]:
         """Return the overrides of those of `jobs` that have not finished; each resumes its last checkpoint if it has one."""
@@ -113,7 +122,7 @@ class Parent:
         rows = job_table(self.definition.jobs, children, self.returns)
         if rows:
             self.tracker.log_text(results_csv(self.definition.jobs, children, self.returns), "results.csv")
-            self.tracker.set_description(describe_sweep(rows, children, self.store, self.resume_command))
+            self.tracker.set_description(describe_sweep(rows, children, self.store, self.resume_command, self.definition))
         return rows
 
 
@@ -124,6 +133,7 @@ def open_parent(
     config: dict[str, Any],
     *,
     sweep_id: str | None,
+    stored: Definition | None,
     varied: list[str],
     locations: list[str],
     flags: Sequence[str],
@@ -134,7 +144,8 @@ def open_parent(
         store: The store.
         definition: The sweep's definition.
         config: The resolved configuration of the command line.
-        sweep_id: The id of a sweep to resume.
+        sweep_id: The id of a sweep to resume or to extend.
+        stored: Its definition, as read before.
         varied: The keys that differ between jobs.
         locations: The overrides of locations on the command line.
         flags: The overrides that select the sweeper.
@@ -148,6 +159,8 @@ def open_parent(
         if sweep_id:
             lock.enter_context(run_dir.lock_run(output_dir / sweep_id))
         store.open()  # may take long and be interrupted
+        if sweep_id and store.find_sweep(sweep_id, finished_too=True)[1] != stored:
+            raise UserError(f"Sweep {sweep_id} was changed by another process since it was read. Repeat the command.")
         with defer_signals():  # a sweep that has started must get a final status
             tracker = running.enter_context(store.start(info, sweep_id))
         resume_command = command("run", "-m", *flags, f"sweep.resume={tracker.run_id}", *location_overrides(config))
@@ -159,7 +172,6 @@ def open_parent(
         else:
             lock.enter_context(run_dir.lock_run(parent.folder))
             store.reap(output_dir)
-            parent.define()
         yield parent
 
 
@@ -173,7 +185,7 @@ def _resume_advice(resume_command: str) -> Iterator[None]:
         raise
 
 
-def refuse_other_output_dir(parent: RunRecord, output_dir: Path, locations: Sequence[str]) -> None:
+def refuse_other_output_dir(parent: RunRecord, output_dir: Path, locations: Sequence[str], key: str) -> None:
     """Raise UserError if the sweep's checkpoints are in another folder, unless the command line names output_dir.
 
     The tag alone is never trusted: anyone who can write to the store could redirect a sweep with it.
@@ -181,18 +193,19 @@ def refuse_other_output_dir(parent: RunRecord, output_dir: Path, locations: Sequ
     stored = parent.tags.get(OUTPUT_DIR, "")
     if stored != str(output_dir.absolute()) and not any(key_of(override) == "output_dir" for override in locations):
         raise UserError(
-            f"sweep.resume={parent.run_id}: the sweep was not started with output_dir={output_dir.absolute()}, but with "
+            f"{key}={parent.run_id}: the sweep was not started with output_dir={output_dir.absolute()}, but with "
             f"{stored!r}, according to its parent. If its checkpoints are there, add "
             f"{shlex.quote(f'output_dir={quoted(stored)}')}."
         )
 
 
-def refuse_changed_definition(stored: Definition, current: Definition) -> None:
-    """Raise UserError if a sweep would not be resumed as it was started.
+def refuse_changed_definition(stored: Definition, current: Definition, key: str) -> None:
+    """Raise UserError if a sweep would not be resumed or extended as it was started.
 
     Args:
         stored: The definition in the store.
         current: The same jobs as composed now, with the sweeper, overrides and software of the present command.
+        key: The key that asks for it, sweep.resume or sweep.extend.
     """
     before = stored.software
     changed = [f"{key} was {before.get(key)}, is {value}" for key, value in current.software.items() if before.get(key) != value]
@@ -206,6 +219,6 @@ def refuse_changed_definition(stored: Definition, current: Definition) -> None:
             break
     if changed:
         raise UserError(
-            f"sweep.resume: the sweep differs from its start: {'; '.join(changed)}. "
+            f"{key}: the sweep differs from its start: {'; '.join(changed)}. "
             "Start a new sweep, or continue by the stored definition with sweep.force=true."
         )

@@ -5,7 +5,7 @@ import io
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from hydra.core.utils import JobStatus
 
@@ -158,14 +158,17 @@ def results_csv(jobs: list[Job], children: list[RunRecord], returns: Returns) ->
     return text.getvalue()
 
 
-def describe_sweep(rows: list[dict[str, str]], children: list[RunRecord], store: Store, resume_command: str) -> str:
-    """Return the parent's description in Markdown: counts by status, the best jobs by validation, the table.
+def describe_sweep(
+    rows: list[dict[str, str]], children: list[RunRecord], store: Store, resume_command: str, definition: Definition
+) -> str:
+    """Return the parent's description in Markdown: counts by status, the best jobs by validation, history, the table.
 
     Args:
         rows: From `job_table`.
         children: The runs of the jobs.
         store: The store, for links.
         resume_command: The command that resumes the sweep.
+        definition: The sweep's definition, with its plan and its extensions.
     """
     counts = ", ".join(f"{count} {status}" for status, count in Counter(row["status"] for row in rows).most_common())
     latest = by_job(children).values()
@@ -178,6 +181,11 @@ def describe_sweep(rows: list[dict[str, str]], children: list[RunRecord], store:
         more = f" and {len(best) - BEST_SHOWN} more" if len(best) > BEST_SHOWN else ""
         tied = f"{len(best)} tie: " if len(best) > 1 else ""
         lines.append(f"Best by {RANKED_BY}, {format_metric(RANKED_BY, highest)}: {tied}{links}{more}.")
+    if definition.plan:
+        plan = ", ".join(f"{key} {value}" for key, value in asdict(definition.plan).items() if value is not None)
+        lines += ["", f"Plan, stored before the first job: {plan}."]
+    for step in definition.extensions:
+        lines += ["", f"Extended {step.time}: `{' '.join(step.overrides)}` added {step.count} jobs from job {step.first} on."]
     shown = ("job", "name", "status", *SHOWN)
     lines += ["", f"| {' | '.join(shown)} |", f"|{' --- |' * len(shown)}"]
     lines += [f"| {' | '.join(row[key] for key in shown)} |" for row in rows[:ROWS_SHOWN]]

@@ -1,8 +1,9 @@
 """The definition of a sweep, which its parent run stores, and the context that it sets for each job."""
 
 import json
+import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mnist_exp.errors import UserError
@@ -65,8 +66,51 @@ def parse_job_context(values: str | dict[str, Any]) -> JobContext:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """The comparison for which a sweep was started, stored before its first job.
+
+    Args:
+        factor: The key whose values are compared.
+        baseline: The value that the others are compared with.
+        metric: The metric that decides.
+        margin: The smallest difference that matters, as the metric is displayed.
+        seeds: The number of seeds after which the comparison is made.
+    """
+
+    factor: str | None = None
+    baseline: str | None = None
+    metric: str | None = None
+    margin: float | None = None
+    seeds: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError on a margin or a number of seeds that no plan has; stores and tables are not trusted."""
+        if self.margin is not None and not 0 < self.margin < math.inf:
+            raise ValueError(f"margin={self.margin}")
+        if self.seeds is not None and self.seeds < 2:
+            raise ValueError(f"seeds={self.seeds}")
+
+
+@dataclass(frozen=True)
+class Extension:
+    """Jobs that were added to a sweep after its start.
+
+    Args:
+        time: The date and time, ISO 8601 in UTC.
+        overrides: The overrides of the command line that added them.
+        first: The number of the first added job.
+        count: The number of added jobs.
+    """
+
+    time: str
+    overrides: list[str]
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Definition:
-    """A sweep as it was started.
+    """A sweep as it was started and extended.
 
     Args:
         sweeper: The name of the class that proposes the jobs.
@@ -74,6 +118,8 @@ class Definition:
         overrides: The overrides of the command line.
         software: The versions that affect the outcome, from `provenance.software`.
         jobs: The jobs that are defined so far.
+        plan: The plan of the comparison, None without one.
+        extensions: The steps in which jobs were added.
     """
 
     sweeper: str
@@ -81,6 +127,14 @@ class Definition:
     overrides: list[str]
     software: dict[str, str]
     jobs: list[Job]
+    plan: Plan | None = None
+    extensions: list[Extension] = field(default_factory=list)
+
+    @property
+    def initial(self) -> frozenset[int]:
+        """The numbers of the jobs that were defined before the first one started."""
+        first = min((extension.first for extension in self.extensions), default=self.total)
+        return frozenset(job.number for job in self.jobs if job.number < first)
 
     def as_json(self) -> str:
         """Return the definition as text, with credentials masked."""
@@ -102,6 +156,7 @@ def parse_definition(text: str | bytes, source: str) -> Definition | None:
     numbers = [job.number for job in definition.jobs]
     if len(set(numbers)) != len(numbers) or any(number < 0 for number in numbers):
         return None
-    unique = dict.fromkeys([*definition.overrides, *(override for job in definition.jobs for override in job.overrides)])
-    check_stored(unique, source)
+    jobs = (override for job in definition.jobs for override in job.overrides)
+    added = (override for extension in definition.extensions for override in extension.overrides)
+    check_stored(dict.fromkeys([*definition.overrides, *jobs, *added]), source)
     return definition

@@ -13,7 +13,7 @@ import stat
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,11 +60,14 @@ def cache_key(architecture: str, example: bytes) -> str:
 def lock_graph(key: str) -> Iterator[Path | None]:
     """Yield the file of a graph, which may be missing; None without a cache. Other processes wait instead of tracing, too."""
     folder = cache_folder()
-    if folder is None:
-        yield None
-        return
-    with FileLock(folder / "lock"):
-        yield folder / f"{key}.zip"
+    lock = FileLock(folder / "lock") if folder else None
+    with ExitStack() as stack:
+        try:
+            if lock:
+                stack.enter_context(lock)
+        except (OSError, NotImplementedError):  # a full disk, or a file system without locks
+            lock = None
+        yield folder / f"{key}.zip" if folder and lock else None
 
 
 def read_files(file: Path | None, names: set[str]) -> dict[str, bytes] | None:

@@ -178,7 +178,8 @@ def machine_tags(device: "torch.device") -> dict[str, str]:
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in ("torch", "mlflow", "hydra-core")},
         "os": platform.platform(),
-        "cpu": _processor(),
+        # The same name may have different instructions, and then different last bits.
+        "cpu": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}",
         "cpu.cores": str(os.cpu_count()),
         "cpu.threads": str(torch.get_num_threads()),
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",

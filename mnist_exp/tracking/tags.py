@@ -11,6 +11,7 @@ PRUNED = "pruned"  # the reason why a search stopped the run
 SWEEP_JOBS = "sweep_jobs"  # of a sweep's parent: the number of its jobs
 SWEEP = "sweep_id"  # of a job: the id of the parent
 JOB = "job_num"  # of a job: its number
+ARM = "arm"  # of a job: the overrides that differ between jobs, without the seed, in short form
 DIFFERS = "differs"  # of a job: the overrides that differ between jobs
 
 HOST, PID, OUTPUT_DIR, USER = "host", "pid", "output_dir", "mlflow.user"  # the process that works on the run

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -38,6 +39,15 @@ OURS = "mnist_exp"
 TRANSFORMS = {"DataLoader, v2 on tensors": "v2", "DataLoader, PIL": "pil"}
 EPOCH_FLOP = 155e9
 COLORS = ("#999999", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#F0E442", "#CC79A7")
+UNTRACKED = "mnist_exp, tracking=none"
+# What no command with training, and none with tracking, can avoid.
+IMPORTS = {
+    "import torch, torch._dynamo": "import torch, torch._dynamo",
+    "import MLflow, Hydra and matplotlib, open the store": (
+        "import os, hydra, mlflow, mlflow.pytorch, matplotlib.figure; from mlflow import MlflowClient; "
+        "MlflowClient(os.environ['MLFLOW_TRACKING_URI']).search_experiments()"
+    ),
+}
 COMPLETE = {"COMP_LINE": "mnist-exp optim", "_HYDRA_COMPLETE": "1"}
 
 Measurement = dict[str, float]  # seconds, MiB, accuracy, by name
@@ -73,6 +83,15 @@ def run_ours(template: Path, folder: Path, seed: int) -> Measurement:
     first_step = history["loss"].timestamp / 1000 - history["loss"].step / history["examples_per_second"].value - started
     training = metrics["time/train_seconds"] + metrics["time/finetune_seconds"]
     return {"wall": wall, "training": training, "accuracy": metrics["test/accuracy"], "memory": memory, "first_step": first_step}
+
+
+def run_untracked(folder: Path, seed: int) -> Measurement:
+    """Run the command line with `tracking=none`; the training is that of the tracked run with the same seed."""
+    overrides = ["data.fallback=null", f"seed={seed}", "tracking=none", f"output_dir={folder}"]
+    wall, memory, output = run_command("-m", "mnist_exp.run", *overrides)
+    seconds = [float(text) for text in re.findall(r"time/(?:train|finetune)_seconds\D+([\d.]+) s", output)]
+    accuracy = re.search(r"test/accuracy\D+([\d.]+) %", output)
+    return {"wall": wall, "training": sum(seconds), "accuracy": float(accuracy[1]) / 100 if accuracy else 0.0, "memory": memory}
 
 
 def run_dataloader(root: str, transforms: str, seed: int) -> Measurement:
@@ -149,8 +168,8 @@ def peak_flops() -> float:
 
 def measure_commands(rounds: int) -> tuple[dict[str, list[Measurement]], dict[str, list[float]]]:
     """Run all commands in turn; return the measurements by command, and the seconds of --help and tab completion."""
-    commands: dict[str, list[Measurement]] = {name: [] for name in (OURS, *TRANSFORMS)}
-    startup: dict[str, list[float]] = {"--help": [], "tab completion": []}
+    commands: dict[str, list[Measurement]] = {name: [] for name in (OURS, UNTRACKED, *TRANSFORMS)}
+    startup: dict[str, list[float]] = {name: [] for name in ("--help", "tab completion", *IMPORTS)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         template = folder / "template.db"
@@ -159,11 +178,14 @@ def measure_commands(rounds: int) -> tuple[dict[str, list[Measurement]], dict[st
         run_ours(template, folder / "warm-up", 0)
         for seed in range(rounds):
             commands[OURS].append(run_ours(template, folder / str(seed), seed))
+            commands[UNTRACKED].append(run_untracked(folder / f"{seed} untracked", seed))
             for form, transforms in TRANSFORMS.items():
                 commands[form].append(run_dataloader(data, transforms, seed))
             startup["--help"].append(run_command("-m", "mnist_exp.run", "--help")[0])
             completion = run_command("-c", "import mnist_exp.run; mnist_exp.run.main()", "-sc", "query=bash", **COMPLETE)
             startup["tab completion"].append(completion[0])
+            for name, code in IMPORTS.items():
+                startup[name].append(run_command("-c", code, MLFLOW_TRACKING_URI=f"sqlite:///{template}")[0])
     return commands, startup
 
 
@@ -186,6 +208,12 @@ def print_commands(commands: Mapping[str, list[Measurement]], startup: Mapping[s
     first_steps = spread([measured["first_step"] for measured in commands[OURS]])
     others = "; ".join(f"{name}: {spread(seconds, 2)} s" for name, seconds in startup.items())
     print(f"to the first step of training: {first_steps} s; {others}")
+    torch_imports, mlflow_imports = (list(startup[name]) for name in IMPORTS)
+    first = statistics.median(ours["first_step"] / torch for ours, torch in zip(commands[OURS], torch_imports, strict=True))
+    walls = [[measured["wall"] for measured in commands[name]] for name in (OURS, UNTRACKED)]
+    added = [tracked - untracked for tracked, untracked in zip(*walls, strict=True)]
+    print(f"the first step comes {first:.2f} times as late as the end of `import torch, torch._dynamo`")
+    print(f"tracking adds {spread(added)} s; importing MLflow and opening the store take {spread(mlflow_imports)} s")
 
 
 def measure_parts(rounds: int) -> Measurement:

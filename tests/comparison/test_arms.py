@@ -8,11 +8,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import SEEDS, TWO_MODELS, grid, record, scored
 
-from mnist_exp.comparison.arms import Arms, arrange, choose_metrics, compare_arms, differing_params
+from mnist_exp.comparison.arms import (
+    Arms,
+    Jobs,
+    Source,
+    arrange,
+    choose_metrics,
+    compare_arms,
+    compare_levels,
+    differing_params,
+)
 from mnist_exp.comparison.statistics import compare
 from mnist_exp.comparison.wording import format_difference
 from mnist_exp.errors import UserError
 from mnist_exp.tracking.base import RunRecord
+from mnist_exp.tracking.definition import Plan
+
+
+def sweep(records: list[RunRecord], jobs: Jobs, factor: str | None = None, baseline: str | None = None) -> Arms:
+    """The arms of a single sweep whose jobs were all defined at its start."""
+    return arrange([Source("s", records, jobs, frozenset(jobs))], factor, baseline)
 
 
 def values(arms: Arms, arm: str) -> list[float]:
@@ -20,7 +35,7 @@ def values(arms: Arms, arm: str) -> list[float]:
 
 
 def test_runs_are_paired_by_seed() -> None:
-    arms = arrange(scored(TWO_MODELS, 0.02), TWO_MODELS, "model", "plain_cnn")
+    arms = sweep(scored(TWO_MODELS, 0.02), TWO_MODELS, "model", "plain_cnn")
     assert list(arms.runs) == ["plain_cnn", "se_cnn"]
     assert arms.pairs("se_cnn") == [(("seed", seed),) for seed in SEEDS]
     found = compare_arms(arms, choose_metrics(arms, None))
@@ -31,13 +46,13 @@ def test_several_arms_are_corrected_for_their_number() -> None:
     jobs = grid(model=["a", "b", "c"], seed=SEEDS)
     chance = random.Random(1)
     records = [record(number, 0.9 + chance.gauss(0, 0.001) + (job["model"] == "b") / 1000) for number, job in jobs.items()]
-    arms = arrange(records, jobs, None, None)
+    arms = sweep(records, jobs)
     assert (arms.factor, arms.baseline, arms.others) == ("model", "a", ["b", "c"])
     found = compare_arms(arms, ["test/accuracy"])
-    smaller, larger = sorted(row.values.p_t for row in found)
-    assert sorted(row.p_t for row in found) == pytest.approx([min(1, 2 * smaller), max(2 * smaller, larger)])
-    smaller, larger = sorted(row.values.p_sign_flip for row in found)
-    assert sorted(row.p_sign_flip for row in found) == pytest.approx([min(1, 2 * smaller), max(2 * smaller, larger)])
+    for row in found:
+        alone = compare(values(arms, row.arm), values(arms, "a"))
+        assert row.values.p == pytest.approx(min(1, 2 * alone.p))
+        assert row.values.interval.low < alone.interval.low
     uncorrected = compare(*(values(arms, arm) for arm in ("b", "a"))).min_detectable_effect
     assert found[0].values.min_detectable_effect > uncorrected, "the power is corrected, too"
 
@@ -48,7 +63,7 @@ def test_unfinished_missing_duplicated_and_unpaired_runs_are_flagged_and_left_ou
     del records[9]
     repeated = record(0, 0.95)
     records.append(RunRecord(**(vars(repeated) | {"run_id": "f" * 32, "started": 99})))
-    arms = arrange(records, TWO_MODELS, "model", "plain_cnn")
+    arms = sweep(records, TWO_MODELS, "model", "plain_cnn")
     assert arms.pairs("se_cnn") == [(("seed", seed),) for seed in "012"]
     assert arms.runs["se_cnn"][(("seed", "0"),)].run_id == "f" * 32
     flags = "\n".join(arms.flags)
@@ -69,40 +84,39 @@ MISTAKES = {
 def test_a_mistake_is_answered_with_the_valid_values(message: str) -> None:
     arguments = {"factor": "model", "baseline": None} | MISTAKES[message]
     with pytest.raises(UserError, match=message):
-        arrange(scored(TWO_MODELS, 0), TWO_MODELS, **arguments)
+        sweep(scored(TWO_MODELS, 0), TWO_MODELS, **arguments)
 
 
 def test_several_factors_must_be_named() -> None:
     jobs = grid(model=["a", "b"], batch_size=["64", "128"], seed=SEEDS)
     with pytest.raises(UserError, match=r"factor=null is invalid: .* besides the seed: model, batch_size\. Add factor=KEY"):
-        arrange(scored(jobs, 0), jobs, None, None)
+        sweep(scored(jobs, 0), jobs)
 
 
 def test_one_seed_is_refused() -> None:
     jobs = grid(model=["a", "b"], seed=["0"])
     with pytest.raises(
-        UserError, match=r"No arm of model has two pairs .* with model=a, .* Sweep with 'seed=range\(0,5\)' or more"
+        UserError, match=r"No arm of model has two seeds .* with model=a, .* Sweep with 'seed=range\(0,5\)' or more"
     ):
-        arrange(scored(jobs, 0), jobs, None, None)
+        sweep(scored(jobs, 0), jobs)
 
 
 def test_an_arm_that_did_not_finish_is_left_out_and_no_finished_arm_is_refused() -> None:
     jobs = grid(model=["a", "b", "c"], seed=SEEDS)
     records = [vars(item) | {"status": "FAILED" if int(item.tags["job_num"]) >= 10 else "FINISHED"} for item in scored(jobs, 0)]
-    arms = arrange([RunRecord(**item) for item in records], jobs, None, None)
+    arms = sweep([RunRecord(**item) for item in records], jobs)
     assert arms.others == ["b"]
-    assert "left out: model=c has 0 pairs of finished runs; expected at least two" in arms.flags
+    assert "left out: model=c has 0 seeds of finished runs; expected at least two" in arms.flags
     failed = [RunRecord(**(item | {"status": "FAILED"})) for item in records]
-    with pytest.raises(UserError, match=r"finish the sweep with sweep.resume=<its id>\.\n- unfinished: run 0 is FAILED"):
-        arrange(failed, jobs, None, None)
+    with pytest.raises(UserError, match=r"finish the sweep with sweep.resume=<its id>, .*\n- unfinished: run 0 is FAILED"):
+        sweep(failed, jobs)
 
 
 def test_two_pairs_that_happen_to_agree_prove_nothing() -> None:
     jobs = grid(model=["a", "b"], seed=["0", "1"])
     records = [record(number, accuracy) for number, accuracy in enumerate((0.95, 0.96, 0.96, 0.97))]
-    (row,) = compare_arms(arrange(records, jobs, None, None), ["test/accuracy"])
-    assert not row.is_detected
-    assert row.p_t == 0.5
+    (row,) = compare_arms(sweep(records, jobs), ["test/accuracy"])
+    assert row.verdict == "undecided"
     assert format_difference(row) == "+1.00 points (in all pairs, no interval)"
 
 
@@ -111,55 +125,143 @@ def test_validation_on_different_images_is_not_compared() -> None:
     for number, item in enumerate(records):
         item.metrics["val/accuracy"] = 0.9
         item.digests["finetune"] = str(number % 5 + (number == 7))
-    arms = arrange(records, TWO_MODELS, None, None)
+    arms = sweep(records, TWO_MODELS)
     compare_arms(arms, ["test/accuracy"])
     with pytest.raises(UserError, match="run 7 and run 2 were validated on different images"):
         compare_arms(arms, ["val/accuracy"])
     for item in records:
         item.digests.clear()
     with pytest.raises(UserError, match=r"mnist \(not recorded by run 0\)"):
-        arrange(records, TWO_MODELS, None, None)
+        sweep(records, TWO_MODELS)
 
 
 def test_missing_metrics_and_metrics_without_finite_values_are_refused() -> None:
     records = scored(TWO_MODELS, 0)
-    arms = arrange(records, TWO_MODELS, "model", None)
+    arms = sweep(records, TWO_MODELS, "model", None)
     with pytest.raises(UserError, match=r"metrics=f1 is invalid: .* every run has: model/parameters, test/accuracy, test/loss"):
         choose_metrics(arms, ["f1"])
     records[2] = record(2, math.nan)
     with pytest.raises(UserError, match=r"metrics=test/accuracy is invalid: .* finite values, but 1 of 10 runs, such as run 2"):
-        choose_metrics(arrange(records, TWO_MODELS, "model", None), None)
+        choose_metrics(sweep(records, TWO_MODELS, "model", None), None)
 
 
 def test_runs_on_different_data_are_not_compared() -> None:
     records = scored(TWO_MODELS, 0)
     records[7] = record(7, 0.9, digest="other")
     with pytest.raises(UserError, match=r"different data .* mnist \(d\): run 0; mnist \(other\): run 7"):
-        arrange(records, TWO_MODELS, "model", None)
+        sweep(records, TWO_MODELS, "model", None)
 
 
 def test_configuration_differences_are_found() -> None:
     records = scored(TWO_MODELS, 0)
     for number, item in enumerate(records):
         item.params["model.se"] = "4" if number < 5 else "None"
-    arms = arrange(records, TWO_MODELS, "model", "plain_cnn")
+    arms = sweep(records, TWO_MODELS, "model", "plain_cnn")
     assert differing_params(arms) == {"model.se": {"plain_cnn": "None", "se_cnn": "4"}}
 
 
+def test_several_factors_give_one_value_per_seed() -> None:
+    jobs = grid(model=["a", "b"], lr=["1", "2"], seed=SEEDS)
+    chance = random.Random(0)
+    effect = {("b", "1"): 0.004, ("b", "2"): 0.002}
+    records = [
+        record(number, 0.9 + effect.get((job["model"], job["lr"]), 0) + chance.gauss(0, 1e-4)) for number, job in jobs.items()
+    ]
+    del records[3]  # model=a lr=1 seed=3
+    arms = sweep(records, jobs, "model")
+    (row,) = compare_arms(arms, ["test/accuracy"])
+    assert row.values.n == 4, "seeds, not pairs"
+    assert row.values.difference == pytest.approx(0.003, abs=2e-4)
+    assert any("incomplete: seed 3 lacks runs of other settings" in flag for flag in arms.flags)
+    levels = compare_levels(arms, "test/accuracy")
+    assert [(level.key, level.level) for level in levels] == [("lr", "1"), ("lr", "2")]
+    assert [level.difference for level in levels] == pytest.approx([0.004, 0.002], abs=2e-4)
+    assert all(level.differs for level in levels)
+
+
+def test_other_processors_code_or_configuration_do_not_pair() -> None:
+    records = scored(TWO_MODELS, 0.02)
+    records[0].tags["cpu"] = "another"
+    arms = sweep(records, TWO_MODELS, "model", "plain_cnn")
+    assert arms.seeds("se_cnn") == SEEDS[1:]
+    assert any("incomplete: seed 0 ran on" in flag for flag in arms.flags)
+    records[1].tags["torch"] = "2.0"
+    with pytest.raises(UserError, match=r"The runs differ in torch and cannot be compared: unknown: run \d; 2\.0: run 1"):
+        sweep(records, TWO_MODELS)
+    records = scored(TWO_MODELS, 0.02)
+    records[2].params["batch_size"] = "64"
+    with pytest.raises(UserError, match=r"The runs of model=se_cnn differ in batch_size and cannot be compared"):
+        sweep(records, TWO_MODELS)
+
+
+def test_seeds_that_were_added_later_need_an_interval_that_is_valid_at_any_number() -> None:
+    records, initial = scored(TWO_MODELS, 0.02), frozenset(number for number in TWO_MODELS if number % 5 < 3)
+    arms = arrange([Source("s", records, TWO_MODELS, initial)], None, None)
+    assert not arms.seeds_known
+    assert "2 of 5 seeds were added after the first job had started" in arms.seeds_reason
+    (row,) = compare_arms(arms, ["test/accuracy"])
+    assert row.values.interval.anytime
+    planned = arrange([Source("s", records, TWO_MODELS, initial, Plan(seeds=5))], None, None)
+    assert planned.seeds_known
+    assert not arrange([Source("s", records, TWO_MODELS, initial, Plan(seeds=4))], None, None).seeds_known
+
+
+def test_a_look_at_an_unfinished_sweep_and_settings_added_later_need_the_wider_interval() -> None:
+    records = scored(TWO_MODELS, 0.02)
+    killed = [*records[:4], record(4, 0.9, status="KILLED"), *records[5:]]
+    arms = sweep(killed, TWO_MODELS)
+    assert (arms.seeds_known, arms.seeds_reason[:43]) == (False, "Jobs of 1 of 5 seeds have not ended, so the")
+    assert sweep([*records[:4], record(4, 0.9, status="FAILED"), *records[5:]], TWO_MODELS).seeds_known
+    jobs = grid(model=["se_cnn", "plain_cnn"], lr=["1", "2"], seed=SEEDS)
+    initial = frozenset(number for number, job in jobs.items() if job["lr"] == "1")
+    arms = arrange([Source("s", scored(jobs, 0.02), jobs, initial)], "model", None)
+    assert not arms.seeds_known
+    assert "10 jobs with other settings were added" in arms.seeds_reason
+
+
+def test_only_the_plan_of_the_first_sweep_counts() -> None:
+    records = scored(TWO_MODELS, 0.02)
+    first = Source("s", records, TWO_MODELS, frozenset(TWO_MODELS))
+    jobs = grid(model=["se_cnn", "plain_cnn"], seed=["5", "6"])
+    more = [
+        RunRecord(**(vars(item) | {"run_id": f"{number + 50:032x}", "started": 100 + number}))
+        for number, item in enumerate(scored(jobs, 0.02))
+    ]
+    arms = arrange([Source("t", more, jobs, frozenset(jobs), Plan(seeds=7)), first], "model", None)
+    assert (arms.plan, arms.seeds_known) == (None, False)
+
+
+def test_a_key_that_only_some_jobs_set_has_the_default_in_the_others() -> None:
+    jobs = dict(enumerate([{"lr": "2", "seed": seed} for seed in SEEDS] + [{"seed": seed} for seed in SEEDS]))
+    arms = sweep([record(number, 0.9 + number / 1e4) for number in jobs], jobs)
+    assert (arms.factor, list(arms.runs)) == ("lr", ["2", "default"])
+
+
+def test_several_sweeps_are_pooled_and_an_added_arm_keeps_the_interval() -> None:
+    jobs = grid(model=["se_cnn", "plain_cnn"], seed=["5", "6"])
+    more = [RunRecord(**(vars(item) | {"run_id": f"{number + 50:032x}"})) for number, item in enumerate(scored(jobs, 0.02))]
+    first = Source("s", scored(TWO_MODELS, 0.02), TWO_MODELS, frozenset(TWO_MODELS))
+    arms = arrange([first, Source("t", more, jobs, frozenset(jobs))], "model", "plain_cnn")
+    assert arms.seeds("se_cnn") == [*SEEDS, "5", "6"]
+    assert not arms.seeds_known
+    with_arm = Source("s", scored(TWO_MODELS, 0.02), TWO_MODELS, frozenset(number for number in TWO_MODELS if number < 5))
+    assert arrange([with_arm], None, None).seeds_known, "an arm was added, not a seed"
+
+
 @given(
-    st.dictionaries(st.sampled_from(["batch_size", "seed", "lr"]), st.integers(2, 4), min_size=1),
+    st.dictionaries(st.sampled_from(["batch_size", "lr"]), st.integers(2, 4)),
     st.integers(2, 4),
     st.randoms(use_true_random=False),
 )
 def test_every_pair_differs_in_the_factor_alone(others: dict[str, int], arm_count: int, chance: random.Random) -> None:
-    choices = {key: [str(value) for value in range(count)] for key, count in others.items()}
+    choices = {key: [str(value) for value in range(count)] for key, count in (others | {"seed": 4}).items()}
     jobs = grid(model=[f"arm{number}" for number in range(arm_count)], **choices)
     kept = [number for number in jobs if chance.random() < 0.8]
     records = [record(number, 0.5) for number in kept]
     chance.shuffle(records)
     try:
-        arms = arrange(records, jobs, "model", None)
-    except UserError:  # no arm has two pairs
+        arms = sweep(records, jobs, "model", None)
+    except UserError:  # no arm has two seeds
         return
     kept = [number for number in kept if jobs[number]["model"] in arms.runs]
     by_id = {item.run_id: int(item.tags["job_num"]) for item in records}

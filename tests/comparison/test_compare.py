@@ -43,13 +43,14 @@ def report_of(store: str, sweep: str, folder: Path) -> str:
 
 
 def test_the_answer_is_printed_and_the_report_published_in_the_parent(run_compare: Compare, store: str, tmp_path: Path) -> None:
-    sweep = make_sweep(store, ("plain_cnn", "se_cnn", quoted(f"se{HOSTILE}")), seeds=5, factor="model.name")
+    sweep = make_sweep(store, ("plain_cnn", "se_cnn", quoted(f"se{HOSTILE}")), seeds=5, factor="model.name", better=0.002)
     status, shown, _ = run_compare("sweep=latest", "factor=model.name", "baseline=plain_cnn")
     assert status == 0
     headline = "In test/accuracy, against model.name=plain_cnn (98.10 %)"
     assert headline in shown
-    assert "se_cnn is higher by 0.1" in shown
-    assert "minimum detectable effect 0." in shown
+    assert re.search(r"se_cnn is higher( by more than the margin)?: \+0\.\d\d points", shown)
+    assert "5 seeds detect a difference of 0." in shown
+    assert "Explored: the sweep has no plan" in shown
     run = MlflowClient(store).get_run(sweep)
     assert run.data.tags["answer"].startswith(headline)
     note = run.data.tags["mlflow.note.content"]
@@ -80,10 +81,15 @@ def test_the_answer_is_printed_and_the_report_published_in_the_parent(run_compar
         (["sweep=" + "0" * 32], r"There is no sweep 0{32} in .*\. The newest there: [0-9a-f]{32} \(FINISHED\)"),
         (
             ["sweep=last"],
-            "sweep=last is invalid: expected the id of a sweep, a prefix of at least 6 hexadecimal digits, or latest",
+            "sweep=last is invalid: expected the id of a sweep, a prefix of at least 6 hexadecimal digits, latest, or a list",
         ),
         (["factor=optimizer"], "factor=optimizer is invalid: expected a key that the sweep varied besides the seed: model"),
         (["baseline=resnet"], "baseline=resnet is invalid: expected an arm of model: plain_cnn, se_cnn"),
+        (["sweep=[latest,x]"], r"sweep=\['latest', 'x'\] is invalid: expected the id of a sweep"),
+        (["margin=0"], "margin=0 is invalid: expected a number > 0, in the displayed unit of the metric, or null"),
+        (["export=runs.txt"], "export=runs.txt is invalid: expected the path of a file that ends with .csv"),
+        (["export=/proc/x/runs.csv"], "export=/proc/x/runs.csv is invalid: it cannot be written: "),
+        (["results=missing.csv"], "results=missing.csv is invalid: it cannot be read: "),
         (["metrics=3"], r"metrics=3 is invalid: expected a name, a list such as metrics=\[test/accuracy"),
         (["metrics=[f1]"], "metrics=f1 is invalid: expected a metric that every run has: "),
         (["fctor=model"], "fctor"),
@@ -99,9 +105,50 @@ def test_a_mistake_is_one_message(run_compare: Compare, store: str, overrides: l
     assert "Traceback" not in error
 
 
+def test_a_table_gives_the_answer_of_the_store(
+    run_compare: Compare, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_sweep(store, ("plain_cnn", "se_cnn"), seeds=6)
+    table, options = tmp_path / "runs.csv", ("factor=model", "baseline=plain_cnn", "margin=0.1")
+    _, from_store, _ = run_compare(*options, "export=runs.csv")
+    status, from_table, _ = run_compare("results=runs.csv", "tracking=none", *options)
+    assert status == 0
+    assert from_store.startswith(from_table), "the same numbers and notes; only the report is missing"
+    assert "margin 0.10 points" in from_table
+
+    lines = table.read_text().splitlines(keepends=True)
+    accuracy = lines[0].strip().split(",").index("metric:test/accuracy")
+    cells = lines[1].split(",")
+    cells[accuracy] = "inf"
+    damaged = {
+        "lacks the columns sweep, job": "a,b\n1,2\n",
+        "line 14 repeats run": "".join([*lines, lines[1]]),
+        "line 2: metric:test/accuracy=inf is invalid: expected a finite number": lines[0] + ",".join(cells),
+        "contains no run": lines[0],
+    }
+    for message, content in damaged.items():
+        (tmp_path / "bad.csv").write_text(content)
+        status, _, error = run_compare(f"results={tmp_path}/bad.csv", *options)
+        assert status == 1
+        assert message in error
+        assert "Traceback" not in error
+
+
+def test_several_sweeps_are_compared_together(run_compare: Compare, store: str) -> None:
+    first = make_sweep(store, ("plain_cnn", "se_cnn"), seeds=3)
+    second = make_sweep(store, ("plain_cnn", "se_cnn"), seeds=5)
+    status, shown, _ = run_compare(f"sweep=[{first},{second[:8]}]", "factor=model")
+    assert status == 0
+    assert "2 of 5 seeds were added after the first job had started" in shown
+    assert "duplicated: plain_cnn seed=0" in shown
+    answers = {MlflowClient(store).get_run(sweep).data.tags["answer"] for sweep in (first, second)}
+    assert len(answers) == 1
+
+
 def test_one_seed_is_too_few(run_compare: Compare, store: str) -> None:
     make_sweep(store, ("plain_cnn", "se_cnn"), seeds=1)
-    assert "No arm of model has two pairs of finished runs with model=plain_cnn" in run_compare()[2]
+    assert "No arm of model has two seeds of finished runs with model=plain_cnn" in run_compare()[2]
 
 
 OUTCOMES = [

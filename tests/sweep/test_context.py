@@ -29,7 +29,7 @@ def test_the_public_configuration_does_not_show_it() -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("config")
     assert "sweep_job" not in composed
-    assert set(composed.sweep) == {"resume", "on_failure", "retries", "dry_run", "force"}
+    assert set(composed.sweep) == {"resume", "extend", "on_failure", "retries", "dry_run", "force"}
 
 
 @pytest.mark.parametrize("flags", [(), ("-m",)], ids=["run", "sweep"])

@@ -19,7 +19,7 @@ from mlflow.entities import Run
 from mnist_exp.experiment.summary import shorten
 from mnist_exp.sweep.summary import describe_sweep, job_table
 from mnist_exp.tracking.base import NullStore, RunInfo, RunRecord, StoreGoneError
-from mnist_exp.tracking.definition import Job
+from mnist_exp.tracking.definition import Definition, Job
 from mnist_exp.tracking.mlflow_store import PROCESS_DIED, MLflowStore
 
 SHORT = ("-m", "data=digits", "~phases.train", "phases.finetune.epochs=1")
@@ -93,7 +93,7 @@ def test_runs_that_tie_are_named_together() -> None:
     def description(*accuracies: float) -> str:
         children = [child(number, accuracy) for number, accuracy in enumerate(accuracies)]
         rows = job_table([Job(number, [], "") for number in range(len(accuracies))], children, {})
-        return describe_sweep(rows, children, NullStore(), "resume")
+        return describe_sweep(rows, children, NullStore(), "resume", Definition("GridSweeper", len(rows), [], {}, []))
 
     assert "Best by val/accuracy, 100.00 %: 4 tie: [seed=0](), [seed=2](), [seed=3]() and 1 more." in description(
         1, 0.99, 1, 1, 1
@@ -128,7 +128,7 @@ def test_a_known_reason_replaces_that_of_the_reaper(store: str) -> None:
 def test_resume_without_m_says_what_is_missing(in_process: CommandLine, store: str) -> None:
     done = in_process("sweep.resume=latest")
     assert done.returncode == 1
-    assert "resumes a sweep: add -m before it" in done.stderr
+    assert "needs a sweep: add -m before it" in done.stderr
 
 
 def test_a_sweep_with_a_mistake_in_one_job_does_not_start(in_process: CommandLine, store: str) -> None:

@@ -95,9 +95,7 @@ def test_other_weights_are_put_into_a_graph_of_torch(tmp_path: Path) -> None:
     second[1].running_mean.add_(1)
     example = (torch.zeros(2, 3),)
     torch.export.save(torch.export.export(first, example), tmp_path / "first.pt2")
-    (tmp_path / "second.pt2").write_bytes(
-        graph_cache.with_weights((tmp_path / "first.pt2").read_bytes(), second.state_dict())
-    )
+    (tmp_path / "second.pt2").write_bytes(graph_cache.with_weights((tmp_path / "first.pt2").read_bytes(), second.state_dict()))
     values = torch.rand(2, 3)
     loaded = torch.export.load(tmp_path / "second.pt2").module()
     torch.testing.assert_close(loaded(values), second(values))
