@@ -58,7 +58,7 @@ def task(composed: DictConfig) -> None:
     sources = tables.read_tables(map(Path, config["results"])) if config["results"] else [source(store, *item) for item in sweeps]
     if config["export"]:
         tables.write_table(Path(config["export"]), sources)
-    plan = sources[0].plan or Plan()
+    plan = arms.by_start(sources)[0].plan or Plan()
     factor = typed.get("factor", plan.factor)
     found = arms.arrange(sources, factor, typed.get("baseline", plan.baseline if factor == plan.factor else None))
     metrics = arms.choose_metrics(found, config["metrics"] or ([plan.metric] if plan.metric else None))

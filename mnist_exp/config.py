@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp import HOME
 from mnist_exp.errors import ArgumentError, UserError
+from mnist_exp.learning.arguments import is_integer
 from mnist_exp.overrides import NEUTRAL, PARTS, RECIPE
 from mnist_exp.redaction import without_credentials
 
@@ -46,7 +47,7 @@ TARGET_KEY = re.compile(rf"(?:phases\.\w+\.)?({_PART})\._target_|(phase)s\.\w+\.
 
 
 def _integer(least: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
+    return lambda value: is_integer(value, least)
 
 
 def _number(valid: Callable[[float], bool]) -> Callable[[Any], bool]:

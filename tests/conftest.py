@@ -153,6 +153,15 @@ def handlers_put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         signal.signal(signum, handler)
 
 
+def exit_status(command: Callable[[], object]) -> int:
+    """Call the main function of a command and return the status with which its process would end."""
+    try:
+        command()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
 @pytest.fixture
 def in_process(
     handlers_put_back: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -162,11 +171,7 @@ def in_process(
     def run(*overrides: str) -> subprocess.CompletedProcess[str]:
         arguments = ["mnist-exp", *overrides, f"output_dir={tmp_path / 'outputs'}"]
         monkeypatch.setattr(sys, "argv", arguments)
-        try:
-            main()
-            status = 0
-        except SystemExit as stop:
-            status = int(stop.code or 0)
+        status = exit_status(main)
         printed = capfd.readouterr()
         return subprocess.CompletedProcess(arguments, status, printed.out, printed.err)
 

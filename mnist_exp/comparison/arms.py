@@ -168,6 +168,11 @@ def _in_order(block: Block) -> tuple[int, str, Block]:
     return (int(seed) if seed.isdecimal() and len(seed) < 19 else -1, seed, block)
 
 
+def by_start(sources: Sequence[Source]) -> list[Source]:
+    """Return sources in the order in which their first runs started: only the plan of the first was made before any result."""
+    return sorted(sources, key=lambda source: min((record.started for record in source.records), default=0))
+
+
 def arrange(sources: Sequence[Source], factor: str | None, baseline: str | None) -> Arms:
     """Sort the runs of sweeps into arms.
 
@@ -179,7 +184,7 @@ def arrange(sources: Sequence[Source], factor: str | None, baseline: str | None)
     Raises:
         UserError: The factor or the baseline does not exist, no arm has two seeds, or the runs do not belong together.
     """
-    sources = sorted(sources, key=lambda source: min((record.started for record in source.records), default=0))
+    sources = by_start(sources)
     jobs = [job for source in sources for job in source.jobs.values()]
     keys = dict.fromkeys(key for job in jobs for key in job)
     varied = [key for key in keys if len({job.get(key) for job in jobs}) > 1]

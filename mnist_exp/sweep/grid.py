@@ -179,10 +179,9 @@ class GridSweeper(Sweeper):
 
 def refuse_unstorable(definition: Definition) -> None:
     """Raise UserError on an override that could not be read back from the store, before anything is recorded."""
-    jobs = [override for job in definition.jobs for override in job.overrides]
-    added = [override for step in definition.extensions for override in step.overrides]
-    overrides = dict.fromkeys([*definition.overrides, *jobs, *added])
-    check_stored([override for override in overrides if key_of(override) not in ("resume", "rerun")], "The command line")
+    check_stored(
+        [override for override in definition.all_overrides if key_of(override) not in ("resume", "rerun")], "The command line"
+    )
 
 
 def make_plan(values: dict[str, Any], jobs: Sequence[Job]) -> Plan | None:

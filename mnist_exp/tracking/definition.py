@@ -136,6 +136,13 @@ class Definition:
         first = min((extension.first for extension in self.extensions), default=self.total)
         return frozenset(job.number for job in self.jobs if job.number < first)
 
+    @property
+    def all_overrides(self) -> list[str]:
+        """The overrides of the command line, of the jobs and of the extensions, each once."""
+        jobs = (override for job in self.jobs for override in job.overrides)
+        added = (override for extension in self.extensions for override in extension.overrides)
+        return list(dict.fromkeys([*self.overrides, *jobs, *added]))
+
     def as_json(self) -> str:
         """Return the definition as text, with credentials masked."""
         return json.dumps(redact_all(asdict(self)), indent=1)
@@ -156,7 +163,5 @@ def parse_definition(text: str | bytes, source: str) -> Definition | None:
     numbers = [job.number for job in definition.jobs]
     if len(set(numbers)) != len(numbers) or any(number < 0 for number in numbers):
         return None
-    jobs = (override for job in definition.jobs for override in job.overrides)
-    added = (override for extension in definition.extensions for override in extension.overrides)
-    check_stored(dict.fromkeys([*definition.overrides, *jobs, *added]), source)
+    check_stored(definition.all_overrides, source)
     return definition

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import exit_status
 from mlflow.store.entities import PagedList
 
 from mnist_exp import runs
@@ -36,11 +37,7 @@ def command(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
     def run(*arguments: str, status: int = 0) -> str:
         monkeypatch.setattr(sys, "argv", ["runs", "--output-dir", str(tmp_path / "outputs"), *arguments])
-        try:
-            runs.main()
-            ended = 0
-        except SystemExit as stop:
-            ended = int(stop.code or 0)
+        ended = exit_status(runs.main)
         printed = capsys.readouterr()
         assert ended == status, printed.err
         return printed.out + printed.err

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.compare import make_sweep
-from conftest import chromium
+from conftest import chromium, exit_status
 from mlflow import MlflowClient
 
 from mnist_exp import compare
@@ -27,11 +27,7 @@ def run_compare(store: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         monkeypatch.setattr(sys, "argv", ["compare", *overrides])
         monkeypatch.setattr("mnist_exp.compare.install_signal_handlers", lambda: None)  # pytest keeps its own handlers
         monkeypatch.setenv("COLUMNS", "160")
-        try:
-            compare.main()
-            status = 0
-        except SystemExit as stop:
-            status = int(stop.code or 0)
+        status = exit_status(compare.main)
         printed = capfd.readouterr()
         return status, " ".join(printed.out.split()), printed.err
 
