@@ -337,6 +337,9 @@ def test_the_printed_command_resumes(
 def test_a_closed_pipe_is_no_error(arguments: tuple[str, ...], store: str, tmp_path: Path) -> None:
     module, *overrides = arguments
     locations = [f"output_dir={tmp_path}/outputs"] if module == "run" else []
+    if module == "runs":
+        client = MlflowClient(store)
+        client.set_terminated(client.create_run(client.create_experiment("mnist_exp")).info.run_id)
     command = shlex.join([sys.executable, "-m", f"mnist_exp.{module}", *overrides, *locations])
     reader = ["bash", "-c", f"({command}; echo $? >{tmp_path}/status) 2>{tmp_path}/errors | true"]
     subprocess.run(reader, check=True, stdout=subprocess.DEVNULL)
