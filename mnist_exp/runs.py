@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from mnist_exp import HOME
-from mnist_exp.cli import safe_output
+from mnist_exp.cli import reported_errors
 from mnist_exp.console import show_lines, show_pairs, show_table
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import format_metric
@@ -25,13 +25,9 @@ def main() -> None:
     arguments = parser().parse_args()
     if arguments.command == "rerun":
         os.execv(sys.executable, [sys.executable, "-m", "mnist_exp.run", f"rerun={arguments.run_id}"])
-    with safe_output():
-        try:
-            store = MLflowStore(store_uri(), arguments.experiment)
-            arguments.run(store, arguments)
-        except UserError as error:
-            print(error, file=sys.stderr)
-            sys.exit(1)
+    with reported_errors():
+        store = MLflowStore(store_uri(), arguments.experiment)
+        arguments.run(store, arguments)
 
 
 def parser() -> argparse.ArgumentParser:

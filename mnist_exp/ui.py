@@ -5,8 +5,7 @@ import os
 import socket
 import sys
 
-from mnist_exp.cli import safe_output
-from mnist_exp.errors import UserError
+from mnist_exp.cli import reported_errors
 from mnist_exp.overrides import store_uri
 from mnist_exp.redaction import without_credentials
 from mnist_exp.tracking.mlflow_store import MLflowStore
@@ -19,13 +18,9 @@ def main() -> None:
     parser.add_argument("run_id", nargs="?", help="open this run, by its id or the first 6 or more digits of it")
     parser.add_argument("--port", type=int, default=5000, choices=range(1, 65536), metavar="PORT")
     arguments = parser.parse_args()
-    with safe_output():
-        try:
-            store = MLflowStore(store_uri(), "mnist_exp")
-            path = page_path(store, arguments.run_id)
-        except UserError as error:
-            print(error, file=sys.stderr)
-            sys.exit(1)
+    with reported_errors():
+        store = MLflowStore(store_uri(), "mnist_exp")
+        path = page_path(store, arguments.run_id)
         if store.uri.startswith("http"):
             print(f"{without_credentials(store.uri)}{path}")
             return

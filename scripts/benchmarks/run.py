@@ -1,10 +1,11 @@
 """Time the reference recipe, whole commands and their training, against the same recipe with a DataLoader.
 
-    python scripts/benchmarks/run.py [--rounds 5] [--figure FILE]
+    python scripts/benchmarks/run.py [--rounds 5]
 
 Each round runs every command once, in turn, each in its own process: `python -m mnist_exp.run`, which records everything, and
 dataloader.py in its two forms, which records nothing. The script also times --help, tab completion and ten times the epochs, and
-measures how the time of a run divides (with --figure, as a chart). It prints medians, and ratios within a round.
+measures how the time of training divides; timeline.py does so for the whole command. It prints medians, and ratios within a
+round.
 """
 
 import argparse
@@ -25,7 +26,6 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
-from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from rich.console import Console
 from rich.table import Table
@@ -38,7 +38,6 @@ from mnist_exp.learning.training import choose_precision, fit, keep_freed_memory
 OURS = "mnist_exp"
 TRANSFORMS = {"DataLoader, v2 on tensors": "v2", "DataLoader, PIL": "pil"}
 EPOCH_FLOP = 155e9
-COLORS = ("#999999", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#F0E442", "#CC79A7")
 UNTRACKED = "mnist_exp, tracking=none"
 # What no command with training, and none with tracking, can avoid.
 IMPORTS = {
@@ -216,8 +215,8 @@ def print_commands(commands: Mapping[str, list[Measurement]], startup: Mapping[s
     print(f"tracking adds {spread(added)} s; importing MLflow and opening the store take {spread(mlflow_imports)} s")
 
 
-def measure_parts(rounds: int) -> Measurement:
-    """Measure and print how the time of training divides; return the median seconds of each part."""
+def measure_parts(rounds: int) -> None:
+    """Measure and print how the time of training divides."""
     keep_freed_memory()
     training_parts([])  # warm-up
     measured = [training_parts([]) for _ in range(rounds)]
@@ -227,39 +226,16 @@ def measure_parts(rounds: int) -> Measurement:
     peak = peak_flops()
     print(f"ten epochs take {ten_epochs / parts['training']:.1f} times as long as one; training reaches ", end="")
     print(f"{EPOCH_FLOP / parts['training'] / peak:.0%} of the peak of {peak / 1e9:,.0f} GFLOP/s")
-    return parts
-
-
-def draw(runs: list[Measurement], parts: Measurement, file: Path) -> None:
-    """Draw how the time of a run divides, as one bar."""
-    wall, training, startup = (statistics.median(run[key] for run in runs) for key in ("wall", "training", "first_step"))
-    shares = {part: parts[part] for part in ("data", "forward", "backward", "optimizer")}
-    shares["validation, rest"] = parts["rest"] + parts["validation"]
-    seconds = {"start-up": startup}
-    seconds |= {part: training * share / sum(shares.values()) for part, share in shares.items()}  # including fine-tuning
-    seconds["test, pictures, model, tracking"] = wall - sum(seconds.values())
-    figure = Figure(figsize=(9, 1.9))
-    axes = figure.add_subplot(xlabel="seconds of `python -m mnist_exp.run`", yticks=[])
-    left = 0.0
-    for (part, width), color in zip(seconds.items(), COLORS, strict=True):
-        axes.barh(0, width, left=left, color=color, edgecolor="white", label=f"{part} {width:.2f} s")
-        left += width
-    axes.spines[["top", "left", "right"]].set_visible(False)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False, fontsize="small")
-    figure.savefig(file, dpi=110, bbox_inches="tight")
 
 
 def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
     commands, startup = measure_commands(arguments.rounds)
     print_commands(commands, startup)
-    parts = measure_parts(arguments.rounds)
-    if arguments.figure:
-        draw(commands[OURS], parts, arguments.figure)
+    measure_parts(arguments.rounds)
     print(
         f"n = {arguments.rounds} rounds; {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"{choose_precision('auto', torch.device('cpu'))}, {platform.machine()}, torch {torch.__version__}"
