@@ -132,8 +132,8 @@ def draw(versions: dict[str, dict[str, float]], file: Path) -> None:
     handles, labels = axes.get_legend_handles_labels()
     texts = [f"{label}  {' | '.join(f'{parts[label]:.2f}' for parts in versions.values())}" for label in labels]
     legend = dict(zip(labels, zip(handles, texts, strict=True), strict=True)).values()
-    place = {"loc": "lower center", "bbox_to_anchor": (0.45, 1.02), "ncols": 3}
-    axes.legend(*zip(*legend, strict=True), **place, frameon=False, fontsize="small")
+    style = {"loc": "lower center", "bbox_to_anchor": (0.45, 1.02), "ncols": 3}
+    axes.legend(*zip(*legend, strict=True), **style, frameon=False, fontsize="small")
     figure.savefig(file, dpi=110, bbox_inches="tight")
 
 
