@@ -18,7 +18,7 @@ from mnist_exp.errors import UserError
 from mnist_exp.overrides import command, key_of, text_of, typed_ids
 from mnist_exp.redaction import redact
 from mnist_exp.signals import install_signal_handlers
-from mnist_exp.tracking.base import RunRecord, Store
+from mnist_exp.tracking.base import Answer, RunRecord, Store
 from mnist_exp.tracking.definition import Definition, Plan
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mnist_exp.comparison.arms import Arms, Source
 
 KEYS = {"sweep", "results", "factor", "baseline", "metrics", "margin", "export", "tracking"}
-REPORT = "report.html"
+REPORT, PICTURE = "report.html", "differences.png"
 
 
 def main() -> None:
@@ -71,8 +71,13 @@ def task(composed: DictConfig) -> None:
         return
     parsed = {record.run_id: outcomes.parse_outcome(content) for record, content in store.outcomes(found.records)}
     for parent, _ in sweeps:
-        page = report.render(found, rows, levels, parsed, parent, commands(sweeps, found, typed), test_images(found))
-        show_report(publish(store, parent, headline, page))
+        repeated = commands(sweeps, found, typed)
+        page = report.render(found, rows, levels, parsed, parent, repeated, test_images(found), store.page)
+        with tempfile.TemporaryDirectory() as folder:
+            answer = Answer(Path(folder) / REPORT, Path(folder) / PICTURE, headline, arms.answer_metrics(found, rows))
+            answer.report.write_text(redact(page), encoding="utf-8")
+            report.draw_differences(rows, answer.picture)
+            show_report(store.publish(parent.run_id, answer))
 
 
 def find_sweeps(store: Store, ids: str | list[str]) -> list[tuple[RunRecord, Definition]]:
@@ -92,16 +97,6 @@ def source(store: Store, parent: RunRecord, definition: Definition) -> "Source":
 
     jobs = {job.number: dict(split(override) for override in job.overrides) for job in definition.jobs}
     return Source(parent.run_id, store.children(parent.run_id), jobs, definition.initial, definition.plan)
-
-
-def publish(store: Store, parent: RunRecord, headline: str, page: str) -> str:
-    """Add the report and the headline to the parent run; return the address of the report."""
-    rest = re.sub(r"\A\*\*Answer\*\*.*?\n\n", "", parent.description, flags=re.DOTALL)
-    description = f"**Answer** {headline} See `{REPORT}` under Artifacts for the full report.\n\n{rest}"
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / REPORT
-        file.write_text(redact(page), encoding="utf-8")
-        return store.publish(parent.run_id, file, {"answer": headline}, description)
 
 
 def check(config: dict[str, Any]) -> None:

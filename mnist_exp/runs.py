@@ -1,4 +1,7 @@
-"""Command: list, show, compare and delete runs: python -m mnist_exp.runs list | show | diff | best | prune | reap | rerun."""
+"""Command: list, show, compare, move and delete runs.
+
+python -m mnist_exp.runs list | show | diff | best | prune | export | import | reap | rerun
+"""
 
 import argparse
 import os
@@ -62,6 +65,13 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "reap", help="set runs to KILLED that are RUNNING in the store although their process is dead"
     ).set_defaults(run=reap_runs)
+    export = commands.add_parser("export", help="write a sweep with its jobs, files and models to a new folder")
+    export.add_argument("sweep", metavar="SWEEP", help="the id of a sweep, or latest")
+    export.add_argument("folder", type=Path, metavar="FOLDER")
+    export.set_defaults(run=export_sweep)
+    importing = commands.add_parser("import", help="bring an exported sweep into this store as new runs")
+    importing.add_argument("folder", type=Path, metavar="FOLDER")
+    importing.set_defaults(run=import_sweep)
     rerun = commands.add_parser("rerun", help="repeat a recorded run and compare the metrics")
     rerun.add_argument("run_id", metavar="ID")
     return result
@@ -157,6 +167,23 @@ def best_arm(store: MLflowStore, arguments: argparse.Namespace) -> None:
     rows = [{"arm": " ".join(arm.overrides), "n": str(arm.count), RANKED_BY: format_metric(RANKED_BY, arm.mean)} for arm in arms]
     show_table(rows)
     show_lines([command("run", *arms[0].overrides)])
+
+
+def export_sweep(store: MLflowStore, arguments: argparse.Namespace) -> None:
+    """Write a sweep to a folder."""
+    from mnist_exp.tracking import transfer
+
+    sweep = "latest" if arguments.sweep == "latest" else store.resolve_id(arguments.sweep)
+    count = transfer.export_sweep(store, sweep, arguments.folder)
+    show_lines([f"{count} runs and their sweep are in {arguments.folder}.", command("runs", "import", str(arguments.folder))])
+
+
+def import_sweep(store: MLflowStore, arguments: argparse.Namespace) -> None:
+    """Bring an exported sweep into the store."""
+    from mnist_exp.tracking import transfer
+
+    sweep_id, count = transfer.import_sweep(store, arguments.folder)
+    show_lines([f"Sweep {sweep_id}: {count} runs added." if count else f"Sweep {sweep_id} is complete: nothing added."])
 
 
 def prune_runs(store: MLflowStore, arguments: argparse.Namespace) -> None:

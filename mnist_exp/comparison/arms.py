@@ -10,7 +10,7 @@ from mnist_exp.comparison.statistics import Comparison, Verdict, compare, levels
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import metric_of
 from mnist_exp.tracking.base import RunRecord
-from mnist_exp.tracking.definition import Plan
+from mnist_exp.tracking.definition import Plan, storable
 
 Jobs = Mapping[int, Mapping[str, str]]  # the overrides of each job by its number, as values by key
 Block = tuple[tuple[str, str], ...]  # (key, value) of every key that varied except the factor, the seed included
@@ -440,3 +440,22 @@ def differing_params(arms: Arms) -> dict[str, dict[str, str]]:
         if len(set(by_arm.values())) > 1:
             table[key] = by_arm
     return table
+
+
+def answer_metrics(arms: Arms, rows: Sequence[Row]) -> dict[str, float]:
+    """Return the comparison as metrics of the sweep's parent, none of which has the name of a run's metric.
+
+    Differences are in the unit in which the metric is displayed (accuracy: points), means as recorded. With one arm next to the
+    baseline the names are `answer/difference`, ..., with several `answer/ARM/difference`, ...
+    """
+    found: dict[str, float] = {}
+    for row in rows:
+        values = row.values
+        found[f"arm/{row.baseline}/{row.metric}"], found[f"arm/{row.arm}/{row.metric}"] = values.baseline_mean, values.mean
+        if row.metric == rows[0].metric:
+            name = "answer" if len(arms.others) == 1 else f"answer/{row.arm}"
+            scale = metric_of(row.metric).scale
+            ends = {"difference": values.difference, "low": values.interval.low, "high": values.interval.high}
+            found |= {f"{name}/{key}": value * scale for key, value in ends.items()}
+            found |= {f"{name}/p": values.p, f"{name}/n": float(values.n)}
+    return {storable(name): value for name, value in found.items() if math.isfinite(value)}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,10 +13,12 @@ from numpy.typing import NDArray
 from mnist_exp.comparison.arms import Arms, Block, Row
 from mnist_exp.comparison.outcomes import Curve, Outcomes, curve, mean_mistakes
 from mnist_exp.metrics import metric_of
+from mnist_exp.tracking.base import RunRecord
 from mnist_exp.tracking.colors import COLORS
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")
+POINT = "run:"  # the scheme of addresses that stand for runs
 WIDTH = 5.6  # inches: natural size on a desktop, fits a phone
 
 
@@ -33,6 +36,12 @@ def _scaled(metric: str, value: Any) -> Any:
 
 def _axis_label(metric: str) -> str:
     return f"{metric}{metric_of(metric).axis_unit}"
+
+
+def point_of(arm: str, record: RunRecord) -> str:
+    """Return what a point of a figure stands for, as an address that `report` turns into a tooltip and a link."""
+    seed = f", seed {record.params['seed']}" if "seed" in record.params else ""
+    return f"{POINT}{record.run_id}/{quote(f'{arm}{seed}, run {record.run_id[:8]}', safe='')}"
 
 
 def differences(rows: Sequence[Row]) -> Figure:
@@ -69,7 +78,8 @@ def every_run(arms: Arms, metric: str) -> Figure:
         points.append({block: (x, _scaled(metric, run.metrics[metric])) for x, (block, run) in zip(spread, runs, strict=True)})
         if runs:
             x, y = zip(*points[-1].values(), strict=True)
-            axes.scatter(x, y, s=22, color=style["color"], marker=style["marker"], alpha=0.8)
+            dots = axes.scatter(x, y, s=22, c=[style["color"]] * len(x), marker=style["marker"], alpha=0.8)
+            dots.set_urls([point_of(arm, run) for _, run in runs])
             axes.hlines(float(np.mean(y)), position - 0.25, position + 0.25, color=style["color"], linewidth=2)
     for block in sorted(points[0].keys() & points[1].keys()):  # lines to further arms would cross the arms between
         axes.plot(*zip(points[0][block], points[1][block], strict=True), color="0.8", linewidth=0.8, zorder=0)
@@ -137,7 +147,8 @@ def cost(arms: Arms, metric: str) -> Figure | None:
             runs = list(arms.runs[arm].values())
             x = np.array([record.metrics[name] for record in runs])
             y = _scaled(metric, np.array([record.metrics[metric] for record in runs]))
-            axes.scatter(x, y, s=10, color=style["color"], marker=style["marker"], alpha=0.4)
+            dots = axes.scatter(x, y, s=10, c=[style["color"]] * len(x), marker=style["marker"], alpha=0.4)
+            dots.set_urls([point_of(arm, run) for run in runs])
             if runs:
                 spread = float(y.std(ddof=1)) if len(y) > 1 else 0.0
                 axes.errorbar(x.mean(), y.mean(), yerr=spread, label=arm, capsize=3, **(style | {"linestyle": ""}))  # type: ignore[arg-type]

@@ -2,12 +2,15 @@
 
 import base64
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import jinja2
 import matplotlib as mpl
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -32,6 +35,7 @@ def render(
     parent: RunRecord,
     commands: Sequence[str],
     images: "Tensor | None",
+    page: Callable[[str], str | None],
 ) -> str:
     """Return the report as HTML with all text escaped.
 
@@ -43,9 +47,10 @@ def render(
         parent: The parent run of the sweep.
         commands: The shell commands that repeat the sweep and the comparison.
         images: The test images, uint8 (n, channels, side, side), None if they are not available.
+        page: Returns the http(s) address of a run's page, None without one.
     """
-    # Names are text, not formulas, and equal figures give equal bytes.
-    with mpl.rc_context({"text.parse_math": False, "svg.hashsalt": "mnist_exp"}):
+    # Names are text, not formulas; text stays text; and equal figures give equal bytes.
+    with mpl.rc_context({"text.parse_math": False, "svg.fonttype": "none"}):
         drawn = {
             "differences": figures.differences(rows),
             "every_run": figures.every_run(arms, rows[0].metric),
@@ -54,7 +59,7 @@ def render(
             "cost": figures.cost(arms, rows[0].metric),
             "confusion": figures.confusion(arms, outcomes),
         }
-        addresses = {name: _svg_address(figure) if figure else None for name, figure in drawn.items()}
+        inline = {name: _inline_svg(name, figure, page) if figure else None for name, figure in drawn.items()}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         arms=arms,
@@ -70,7 +75,7 @@ def render(
         processors=sorted({processor_of(record) for record in arms.records}),
         parent=parent,
         commands=commands,
-        figures=addresses,
+        figures=inline,
         disagreements=[
             item | {"picture": _png_address(images[item["index"], 0].numpy()) if images is not None else None}
             for item in disagreements(arms, outcomes)
@@ -81,11 +86,27 @@ def render(
     )
 
 
-def _svg_address(figure: Figure) -> str:
-    """Return a data URI with the figure as SVG."""
-    text = io.BytesIO()
-    figure.savefig(text, format="svg", metadata={"Date": None}, bbox_inches="tight")
-    return f"data:image/svg+xml;base64,{base64.b64encode(text.getvalue()).decode()}"
+def draw_differences(rows: Sequence[Row], file: Path) -> None:
+    """Draw the differences and their intervals as a PNG."""
+    with mpl.rc_context({"text.parse_math": False}):
+        figures.differences(rows).savefig(file, dpi=100, bbox_inches="tight")
+
+
+def _inline_svg(name: str, figure: Figure, page: Callable[[str], str | None]) -> Markup:
+    """Return a figure as an SVG element. Points that stand for runs get a tooltip, and a link where the run has a page."""
+    text = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name}):  # ids that no other figure of the page has
+        figure.savefig(text, format="svg", metadata={"Date": None}, bbox_inches="tight")
+
+    def describe(found: re.Match[str]) -> str:
+        title, address = f"<title>{escape(unquote(found['title']))}</title>", page(found["run"])
+        if address is None:
+            return f"<g>{title}{found['point']}</g>"
+        return f'<a href="{escape(address)}" target="_blank" rel="noopener">{title}{found["point"]}</a>'
+
+    svg = text.getvalue()
+    point = rf'<a xlink:href="{figures.POINT}(?P<run>[0-9a-f]*)/(?P<title>[^"]*)"[^>]*>(?P<point>.*?)</a>'
+    return Markup(re.sub(point, describe, svg[svg.index("<svg") :], flags=re.DOTALL))
 
 
 def _png_address(pixels: NDArray[Any]) -> str:

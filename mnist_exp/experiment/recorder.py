@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+COMPARED = ("confusion_matrix", "worst_mistakes")  # figures that the UI shows side by side
+
+
 class Recorder:
     """Records one run while it lasts. `recording` opens it.
 
@@ -101,21 +104,23 @@ class Recorder:
             except OSError as error:
                 raise run_dir.disk_error(pictures, error) from error
             self.tracker.log_file(pictures / f"{name}.png", "pictures")
+            if name in COMPARED:
+                self.tracker.log_image(pictures / f"{name}.png", name)
 
     def log_outcome(self, split: str, mistakes: list[tuple[int, int, int]]) -> None:
         """Record the history, and the mistakes in `split` as (index, label, prediction), for comparisons."""
         self.tracker.log_text(json.dumps({"split": split, "history": self.history, "mistakes": mistakes}), OUTCOME)
 
-    def log_model(self, model: "nn.Module", example: Any) -> None:
+    def log_model(self, model: "nn.Module", example: Any, name: str) -> None:
         """Record the last checkpoint and the exported model; example: a uint8 array (2, channels, side, side)."""
         self.tracker.log_file(self.folder / run_dir.CHECKPOINT)
         if self.tracker.is_recording:
             model_export.save_model(self.folder / "model", model, example, self._initial.config)
-            self.tracker.log_model(self.folder / "model")
+            self.tracker.log_model(self.folder / "model", name)
 
     def finish(self, results: dict[str, float], description: str) -> None:
         """Record the results of the whole run, and that it has finished."""
-        self.tracker.log_metrics(results, self.history[-1][0])
+        self.tracker.log_results(results)
         self.tracker.set_description(description)
         with defer_signals():  # finished in the store and on the disk, or in neither
             self._running.close()

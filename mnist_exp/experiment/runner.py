@@ -29,6 +29,7 @@ from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import DatasetInfo, RunInfo, Store
 from mnist_exp.tracking.definition import JobContext
 from mnist_exp.tracking.tags import ARM, CONFIG_HASH, DATA, DIFFERS, JOB, OVERRIDES, RERUN_OF, RESUMED, SWEEP
+from mnist_exp.tracking.views import artifact_path
 
 if TYPE_CHECKING:
     from torch import nn
@@ -270,7 +271,8 @@ def score(request: RunRequest, prepared: Prepared, recorder: Recorder) -> Evalua
         run_figures(evaluation, split, data, prepared.phases, recorder.history, config["seed"], with_recipe=request.job is None)
     )
     recorder.log_outcome(split, evaluation.mistakes)
-    recorder.log_model(prepared.model.eval(), data.splits[split].images[:2].cpu().numpy())
+    name = f"{request.choices['model']}-{data.name}"
+    recorder.log_model(prepared.model.eval(), data.splits[split].images[:2].cpu().numpy(), name)
     return evaluation
 
 
@@ -281,9 +283,10 @@ def finish(request: RunRequest, prepared: Prepared, recorder: Recorder, evaluati
     if prepared.eval_split == "test":
         results |= {f"test/{name}": value for name, value in evaluation.metrics.items()}
     results["time/total_seconds"] = recorder.elapsed
-    outcome = Outcome(recorder.tracker.run_id, [*recorder.history, (recorder.history[-1][0], results)])
+    outcome = Outcome(recorder.tracker.run_id, [*recorder.history, (0, results)])
     rows = result_rows(outcome.last, prepared.data)
-    recorder.finish(results, describe_run(rows, request.overrides, prepared.data.notice))
+    picture = artifact_path(outcome.run_id, "pictures/worst_mistakes.png")
+    recorder.finish(results, describe_run(rows, request.overrides, prepared.data.notice, picture))
     rows |= {"run": outcome.run_id, "checkpoint": os.path.relpath(recorder.folder / run_dir.CHECKPOINT)}
     prepared.display.results(rows, recorder.tracker.ui_command())
     return outcome

@@ -48,11 +48,19 @@ def result_rows(results: dict[str, float], data: "Dataset") -> dict[str, str]:
     return rows | {"data": f"{data.name}: " + ", ".join(f"{name} {len(split):,}" for name, split in data.splits.items())}
 
 
-def describe_run(rows: dict[str, str], overrides: list[str], notice: str | None) -> str:
-    """Return the run's description in Markdown, which the MLflow UI shows above everything else."""
+def describe_run(rows: dict[str, str], overrides: list[str], notice: str | None, picture: str) -> str:
+    """Return the run's description in Markdown, which the MLflow UI shows above everything else.
+
+    Args:
+        rows: From `result_rows`.
+        overrides: The overrides of the command line.
+        notice: A warning about the data, or None.
+        picture: The address of the figure of the worst mistakes.
+    """
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     warning = f"**{notice}**\n\n" if notice else ""
     return (
         f"{warning}| | |\n| --- | --- |\n{table}\n\nRepeat it: `{command('run', *overrides)}`\n\n"
-        "Pictures, configuration, checkpoint and the uncommitted changes are under Artifacts."
+        "Pictures, configuration, checkpoint and the uncommitted changes are under Artifacts.\n\n"
+        f"![The worst mistakes]({picture})"
     )

@@ -15,10 +15,10 @@ from mnist_exp.overrides import command, key_of, location_overrides, quoted
 from mnist_exp.signals import Interrupted, defer_signals
 from mnist_exp.storage import run_dir
 from mnist_exp.sweep.jobs import by_job, common_data, failure_reason, job_colors
-from mnist_exp.sweep.summary import describe_sweep, job_table, results_csv
+from mnist_exp.sweep.summary import describe_sweep, job_table, results_csv, sweep_metrics
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import PROCESS_DIED, RunInfo, RunRecord, Store, Tracker
-from mnist_exp.tracking.definition import Definition, Job, JobContext
+from mnist_exp.tracking.definition import Definition, Job, JobContext, sweep_params
 from mnist_exp.tracking.tags import HOST, OUTPUT_DIR, OVERRIDES, PID, SWEEP_JOBS
 
 ORPHAN_PATIENCE = 60.0  # seconds for the jobs of a killed parent to end
@@ -65,6 +65,7 @@ class Parent:
         """Record the definition, which `sweep.resume` reads."""
         self.tracker.log_text(self.definition.as_json(), "sweep.json")
         self.tracker.set_tags({SWEEP_JOBS: str(self.definition.total)})
+        self.tracker.log_params(sweep_params(self.definition))
 
     def confirm(self) -> None:
         """Raise ResumableError unless the store has the definition: jobs that it does not know would be lost to `compare`."""
@@ -122,7 +123,9 @@ class Parent:
         rows = job_table(self.definition.jobs, children, self.returns)
         if rows:
             self.tracker.log_text(results_csv(self.definition.jobs, children, self.returns), "results.csv")
-            self.tracker.set_description(describe_sweep(rows, children, self.store, self.resume_command, self.definition))
+            self.tracker.log_results(sweep_metrics(rows, children))
+            sweep_id, resume = self.tracker.run_id, self.resume_command
+            self.tracker.set_description(describe_sweep(rows, children, self.store, sweep_id, resume, self.definition))
         return rows
 
 

@@ -158,8 +158,31 @@ def results_csv(jobs: list[Job], children: list[RunRecord], returns: Returns) ->
     return text.getvalue()
 
 
+def sweep_metrics(rows: list[dict[str, str]], children: list[RunRecord]) -> dict[str, float]:
+    """Return the metrics of a sweep's parent; none has the name of a run's, so that charts keep them apart.
+
+    Args:
+        rows: From `job_table`.
+        children: The runs of the jobs.
+    """
+    statuses = Counter(row["status"] for row in rows)
+    finished, failed = statuses["FINISHED"], statuses["FAILED"] + statuses["KILLED"]
+    best = [
+        child.metrics[RANKED_BY]
+        for child in by_job(children).values()
+        if child.status == "FINISHED" and RANKED_BY in child.metrics
+    ]
+    counts = {"sweep/jobs_finished": float(finished), "sweep/jobs_failed": float(failed)}
+    return counts | ({"sweep/best_val_accuracy": max(best)} if best else {})
+
+
 def describe_sweep(
-    rows: list[dict[str, str]], children: list[RunRecord], store: Store, resume_command: str, definition: Definition
+    rows: list[dict[str, str]],
+    children: list[RunRecord],
+    store: Store,
+    sweep_id: str,
+    resume_command: str,
+    definition: Definition,
 ) -> str:
     """Return the parent's description in Markdown: counts by status, the best jobs by validation, history, the table.
 
@@ -167,6 +190,7 @@ def describe_sweep(
         rows: From `job_table`.
         children: The runs of the jobs.
         store: The store, for links.
+        sweep_id: The id of the parent.
         resume_command: The command that resumes the sweep.
         definition: The sweep's definition, with its plan and its extensions.
     """
@@ -181,6 +205,9 @@ def describe_sweep(
         more = f" and {len(best) - BEST_SHOWN} more" if len(best) > BEST_SHOWN else ""
         tied = f"{len(best)} tie: " if len(best) > 1 else ""
         lines.append(f"Best by {RANKED_BY}, {format_metric(RANKED_BY, highest)}: {tied}{links}{more}.")
+    finished = any(row["status"] == "FINISHED" for row in rows)
+    if finished and (curves := store.link_curves(sweep_id, len(rows))):
+        lines += ["", f"[Curves by arm]({curves}), each the mean over its runs."]
     if definition.plan:
         plan = ", ".join(f"{key} {value}" for key, value in asdict(definition.plan).items() if value is not None)
         lines += ["", f"Plan, stored before the first job: {plan}."]

@@ -134,6 +134,23 @@ class StoredRun:
     points: dict[str, dict[int, float]]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a comparison adds to the parent of a sweep.
+
+    Args:
+        report: The HTML file.
+        picture: The PNG file with the differences, which the description opens with.
+        headline: The answer in one sentence.
+        metrics: The difference and its interval, and the means of the arms.
+    """
+
+    report: Path
+    picture: Path
+    headline: str
+    metrics: Mapping[str, float]
+
+
 class Tracker(Protocol):
     """Records one run. Leaving the context sets the final status: FINISHED, FAILED on an error, KILLED on a signal."""
 
@@ -156,6 +173,9 @@ class Tracker(Protocol):
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Record metrics at `step` (examples seen); they may be sent as late as `flush`."""
 
+    def log_results(self, metrics: Mapping[str, float]) -> None:
+        """Record what is measured once, at step 0, and link it and the last validation metrics to the model and the data."""
+
     def flush(self) -> None:
         """Send all records."""
 
@@ -165,11 +185,14 @@ class Tracker(Protocol):
     def log_file(self, file: Path, folder: str | None = None) -> None:
         """Record a file as an artifact of its own name in `folder`."""
 
+    def log_image(self, file: Path, key: str) -> None:
+        """Record a PNG as the image `key`, which the UI shows side by side with that of other runs."""
+
     def log_dataset(self, dataset: DatasetInfo) -> None:
         """Record a split; its first context counts."""
 
-    def log_model(self, folder: Path) -> None:
-        """Record a model that `model_export.save` has written to `folder`."""
+    def log_model(self, folder: Path, name: str) -> None:
+        """Record a model that `model_export.save_model` has written to `folder`."""
 
     def ui_command(self) -> str | None:
         """Return the command or address that opens the run in the UI."""
@@ -214,11 +237,17 @@ class Store(Protocol):
     def outcomes(self, records: list[RunRecord]) -> list[tuple[RunRecord, Any]]:
         """Return each run with the content of its outcome.json, unchecked, or None if it cannot be read."""
 
-    def publish(self, run_id: str, file: Path, tags: Mapping[str, str], description: str) -> str:
-        """Add a file, tags and a description to a run that has ended; return the file's address. Raises UserError."""
+    def publish(self, run_id: str, answer: Answer) -> str:
+        """Add an answer to the parent of a sweep; return the address of its report. Raises UserError."""
 
     def link(self, run_id: str) -> str:
         """Return a link to a run, for a description."""
+
+    def page(self, run_id: str) -> str | None:
+        """Return the http(s) address of a run's page, None if the store is no server."""
+
+    def link_curves(self, sweep_id: str, jobs: int) -> str:
+        """Save the view of the curves of a sweep with `jobs` jobs; return a link to it, for a description."""
 
 
 class NullTracker:
@@ -236,7 +265,8 @@ class NullTracker:
 
     def _ignore(self, *values: object) -> None: ...
 
-    log_params = set_tags = set_description = log_metrics = log_text = log_file = log_dataset = log_model = flush = _ignore
+    log_params = set_tags = set_description = log_metrics = log_results = flush = _ignore
+    log_text = log_file = log_image = log_dataset = log_model = _ignore
 
     def ui_command(self) -> str | None:
         return None
@@ -276,8 +306,14 @@ class NullStore:
     def outcomes(self, records: list[RunRecord]) -> list[tuple[RunRecord, Any]]:
         return [(record, None) for record in records]
 
-    def publish(self, run_id: str, file: Path, tags: Mapping[str, str], description: str) -> str:
+    def publish(self, run_id: str, answer: Answer) -> str:
         return ""
 
     def link(self, run_id: str) -> str:
+        return ""
+
+    def page(self, run_id: str) -> str | None:
+        return None
+
+    def link_curves(self, sweep_id: str, jobs: int) -> str:
         return ""

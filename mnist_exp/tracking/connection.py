@@ -5,7 +5,7 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,8 +17,9 @@ from mnist_exp.errors import UserError
 from mnist_exp.overrides import absolute_path, default_store
 from mnist_exp.redaction import has_credentials
 from mnist_exp.signals import defer_signals
+from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import StoreAwayError, StoreGoneError
-from mnist_exp.tracking.views import VIEW_TAG, leaderboard_view
+from mnist_exp.tracking.views import MARKS, VIEWS, View, current_key, describe_experiment, view_tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -99,17 +100,35 @@ def _open_experiment(mlflow: Any, uri: str, experiment: str, artifact_location: 
             f"tracking.experiment={experiment} was deleted in {uri}. Restore it with "
             f"`{_restore_experiment(uri, found.experiment_id)}`, or choose another name."
         )
-    view = leaderboard_view()
-    try:
-        if found is None:
-            return client, str(client.create_experiment(experiment, artifact_location, tags={VIEW_TAG: view}))
-        if VIEW_TAG not in found.tags:
-            client.set_experiment_tag(found.experiment_id, VIEW_TAG, view)
-    except MlflowException:  # a server has no lock file: another process may have been first
+    if found is None:
+        try:
+            client.create_experiment(experiment, artifact_location, tags=MARKS)
+        except MlflowException:  # a server has no lock file: another process may have been first
+            if client.get_experiment_by_name(experiment) is None:
+                raise
         found = client.get_experiment_by_name(experiment)
-        if found is None or VIEW_TAG not in found.tags:
-            raise
-    return client, str(found.experiment_id)
+    experiment_id = str(found.experiment_id)
+    save_views(client, experiment_id, {})
+    if tag.DESCRIPTION not in found.tags:
+        client.set_experiment_tag(experiment_id, tag.DESCRIPTION, describe_experiment(experiment_id))
+        for key, value in MARKS.items():
+            client.set_experiment_tag(experiment_id, key, value)
+    return client, experiment_id
+
+
+def save_views(client: "MlflowClient", experiment_id: str, added: Mapping[str, View]) -> None:
+    """Bring the saved views of an experiment up to date; added: views of single sweeps, by key."""
+    changed, surplus = view_tags(client.get_experiment(experiment_id).tags, added)
+    for name in surplus:
+        client.delete_experiment_tag(experiment_id, name)
+    for name, value in changed.items():
+        client.set_experiment_tag(experiment_id, name, value)
+
+
+def view_keys(client: "MlflowClient", experiment_id: str) -> dict[str, str]:
+    """Return the key under which an experiment holds our version of each saved view, by its usual key."""
+    tags = client.get_experiment(experiment_id).tags
+    return {key: current_key(tags, key, view) for key, view in VIEWS.items()}
 
 
 def retry(operation: Callable[[], Result], uri: str, patience: float) -> Result:

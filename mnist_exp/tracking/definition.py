@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import JOB_KEY, check_stored, quoted
+from mnist_exp.overrides import JOB_KEY, check_stored, key_of, quoted, text_of
 from mnist_exp.redaction import redact_all
 
 
@@ -146,6 +146,25 @@ class Definition:
     def as_json(self) -> str:
         """Return the definition as text, with credentials masked."""
         return json.dumps(redact_all(asdict(self)), indent=1)
+
+
+def storable(name: str) -> str:
+    """Return a name for a parameter or a metric without the characters that MLflow refuses."""
+    return re.sub(r"[^\w\-. /:]", "_", name)
+
+
+def sweep_params(definition: Definition) -> dict[str, str]:
+    """Return the parameters of a sweep's parent: the sweeper, the values of each key, the plan, and what was added.
+
+    None has the name of a run's parameter: grouping runs by `model` must not find the parent. A parameter cannot change, so
+    extensions have their own.
+    """
+    steps = {"sweep": definition.overrides}
+    steps |= {f"extension{number}": step.overrides for number, step in enumerate(definition.extensions, start=1)}
+    params = {f"{step}.{key_of(item)}": text_of(item) or item for step, overrides in steps.items() for item in overrides}
+    plan = asdict(definition.plan) if definition.plan else {}
+    params |= {f"plan.{key}": str(value) for key, value in plan.items() if value is not None}
+    return {"sweep.sweeper": definition.sweeper} | {storable(key): value for key, value in params.items()}
 
 
 def parse_definition(text: str | bytes, source: str) -> Definition | None:

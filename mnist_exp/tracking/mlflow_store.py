@@ -15,15 +15,15 @@ from urllib.parse import unquote, urlsplit
 
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import check_stored, command
-from mnist_exp.redaction import redact, redact_all
+from mnist_exp.redaction import redact, redact_all, without_credentials
 from mnist_exp.signals import defer_signals
 from mnist_exp.storage import run_dir
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.base import OUTCOME, PROCESS_DIED, Recipe, RunInfo, RunRecord, StoreAwayError, StoredRun
-from mnist_exp.tracking.connection import Result, absolute_uri, connect, first_line, is_refusal, retry
+from mnist_exp.tracking.base import OUTCOME, PROCESS_DIED, Answer, Recipe, RunInfo, RunRecord, StoreAwayError, StoredRun
+from mnist_exp.tracking.connection import Result, absolute_uri, connect, first_line, is_refusal, retry, save_views
 from mnist_exp.tracking.definition import Definition, parse_definition
 from mnist_exp.tracking.mlflow_tracker import MLflowTracker, terminate
-from mnist_exp.tracking.views import run_path
+from mnist_exp.tracking.views import artifact_path, curves_key, curves_view, run_path, view_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -203,23 +203,30 @@ class MLflowStore:
         with ThreadPoolExecutor(8) as pool:  # over a network, most of the time is waiting
             return list(zip(records, pool.map(_outcome, records), strict=True))
 
-    def publish(self, run_id: str, file: Path, tags: Mapping[str, str], description: str) -> str:
+    def publish(self, run_id: str, answer: Answer) -> str:
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
+        name = answer.report.name
         try:
-            self.client.log_artifact(run_id, str(file))
-            for key, value in {**tags, tag.DESCRIPTION: description}.items():
-                self.client.set_tag(run_id, key, value)
-            address = f"{self.client.get_run(run_id).info.artifact_uri}/{file.name}"
+            address = f"{_publish(self.client, run_id, answer)}/{name}"
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            raise UserError(f"{file.name} cannot be added to run {run_id} of {self.uri}: {first_line(error)}") from error
+            raise UserError(f"{name} cannot be added to run {run_id} of {self.uri}: {first_line(error)}") from error
         if not address.startswith("file:"):
-            return f"{file.name}, under Artifacts of {self.uri}{run_path(self.experiment_id, run_id)}"
+            return f"{name}, under Artifacts of {self.uri}{run_path(self.experiment_id, run_id)}"
         return unquote(urlsplit(address).path)
 
     def link(self, run_id: str) -> str:
         return run_path(self.experiment_id, run_id).removeprefix("/")
+
+    def page(self, run_id: str) -> str | None:
+        path = run_path(self.experiment_id, run_id)
+        return f"{without_credentials(self.uri)}{path}" if self.uri.startswith("http") else None
+
+    def link_curves(self, sweep_id: str, jobs: int) -> str:
+        key = curves_key(sweep_id)
+        save_views(self.client, self.experiment_id, {key: curves_view(sweep_id, jobs)})
+        return view_path(self.experiment_id, key).removeprefix("/")
 
 
 def download(client: "MlflowClient", run_id: str, path: str) -> bytes:
@@ -231,6 +238,24 @@ def download(client: "MlflowClient", run_id: str, path: str) -> bytes:
             return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
     except MlflowException as error:
         raise OSError(str(error)) from error
+
+
+def _publish(client: "MlflowClient", run_id: str, answer: Answer) -> str:
+    """Add an answer to the parent of a sweep; return the address of the run's artifacts."""
+    from mlflow.entities import Metric, RunTag
+
+    for path in (answer.report, answer.picture):
+        client.log_artifact(run_id, str(path))
+    run, now = client.get_run(run_id), int(time.time() * 1000)
+    rest = re.sub(r"\A\*\*Answer\*\*.*?\n\n", "", run.data.tags.get(tag.DESCRIPTION, ""), flags=re.DOTALL)
+    # One paragraph, which the next comparison replaces.
+    description = (
+        f"**Answer** {answer.headline} See `{answer.report.name}` under Artifacts for the full report.\n"
+        f"![Differences from the baseline with 95 % intervals]({artifact_path(run_id, answer.picture.name)})\n\n{rest}"
+    )
+    tags = [RunTag(tag.ANSWER, redact(answer.headline)), RunTag(tag.DESCRIPTION, redact(description))]
+    client.log_batch(run_id, [Metric(key, value, now, 0) for key, value in answer.metrics.items()], tags=tags)
+    return str(run.info.artifact_uri)
 
 
 def _project_run(client: "MlflowClient", experiment_id: str, name: str, tags: Mapping[str, str]) -> "Run | None":

@@ -17,7 +17,7 @@ from mnist_exp.signals import defer_signals
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import DatasetInfo, StoreGoneError
 from mnist_exp.tracking.connection import first_line, is_refusal, restore_command, store_variable
-from mnist_exp.tracking.views import run_path
+from mnist_exp.tracking.views import model_name, run_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -68,8 +68,11 @@ class MLflowTracker:
         self.client, self.uri, self.patience = client, uri, patience
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
         histories = {key: client.get_metric_history(self.run_id, key) for key in run.data.metrics}
-        self._logged = {(key, point.step) for key, points in histories.items() for point in points}
-        self._datasets = {item.dataset.name for item in run.inputs.dataset_inputs} if run.inputs else set()
+        self._logged = {(key, point.step): point for key, points in histories.items() for point in points}
+        self._datasets = {item.dataset.name: item.dataset.digest for item in run.inputs.dataset_inputs} if run.inputs else {}
+        self._contexts: dict[str, str] = {}  # the data set that a part of the metrics, test or val, was measured on
+        self._params = set(run.data.params)
+        self._model_id: str | None = None
         self._metrics: list[Any] = []  # since the last flush
         self._outbox = Outbox()
 
@@ -106,7 +109,9 @@ class MLflowTracker:
     def log_params(self, params: Mapping[str, object]) -> None:
         from mlflow.entities import Param
 
-        entities = [Param(key, redact(str(value))) for key, value in params.items()]
+        # MLflow refuses a second value, which a parent of a sweep may have after a resume.
+        entities = [Param(key, redact(str(value))) for key, value in params.items() if key not in self._params]
+        self._params |= params.keys()
         self._outbox.add(lambda: self.client.log_batch(self.run_id, params=entities))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
@@ -122,9 +127,38 @@ class MLflowTracker:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        new = {key: value for key, value in metrics.items() if (key, step) not in self._logged}
-        self._logged |= {(key, step) for key in new}
-        self._metrics += [Metric(key, value, now, step) for key, value in new.items()]
+        new = {(key, step): Metric(key, value, now, step) for key, value in metrics.items() if (key, step) not in self._logged}
+        self._logged |= new
+        self._metrics += new.values()
+
+    def log_results(self, metrics: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        # The UI compares runs by bars where every run has one value, at step 0, and draws lonely points otherwise.
+        points = [
+            old if (old := self._logged.get((key, 0))) and old.value == value else Metric(key, value, now, 0)
+            for key, value in metrics.items()
+        ]
+        last = {key: point for (key, step), point in sorted(self._logged.items()) if key.startswith("val/")}
+        self._queue_metrics()
+        self._outbox.add(lambda: self.client.log_batch(self.run_id, metrics=[self._linked(p) for p in (*points, *last.values())]))
+
+    def _linked(self, point: Any) -> Any:
+        """Return a metric with the model and the data set that it belongs to; the run keeps each point once."""
+        from mlflow.entities import Metric
+
+        name = self._contexts.get({"val": "validation"}.get(part := point.key.partition("/")[0], part))
+        return Metric(
+            point.key,
+            point.value,
+            point.timestamp,
+            point.step,
+            model_id=self._model_id,
+            dataset_name=name,
+            dataset_digest=self._datasets[name] if name else None,
+            run_id=self.run_id,
+        )
 
     def flush(self) -> None:
         self._queue_metrics()
@@ -143,13 +177,23 @@ class MLflowTracker:
     def log_file(self, file: Path, folder: str | None = None) -> None:
         self._outbox.add(lambda: self.client.log_artifact(self.run_id, str(file), folder))
 
+    def log_image(self, file: Path, key: str) -> None:
+        from PIL import Image
+
+        def send() -> None:
+            with Image.open(file) as image:
+                self.client.log_image(self.run_id, image.convert("RGB"), key=key, step=0, synchronous=True)
+
+        self._outbox.add(send)
+
     def log_dataset(self, dataset: DatasetInfo) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         name = f"{dataset.name}-{dataset.split}"
+        self._contexts[dataset.context] = name
         if name in self._datasets:  # MLflow may refuse to record one twice
             return
-        self._datasets.add(name)
+        self._datasets[name] = dataset.digest
         entity = Dataset(
             name=name,
             digest=dataset.digest,
@@ -161,18 +205,19 @@ class MLflowTracker:
         inputs = [DatasetInput(entity, [InputTag(tag.DATASET_CONTEXT, dataset.context)])]
         self._outbox.add(lambda: self.client.log_inputs(self.run_id, inputs))
 
-    def log_model(self, folder: Path) -> None:
-        self._outbox.add(lambda: self._log_model(folder))
+    def log_model(self, folder: Path, name: str) -> None:
+        self._outbox.add(lambda: self._log_model(folder, model_name(name)))
 
-    def _log_model(self, folder: Path) -> None:
+    def _log_model(self, folder: Path, name: str) -> None:
         """Record the model in `folder`; continue a record that an earlier, interrupted attempt has left."""
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
         run = self.client.get_run(self.run_id)
         stored = self.client.search_logged_models([self.experiment_id], f"source_run_id='{self.run_id}'")
         model = next(iter(stored), None) or self.client.create_logged_model(
-            self.experiment_id, "model", self.run_id, params=run.data.params
+            self.experiment_id, name, self.run_id, params=run.data.params
         )
+        self._model_id = model.model_id
         if model.status == LoggedModelStatus.READY:
             return
         if not run.outputs or model.model_id not in {output.model_id for output in run.outputs.model_outputs}:

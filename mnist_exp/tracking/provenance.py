@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mnist_exp import CHECKOUT, PACKAGE
-from mnist_exp.redaction import redact
-from mnist_exp.tracking.tags import BRANCH, COMMIT, DIRTY, HOST, OUTPUT_DIR, PID, USER
+from mnist_exp.redaction import redact, without_credentials
+from mnist_exp.tracking.tags import BRANCH, COMMIT, DIRTY, HOST, OUTPUT_DIR, PID, REPOSITORY, USER
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,9 @@ def git_tags() -> dict[str, str]:
     commit = _line(CHECKOUT, "rev-parse", "HEAD")
     if not commit:
         return {}
-    return {
+    repository = without_credentials(_line(CHECKOUT, "config", "--get", "remote.origin.url"))
+    has_address = re.match(r"(https?|ssh)://|[\w.-]+@[\w.-]+:", repository)  # not the path of a folder
+    return ({REPOSITORY: repository} if has_address else {}) | {
         COMMIT: commit,
         BRANCH: _line(CHECKOUT, "rev-parse", "--abbrev-ref", "HEAD"),
         DIRTY: str(bool(_git(CHECKOUT, "status", "--porcelain"))).lower(),

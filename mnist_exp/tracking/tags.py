@@ -14,9 +14,12 @@ JOB = "job_num"  # of a job: its number
 ARM = "arm"  # of a job: the overrides that differ between jobs, without the seed, in short form
 DIFFERS = "differs"  # of a job: the overrides that differ between jobs
 
+ANSWER = "answer"  # of a sweep's parent: the headline of its comparison
+
 HOST, PID, OUTPUT_DIR, USER = "host", "pid", "output_dir", "mlflow.user"  # the process that works on the run
 
-COMMIT, BRANCH, DIRTY = "mlflow.source.git.commit", "git.branch", "git.dirty"
+COMMIT, BRANCH, DIRTY = "mlflow.source.git.commit", "mlflow.source.git.branch", "mlflow.source.git.dirty"
+REPOSITORY = "mlflow.source.git.repoURL"
 COMMAND, COMMAND_TYPE = "mlflow.source.name", "mlflow.source.type"
 PARENT = "mlflow.parentRunId"
 COLOR = "mlflow.runColor"

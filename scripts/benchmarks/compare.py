@@ -20,6 +20,7 @@ from pathlib import Path
 
 from mnist_exp.learning.datasets import load_digits
 from mnist_exp.overrides import command
+from mnist_exp.sweep.summary import describe_sweep, job_table, sweep_metrics
 from mnist_exp.tracking.base import DatasetInfo, RunInfo
 from mnist_exp.tracking.definition import Definition, Job
 from mnist_exp.tracking.mlflow_store import OUTCOME, MLflowStore
@@ -48,10 +49,9 @@ def make_sweep(uri: str, arms: Sequence[str], seeds: int, factor: str = "model",
     info = RunInfo(f"sweep {factor} by seed", command("run", "-m", *overrides), {"sweep_jobs": str(len(jobs))})
     with store.start(info) as parent:
         parent.log_text(definition.as_json(), "sweep.json")
-        parent.set_description(f"{len(jobs)} jobs: {len(jobs)} FINISHED.")
     noise = random.Random(0)
     for job, (arm, seed) in zip(jobs, product(arms, range(seeds)), strict=True):
-        tags = {"sweep_id": parent.run_id, "job_num": str(job.number), "data": "digits"}
+        tags = {"sweep_id": parent.run_id, "job_num": str(job.number), "data": "digits", "arm": arm}
         with store.start(RunInfo(f"{arm} seed={seed}", command("run", *job.overrides), tags, parent.run_id)) as child:
             child.log_params({"model": arm, "seed": seed} | {f"train.setting{number}": number for number in range(40)})
             child.log_dataset(dataset)
@@ -60,9 +60,14 @@ def make_sweep(uri: str, arms: Sequence[str], seeds: int, factor: str = "model",
             for examples_seen, metrics in history:
                 child.log_metrics(metrics, examples_seen)
             results = {"test/accuracy": accuracy, "test/loss": 0.05, "time/train_seconds": 3.5, "time/total_seconds": 5.0}
-            child.log_metrics(results | {"model/parameters": 19_600 + len(arm)}, 120_000)
+            child.log_results(results | {"model/parameters": 19_600 + len(arm)})
             mistakes = [(noise.randrange(360), noise.randrange(10), noise.randrange(10)) for _ in range(150)]
             child.log_text(json.dumps({"split": "test", "history": history, "mistakes": mistakes}), OUTCOME)
+    with store.start(info, parent.run_id) as tracker:
+        children = store.children(parent.run_id)
+        rows = job_table(jobs, children, {})
+        tracker.log_results(sweep_metrics(rows, children))
+        tracker.set_description(describe_sweep(rows, children, store, parent.run_id, "resume", definition))
     return parent.run_id
 
 

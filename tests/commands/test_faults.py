@@ -27,7 +27,7 @@ from mnist_exp import CHECKOUT
 from mnist_exp.overrides import quoted
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.tracking.connection import connect
-from mnist_exp.tracking.views import VIEW_TAG
+from mnist_exp.tracking.views import VIEW_PREFIX, VIEWS
 
 SHORT = ("data=digits", "~phases.train")
 
@@ -562,4 +562,4 @@ def test_eight_that_open_a_server_at_once_find_one_experiment(made: bool, server
                 MlflowClient(server[0]).create_experiment(experiment)
             assert len(set(pool.map(first_run, [experiment] * 8))) == 1
             tags = MlflowClient(server[0]).get_experiment_by_name(experiment).tags
-            assert VIEW_TAG in tags
+            assert {VIEW_PREFIX + key for key in VIEWS} <= tags.keys()

@@ -22,6 +22,7 @@ from mnist_exp.redaction import redact
 from mnist_exp.serving.loading import load_model
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.tracking.provenance import uncommitted
+from mnist_exp.tracking.tags import BRANCH, DIRTY
 
 Refuse = Callable[..., str]
 
@@ -118,8 +119,8 @@ def test_provenance(finished) -> None:
         tags["mlflow.source.git.commit"]
         == subprocess.check_output(["git", "-C", CHECKOUT, "rev-parse", "HEAD"], text=True).strip()
     )
-    assert tags["git.dirty"] in ("true", "false")
-    assert tags["git.branch"]
+    assert tags[DIRTY] in ("true", "false")
+    assert tags[BRANCH]
     assert "-m mnist_exp.run data=digits optimizer=adam" in tags["mlflow.source.name"]
     assert tags["torch"] == importlib.metadata.version("torch")
     assert tags["cpu"]
@@ -127,7 +128,7 @@ def test_provenance(finished) -> None:
     patch, unrecorded = uncommitted(CHECKOUT)
     assert artifact(finished, "provenance/uncommitted.diff").read_text() == redact(patch)
     assert artifact(finished, "provenance/unrecorded.txt").read_text() == redact(unrecorded)
-    assert bool(patch + unrecorded) == (tags["git.dirty"] == "true")
+    assert bool(patch + unrecorded) == (tags[DIRTY] == "true")
 
 
 def test_the_description_can_be_read(finished) -> None:

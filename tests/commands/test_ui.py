@@ -1,106 +1,131 @@
-import os
+"""The MLflow UI in a real browser, at 1400x900: each page is opened by its link and searched for its content."""
+
 import re
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import quote
 
 import pytest
 from benchmarks.compare import make_sweep
-from conftest import chromium
+from conftest import CommandLine, chromium
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from mnist_exp.experiment.summary import describe_run
-from mnist_exp.tracking.base import RunInfo
+from mnist_exp.tracking import frame
+from mnist_exp.tracking.base import DatasetInfo, RunInfo
 from mnist_exp.tracking.mlflow_store import MLflowStore
-from mnist_exp.tracking.views import run_path
 
 CHROMIUM = chromium()
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="the UI is looked at in chromium, which is not installed"),
 ]
-
-
 HOSTILE = "<img src=x onerror=\"document.title='it ran'\"><script>document.title='it ran'</script>"
+ARMS = ("se_cnn", "plain_cnn", "plain_cnn_matched")
+TIMEOUT = 30_000  # ms
+
+Ui = Callable[..., dict[str, str]]
+Open = Callable[[str], Page]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield running
+        running.close()
 
 
 @pytest.fixture
-def ui(store: str, tmp_path: Path) -> Iterator[str]:
-    """`python -m mnist_exp.ui` on a store with one run: the link that it prints."""
-    picture = tmp_path / "confusion_matrix.png"
-    Figure().savefig(picture)
-    with MLflowStore(store, "mnist_exp").start(RunInfo("se_cnn mnist seed=7", "", {"overrides": "seed=7"})) as tracker:
-        tracker.log_file(picture, "pictures")
-        tracker.set_description(describe_run({}, [f"output_dir={HOSTILE}"], HOSTILE))
-        tracker.log_metrics({"test/accuracy": 0.9876, "test/loss": 0.0432, "model/parameters": 19_674}, step=60_000)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mnist_exp.ui", "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
-        try:
-            assert server.stdout is not None
-            link = server.stdout.readline().strip()
-            for _ in range(120):
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                    break
-                except OSError:
-                    assert server.poll() is None
-                    time.sleep(0.5)
-            yield link
-        finally:
-            server.terminate()
+def visit(browser: Browser, tmp_path: Path) -> Iterator[Open]:
+    """Open a page with the profile of a first visit; a screenshot of its end is left in tmp_path."""
+    context = browser.new_context(viewport={"width": 1400, "height": 900})
+    context.set_default_timeout(TIMEOUT)
+    expect.set_options(timeout=TIMEOUT)
+    page = context.new_page()
+
+    def go(link: str) -> Page:
+        page.goto(link)
+        return page
+
+    yield go
+    page.screenshot(path=tmp_path / "page.png")
+    context.close()
 
 
-def page(link: str, folder: Path) -> str:
-    """Return the page behind `link` as chromium renders it."""
-    assert CHROMIUM is not None
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    flags += ["--disable-component-update", "--disable-sync", "--window-size=1600,1000", f"--user-data-dir={folder}/profile"]
-    command = [CHROMIUM, *flags, "--virtual-time-budget=20000", "--dump-dom", link]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=os.environ).stdout
+@pytest.fixture
+def ui(store: str) -> Iterator[Ui]:
+    """Start `python -m mnist_exp.ui ARGUMENTS`, and return the links that it prints by name, the first as ''."""
+    servers = []
+
+    def start(*arguments: str) -> dict[str, str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "mnist_exp.ui", *arguments, "--port", str(port)]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        servers.append(server)
+        assert server.stdout is not None
+        links = {"": server.stdout.readline().strip()}
+        while (line := server.stdout.readline()).startswith("  "):
+            name, _, link = line.strip().rpartition(": ")
+            links[name] = link
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                assert server.poll() is None
+                time.sleep(0.5)
+        return links
+
+    yield start
+    for server in servers:
+        server.terminate()
+        server.wait()
 
 
-def test_the_printed_link_opens_on_the_leaderboard(ui: str, tmp_path: Path) -> None:
-    shown = page(ui, tmp_path)
-    for part in ("se_cnn mnist seed=7", "test/accuracy", "0.9876", "0.0432", "19674", "overrides", "seed=7"):
-        assert part in shown, f"{part} is not in the leaderboard"
+@pytest.fixture
+def single(store: str, tmp_path: Path) -> str:
+    """The id of a single run with pictures, whose description contains HTML."""
+    for name in ("confusion_matrix", "worst_mistakes"):
+        Figure().savefig(tmp_path / f"{name}.png")
+    data = DatasetInfo("mnist", "test", "test", "ab12", "somewhere", 10_000, 10_000, (1, 28, 28))
+    tags = {"overrides": "seed=7", "data": "mnist"}
+    with MLflowStore(store, "mnist_exp").start(RunInfo("se_cnn mnist seed=7", "", tags)) as tracker:
+        tracker.log_params({"model": "se_cnn", "seed": 7})
+        tracker.log_dataset(data)
+        for name in ("confusion_matrix", "worst_mistakes"):
+            tracker.log_file(tmp_path / f"{name}.png", "pictures")
+            tracker.log_image(tmp_path / f"{name}.png", name)
+        tracker.set_description(describe_run({}, [f"output_dir={HOSTILE}"], HOSTILE, "x"))
+        for step in range(3):
+            tracker.log_metrics({"train/loss": 1 / (1 + step), "val/accuracy": 0.9 + step / 100}, 20_000 * step)
+        tracker.log_results({"test/accuracy": 0.9876, "test/loss": 0.0432, "model/parameters": 19_674})
+    return tracker.run_id
 
 
-def test_a_sweep_reads_well(ui: str, store: str, tmp_path: Path) -> None:
-    parent = make_sweep(store, ("se_cnn", "plain_cnn"), seeds=2)
-    subprocess.run([sys.executable, "-m", "mnist_exp.compare", f"sweep={parent}"], check=True, capture_output=True)
-    table = page(ui, tmp_path)
-    names = [f"{arm} seed={seed}" for arm in ("se_cnn", "plain_cnn") for seed in (0, 1)]
-    for part in ("sweep model by seed", "test/accuracy", "model/parameters", *names):
-        assert part in table, f"{part} is not in the leaderboard"
-    charts = page(f"{ui}&compareRunsMode=CHART", tmp_path)
-    for part in ("Search metric charts", "test", "train", "model", 'class="main-svg"'):
-        assert part in charts, f"{part} is not among the charts"
-    front, client = ui.split("#")[0], MlflowClient(store)
-    overview = page(f"{front}{run_path('1', parent)}", tmp_path)
-    for part in ("Answer", "In test/accuracy, against model=se_cnn", "4 jobs: 4 FINISHED", "Child runs", *names):
-        assert part in overview, f"{part} is not on the parent's page"
-    (single,) = client.search_runs(["1"], "tags.overrides = 'seed=7'")
-    path = run_path("1", single.info.run_id).split("?")[0]
-    artifact = page(f"{front}{path}/artifacts/pictures/confusion_matrix.png", tmp_path)
-    assert "confusion_matrix.png" in artifact
-    assert re.search(r"<img[^>]*(blob:|get-artifact)[^>]*>", artifact), re.findall(r"<img[^>]*>", artifact)
+def test_the_leaderboard_shows_whole_values_and_no_assistant(ui: Ui, single: str, visit: Open) -> None:
+    page = visit(ui()[""])
+    for text in ("se_cnn mnist seed=7", "0.9876", "0.0432", "19674", "seed=7"):
+        expect(page.get_by_text(text, exact=True).first).to_be_visible()
+    headers = page.get_by_role("columnheader").all()
+    headers = sorted((header for header in headers if header.bounding_box()), key=lambda header: header.bounding_box()["x"])
+    names = [name for header in headers if "/" in (name := header.inner_text().strip()) or name in ("data", "overrides")]
+    assert list(dict.fromkeys(names)) == ["test/accuracy", "test/loss", "model/parameters", "data", "overrides"]
+    assert page.locator("[data-assistant-ui=true]:has-text('Assistant')").count() == 0
 
 
-def test_html_in_a_description_does_not_run(ui: str, store: str, tmp_path: Path) -> None:
-    (run,) = MlflowClient(store).search_runs(["1"])
-    shown = page(f"{ui.split('#')[0]}{run_path('1', run.info.run_id)}", tmp_path)
-    assert "Repeat it" in shown
-    assert "it ran</title>" in page(f"data:text/html,{quote(HOSTILE)}", tmp_path), "it would have been seen"
-    assert "it ran</title>" not in shown
+def test_html_in_a_description_does_not_run(ui: Ui, single: str, visit: Open) -> None:
+    page = visit(ui(single)[""])
+    expect(page.get_by_text("Repeat it").first).to_be_visible()
+    assert page.title() != "it ran"
 
 
 def test_a_run_that_is_not_there_has_no_page(store: str) -> None:
@@ -108,3 +133,79 @@ def test_a_run_that_is_not_there_has_no_page(store: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "There is no run nonsense" in done.stderr
+
+
+def drawn(page: Page) -> dict[str, list[dict]]:
+    """The data of the drawn charts, by title."""
+    page.locator(".js-plotly-plot").first.wait_for()
+    page.wait_for_timeout(3000)  # for the histories of the metrics
+    script = """plots => plots.map(plot => plot.data.map(trace => (
+        {type: trace.type, x: Array.from(trace.x || []), y: Array.from(trace.y || [])})))"""
+    charts = page.locator(".js-plotly-plot").evaluate_all(script)
+    return {str(number): traces for number, traces in enumerate(charts)}
+
+
+@pytest.mark.parametrize("seeds", [5, 100])
+def test_the_curves_are_means_over_the_loaded_runs_of_each_arm(ui: Ui, visit: Open, store: str, seeds: int) -> None:
+    sweep = make_sweep(store, ARMS, seeds=seeds)
+    page = visit(ui(sweep, "--view", "curves")[""])
+    name = "mean of 15 jobs" if seeds == 5 else "mean of the first 100 of 300 jobs"
+    expect(page.get_by_text(f"Curves by arm: sweep {sweep[:8]}, {name}").first).to_be_attached()
+    bars, losses, *_ = drawn(page).values()
+    assert [trace["type"] for trace in bars] == ["bar"]
+    table = frame(sweep)
+    if seeds > 5:  # the UI loads them in the order of the seeds as text
+        table = table.assign(text=table["seed"].astype(str)).sort_values("text", kind="stable").iloc[:100]
+    expected = table.groupby("model")["test/accuracy"].mean()
+    shown = {label.rpartition(".")[2]: value for value, label in zip(bars[0]["x"], bars[0]["y"], strict=True)}
+    assert shown.keys() == set(ARMS)
+    if seeds == 5:
+        assert shown == pytest.approx(expected.to_dict())
+    else:
+        assert shown == pytest.approx(expected.to_dict(), abs=1e-4), "which seeds are at the edge depends on the store"
+    curves = [trace for trace in losses if len(trace["x"]) == 40]
+    assert len(curves) in (len(ARMS), 2 * len(ARMS)), "a line for each arm, and its points"
+    for curve in curves:
+        assert curve["x"][-1] == 120_000
+        assert curve["y"] == pytest.approx([2 * 0.9**step for step in range(40)])
+
+
+def test_every_question_takes_three_clicks_at_most(
+    ui: Ui, visit: Open, store: str, command_line: CommandLine, tmp_path: Path
+) -> None:
+    done = command_line("-m", f"model={','.join(ARMS)}", "seed=range(0,5)", "data=digits", "~phases.train")
+    assert done.returncode == 0, done.stderr
+    compare = [sys.executable, "-m", "mnist_exp.compare", "sweep=latest", "factor=model", "baseline=plain_cnn"]
+    subprocess.run(compare, check=True, capture_output=True)
+    start = ui()[""]
+    table = frame()
+    best = table.loc[table["test/accuracy"].idxmax()]
+    name = MlflowClient(store).get_run(best["run"]).info.run_name
+
+    page = visit(start)  # the answer
+    page.get_by_role("button", name="Leaderboard").click()
+    page.get_by_test_id("saved-views-item-sweeps").click()
+    page.get_by_role("link", name="sweep model by seed").click()
+    expect(page.get_by_text("In test/accuracy, against model=plain_cnn").first).to_be_visible()
+    picture = page.locator("img[src*='differences.png']")
+    expect(picture).to_be_attached()
+    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
+
+    page = visit(start)  # the averaged curves
+    page.get_by_role("button", name="Leaderboard").click()
+    page.get_by_test_id(re.compile("saved-views-item-curves")).click()
+    page.locator("label:has(input[value='CHART'])").click()
+    assert len([trace for trace in drawn(page)["1"] if len(trace["x"]) > 3]) >= len(ARMS)
+
+    page = visit(start)  # the best model and its accuracy
+    page.get_by_role("link", name=name, exact=True).click()
+    expect(page.get_by_text(f"{best['test/accuracy']:.2%}".replace("%", " %")).first).to_be_visible()
+    page.get_by_role("link", name=f"{best['arm']}-digits").first.click()
+    expect(page.get_by_text("test/accuracy").first).to_be_visible()
+
+    page = visit(start)  # the worst mistakes of a run
+    page.get_by_role("link", name=name, exact=True).click()
+    page.get_by_text("Show more").first.click()
+    picture = page.locator("img[src*='worst_mistakes']").first
+    expect(picture).to_be_visible()
+    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100

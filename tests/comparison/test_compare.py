@@ -51,7 +51,12 @@ def test_the_answer_is_printed_and_the_report_published_in_the_parent(run_compar
     assert run.data.tags["answer"].startswith(headline)
     note = run.data.tags["mlflow.note.content"]
     assert note.startswith(f"**Answer** {headline}")
-    assert note.endswith("15 jobs: 15 FINISHED.")
+    assert "\n\n15 jobs: 15 FINISHED.\n" in note
+    assert f"](get-artifact?path=differences.png&run_uuid={sweep})" in note
+    names = {f"answer/se_cnn/{end}" for end in ("difference", "low", "high", "p", "n")}
+    assert names | {"arm/plain_cnn/test/accuracy", "arm/se_cnn/test/accuracy"} <= run.data.metrics.keys()
+    assert run.data.metrics["answer/se_cnn/difference"] == pytest.approx(0.2, abs=0.1), "in points"
+    assert not {"test/accuracy", "val/accuracy"} & run.data.metrics.keys(), "the parent is no run of a model"
     page = report_of(store, sweep, tmp_path)
     assert (
         page.index(f"<h1>{headline}") < page.index("<h2>Differences") < page.index("<h2>Every run") < page.index("<h2>Reproduce")
@@ -59,7 +64,10 @@ def test_the_answer_is_printed_and_the_report_published_in_the_parent(run_compar
     for part in ("Learning curves", "Cost", "Mistakes", "Configuration differences"):
         assert f"<h2>{part}</h2>" in page, part
     assert "train.setting" not in page, "parameters that are the same in all arms are not shown"
-    assert page.count('src="data:image/svg+xml') == 6
+    assert page.count("</svg>\n</figure>") == page.count("<figure ") == 6
+    assert page.count("<title>plain_cnn, seed 0, run ") == 3, "a tooltip in each figure that shows runs"
+    assert ">difference in test/accuracy" in page, "text is text"
+    assert "run:" not in page
     assert page.count('class="digit"') == 12, "the images that the arms disagree on"
     assert f"sweep={sweep} factor=model.name baseline=plain_cnn" in page
     assert HOSTILE not in page, "a model's name is text, not HTML"

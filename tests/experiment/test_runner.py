@@ -28,8 +28,10 @@ class RecordingTracker(NullTracker):
             "set_tags",
             "set_description",
             "log_metrics",
+            "log_results",
             "log_text",
             "log_file",
+            "log_image",
             "log_dataset",
             "log_model",
         ):

@@ -93,7 +93,7 @@ def test_runs_that_tie_are_named_together() -> None:
     def description(*accuracies: float) -> str:
         children = [child(number, accuracy) for number, accuracy in enumerate(accuracies)]
         rows = job_table([Job(number, [], "") for number in range(len(accuracies))], children, {})
-        return describe_sweep(rows, children, NullStore(), "resume", Definition("GridSweeper", len(rows), [], {}, []))
+        return describe_sweep(rows, children, NullStore(), "1", "resume", Definition("GridSweeper", len(rows), [], {}, []))
 
     assert "Best by val/accuracy, 100.00 %: 4 tie: [seed=0](), [seed=2](), [seed=3]() and 1 more." in description(
         1, 0.99, 1, 1, 1

@@ -1,20 +1,19 @@
-import base64
-import json
 import os
 import sqlite3
-import zlib
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
 from mnist_exp.errors import UserError
-from mnist_exp.tracking.base import NullStore, NullTracker, RunInfo
+from mnist_exp.tracking.base import DatasetInfo, NullStore, NullTracker, RunInfo
 from mnist_exp.tracking.connection import connect
 from mnist_exp.tracking.mlflow_store import MLflowStore
 from mnist_exp.tracking.mlflow_tracker import MLflowTracker
-from mnist_exp.tracking.views import VIEW_TAG
+from mnist_exp.tracking.tags import DESCRIPTION
+from mnist_exp.tracking.views import VIEW_PREFIX, VIEWS
 
 
 def status(tracker: MLflowTracker) -> str:
@@ -64,13 +63,40 @@ def test_the_store_is_opened_once_and_artifacts_lie_beside_it(store: str, tmp_pa
     assert client.get_experiment(first).artifact_location == (tmp_path / "mlartifacts").as_uri()
 
 
-def test_the_leaderboard_view_is_saved_in_the_form_that_the_ui_reads(store: str) -> None:
+def test_an_experiment_gets_its_views_its_description_and_its_kind(store: str) -> None:
     client, experiment_id = connect(store, "test")
-    view = json.loads(client.get_experiment(experiment_id).tags[VIEW_TAG])
-    state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
-    assert "metrics.`test/accuracy`" in state["selectedColumns"]
-    assert "tags.`overrides`" in state["selectedColumns"]
-    assert state["orderByAsc"] is False
+    tags = client.get_experiment(experiment_id).tags
+    assert {VIEW_PREFIX + key for key in VIEWS} <= tags.keys()
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+    assert "viewStateShareKey=sweeps" in tags[DESCRIPTION]
+    client.set_experiment_tag(experiment_id, DESCRIPTION, "mine")
+    connect(store, "test")
+    assert client.get_experiment(experiment_id).tags[DESCRIPTION] == "mine"
+
+
+def test_final_metrics_are_linked_to_the_model_and_recorded_once(store: str, tmp_path: Path) -> None:
+    data = DatasetInfo("mnist", "test", "test", "ab12", "here", 10, 10, (1, 28, 28))
+    held_out = replace(data, split="finetune", context="validation", digest="cd34")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "MLmodel").write_text("{}")
+    with MLflowStore(store, "test").start(RunInfo("name", "")) as tracker:
+        tracker.log_dataset(held_out)
+        tracker.log_dataset(data)
+        for step in (10, 20):
+            tracker.log_metrics({"val/accuracy": step / 100, "train/loss": 1.0}, step)
+        tracker.log_model(tmp_path / "model", "my/cnn: 1-mnist")
+        tracker.log_results({"test/accuracy": 0.5, "model/parameters": 7})
+    client = MlflowClient(store)
+    (model,) = client.search_logged_models([tracker.experiment_id])
+    found = {metric.key: (metric.value, metric.dataset_name, metric.dataset_digest) for metric in model.metrics}
+    assert found == {
+        "val/accuracy": (0.2, "mnist-finetune", "cd34"),
+        "test/accuracy": (0.5, "mnist-test", "ab12"),
+        "model/parameters": (7, None, None),
+    }
+    assert model.name == "my-cnn-1-mnist"
+    assert [point.step for point in client.get_metric_history(tracker.run_id, "val/accuracy")] == [10, 20]
+    assert [point.step for point in client.get_metric_history(tracker.run_id, "test/accuracy")] == [0]
 
 
 def test_the_run_that_mlflow_run_made_is_used(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
