@@ -24,6 +24,8 @@ def main() -> None:
     parser.add_argument("--view", choices=(*views.VIEWS, views.CURVES), help="open this saved view; curves are those of a sweep")
     parser.add_argument("--port", type=int, default=5000, choices=range(1, 65536), metavar="PORT")
     arguments = parser.parse_args()
+    if arguments.run_id and arguments.view not in (None, views.CURVES):
+        parser.error(f"--view {arguments.view} shows all runs: leave out {arguments.run_id}")
     with reported_errors():
         store = MLflowStore(store_uri(), "mnist_exp")
         pages = list_pages(store, arguments.run_id, arguments.view)
@@ -38,10 +40,16 @@ def main() -> None:
         print(f"If your browser does not find {views.HOST}, write {LOOPBACK} instead.", flush=True)
     # Four workers and the job runner would take 12 s and 1.7 GB instead of 6 s and 0.5 GB.
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-    os.environ["MLFLOW_SERVER_ALLOWED_HOSTS"] = ",".join(f"{host}:*" for host in (views.HOST, "localhost", LOOPBACK))
-    os.environ["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"] = f"http://{views.HOST}:{arguments.port}"
+    hosts = [name for host in (views.HOST, "localhost", LOOPBACK, "[[]::1]") for name in (host, f"{host}:*")]
+    append("MLFLOW_SERVER_ALLOWED_HOSTS", *hosts)
+    append("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS", f"http://{views.HOST}:{arguments.port}")
     server = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri", store.uri]
     os.execv(sys.executable, [*server, "--port", str(arguments.port)])  # in this process, so that stopping it stops the server
+
+
+def append(variable: str, *values: str) -> None:
+    """Add values to the comma-separated ones of an environment variable."""
+    os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), *values]))
 
 
 def list_pages(store: MLflowStore, run_id: str | None, view: str | None) -> dict[str, str]:
@@ -52,16 +60,20 @@ def list_pages(store: MLflowStore, run_id: str | None, view: str | None) -> dict
     """
     store.open()
     keys = view_keys(store.client, store.experiment_id)
-    found = {saved.name: views.view_path(store.experiment_id, keys[name]) for name, saved in views.VIEWS.items()}
+    found = {views.VIEWS[name].name: views.view_path(store.experiment_id, key) for name, key in keys.items()}
     if view in views.VIEWS:
+        if view not in keys:
+            raise UserError(f"--view {view}: the view was deleted from experiment mnist_exp. Choose another one.")
         return {(name := views.VIEWS[view].name): found[name]} | found
     if view == views.CURVES and run_id is None:
         run_id = store.find_sweep("latest", finished_too=True)[0].run_id
     if run_id is None:
-        return found
+        return found or {"Runs": views.runs_path(store.experiment_id)}
     run = store.get_run(store.resolve_id(run_id))
+    store.experiment_id = run.info.experiment_id
     if SWEEP_JOBS in run.data.tags:
-        found = {"Curves by arm": "/" + store.link_curves(run.info.run_id, int(run.data.tags[SWEEP_JOBS]))} | found
+        if curves := store.link_curves(run.info.run_id):
+            found = {"Curves by arm": f"/{curves}"} | found
     elif view == views.CURVES:
         raise UserError(f"--view {views.CURVES} needs a sweep: run {run.info.run_id} is a single run.")
     page = {run.info.run_name: views.run_path(run.info.experiment_id, run.info.run_id)}

@@ -458,4 +458,4 @@ def answer_metrics(arms: Arms, rows: Sequence[Row]) -> dict[str, float]:
             ends = {"difference": values.difference, "low": values.interval.low, "high": values.interval.high}
             found |= {f"{name}/{key}": value * scale for key, value in ends.items()}
             found |= {f"{name}/p": values.p, f"{name}/n": float(values.n)}
-    return {storable(name): value for name, value in found.items() if math.isfinite(value)}
+    return {storable(name)[:200]: value for name, value in found.items() if math.isfinite(value)}

@@ -23,23 +23,25 @@ def write_manifest(folder: Path, config: dict[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
 
 
-def verify_manifest(folder: Path, files: set[str]) -> dict[str, Any]:
+def verify_manifest(folder: Path, files: set[str], kind: str = "a model", limit: int = MAX_TEXT_SIZE) -> dict[str, Any]:
     """Return the configuration in the manifest of `folder`.
 
     Args:
         folder: The folder. Files that its manifest lists are never opened by that name, which could be any path.
         files: The paths of the files that the folder must consist of, besides the manifest.
+        kind: What the folder contains, for messages.
+        limit: The largest manifest, in bytes.
 
     Raises:
         UserError: The folder has other files, a file was changed, or the manifest is of another version.
     """
     try:
-        manifest = json.loads(read_text_file(folder / MANIFEST))
+        manifest = json.loads(read_text_file(folder / MANIFEST, limit))
         version, expected, config = manifest["format_version"], manifest["sha256"], manifest["config"]
         if not isinstance(expected, dict) or not isinstance(config, dict):
             raise TypeError
     except OSError as error:
-        raise UserError(f"{folder} is not a model exported by this program: {MANIFEST}: {error.strerror}.") from error
+        raise UserError(f"{folder} is not {kind} exported by this program: {MANIFEST}: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder} is damaged: its {MANIFEST} is unreadable.") from error
     if version != FORMAT_VERSION:
@@ -49,20 +51,20 @@ def verify_manifest(folder: Path, files: set[str]) -> dict[str, Any]:
         name = path.relative_to(folder).as_posix()
         is_expected = path.is_dir() if name in folders else name in files | {MANIFEST} | UNREAD and path.is_file()
         if path.is_symlink() or not is_expected or (path.is_file() and path.stat().st_size > MAX_FILE_SIZE):
-            raise UserError(f"{folder} is not a model exported by this program: {name!r} does not belong to one.")
+            raise UserError(f"{folder} is not {kind} exported by this program: {name!r} does not belong to one.")
     actual = _checksums(folder)
     for name in sorted(actual.keys() | expected.keys()):
         if actual.get(name) != expected.get(name):
             problem = "was added" if name not in expected else "is missing" if name not in actual else "was changed"
             raise UserError(f"{folder} was changed after it was written: {name!r} {problem}.")
     for name in sorted(files - actual.keys()):
-        raise UserError(f"{folder} is not a model exported by this program: {name!r} is missing.")
+        raise UserError(f"{folder} is not {kind} exported by this program: {name!r} is missing.")
     return config
 
 
-def read_text_file(path: Path) -> bytes:
-    """Return the content of a file; raises ValueError if it is a link or larger than `MAX_TEXT_SIZE`."""
-    if path.is_symlink() or path.stat().st_size > MAX_TEXT_SIZE:
+def read_text_file(path: Path, limit: int = MAX_TEXT_SIZE) -> bytes:
+    """Return the content of a file; raises ValueError if it is a link or larger than `limit` bytes."""
+    if path.is_symlink() or path.stat().st_size > limit:
         raise ValueError
     return path.read_bytes()
 

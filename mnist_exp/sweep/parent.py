@@ -19,7 +19,7 @@ from mnist_exp.sweep.summary import describe_sweep, job_table, results_csv, swee
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import PROCESS_DIED, RunInfo, RunRecord, Store, Tracker
 from mnist_exp.tracking.definition import Definition, Job, JobContext, sweep_params
-from mnist_exp.tracking.tags import HOST, OUTPUT_DIR, OVERRIDES, PID, SWEEP_JOBS
+from mnist_exp.tracking.tags import ANSWER, HOST, OUTPUT_DIR, OVERRIDES, PID, SWEEP_JOBS
 
 ORPHAN_PATIENCE = 60.0  # seconds for the jobs of a killed parent to end
 
@@ -171,7 +171,7 @@ def open_parent(
         force = config["sweep"]["force"]
         parent = Parent(store, tracker, output_dir, definition, varied, locations, resume_command, force)
         if sweep_id:
-            tracker.set_tags(process_tags)
+            tracker.set_tags(process_tags | {ANSWER: ""})  # an answer from fewer jobs no longer holds
         else:
             lock.enter_context(run_dir.lock_run(parent.folder))
             store.reap(output_dir)

@@ -206,7 +206,7 @@ def describe_sweep(
         tied = f"{len(best)} tie: " if len(best) > 1 else ""
         lines.append(f"Best by {RANKED_BY}, {format_metric(RANKED_BY, highest)}: {tied}{links}{more}.")
     finished = any(row["status"] == "FINISHED" for row in rows)
-    if finished and (curves := store.link_curves(sweep_id, len(rows))):
+    if finished and (curves := store.link_curves(sweep_id)):
         lines += ["", f"[Curves by arm]({curves}), each the mean over its runs."]
     if definition.plan:
         plan = ", ".join(f"{key} {value}" for key, value in asdict(definition.plan).items() if value is not None)

@@ -246,8 +246,8 @@ class Store(Protocol):
     def page(self, run_id: str) -> str | None:
         """Return the http(s) address of a run's page, None if the store is no server."""
 
-    def link_curves(self, sweep_id: str, jobs: int) -> str:
-        """Save the view of the curves of a sweep with `jobs` jobs; return a link to it, for a description."""
+    def link_curves(self, sweep_id: str) -> str:
+        """Save the view of the curves of a sweep; return a link to it, for a description, empty if it cannot be saved."""
 
 
 class NullTracker:
@@ -315,5 +315,5 @@ class NullStore:
     def page(self, run_id: str) -> str | None:
         return None
 
-    def link_curves(self, sweep_id: str, jobs: int) -> str:
+    def link_curves(self, sweep_id: str) -> str:
         return ""

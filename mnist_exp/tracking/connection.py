@@ -19,7 +19,7 @@ from mnist_exp.redaction import has_credentials
 from mnist_exp.signals import defer_signals
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import StoreAwayError, StoreGoneError
-from mnist_exp.tracking.views import MARKS, VIEWS, View, current_key, describe_experiment, view_tags
+from mnist_exp.tracking.views import MARKS, VIEW_PREFIX, VIEWS, View, current_key, describe_experiment, view_tags
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -108,11 +108,11 @@ def _open_experiment(mlflow: Any, uri: str, experiment: str, artifact_location: 
                 raise
         found = client.get_experiment_by_name(experiment)
     experiment_id = str(found.experiment_id)
-    save_views(client, experiment_id, {})
-    if tag.DESCRIPTION not in found.tags:
-        client.set_experiment_tag(experiment_id, tag.DESCRIPTION, describe_experiment(experiment_id))
-        for key, value in MARKS.items():
-            client.set_experiment_tag(experiment_id, key, value)
+    with suppress(MlflowException):  # from a server that does not allow it: everything else works without them
+        save_views(client, experiment_id, {})
+        for key, value in {tag.DESCRIPTION: describe_experiment(experiment_id), **MARKS}.items():
+            if key not in found.tags:
+                client.set_experiment_tag(experiment_id, key, value)
     return client, experiment_id
 
 
@@ -126,9 +126,10 @@ def save_views(client: "MlflowClient", experiment_id: str, added: Mapping[str, V
 
 
 def view_keys(client: "MlflowClient", experiment_id: str) -> dict[str, str]:
-    """Return the key under which an experiment holds our version of each saved view, by its usual key."""
+    """Return the keys under which an experiment holds our saved views, by their usual keys; without those that a user deleted."""
     tags = client.get_experiment(experiment_id).tags
-    return {key: current_key(tags, key, view) for key, view in VIEWS.items()}
+    keys = {key: current_key(tags, key, view) for key, view in VIEWS.items()}
+    return {usual: key for usual, key in keys.items() if VIEW_PREFIX + key in tags}
 
 
 def retry(operation: Callable[[], Result], uri: str, patience: float) -> Result:

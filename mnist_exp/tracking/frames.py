@@ -41,6 +41,6 @@ def frame(sweep: str = "latest", uri: str | None = None, experiment: str = "mnis
     table = pd.DataFrame(rows)
     for key in dict.fromkeys(key for values in overrides.values() for key in values if key in table):
         numbers = pd.to_numeric(table[key], errors="coerce")
-        if numbers.notna().all():
+        if numbers.notna().equals(table[key].notna()):
             table[key] = numbers
     return table

@@ -23,7 +23,7 @@ from mnist_exp.tracking.base import OUTCOME, PROCESS_DIED, Answer, Recipe, RunIn
 from mnist_exp.tracking.connection import Result, absolute_uri, connect, first_line, is_refusal, retry, save_views
 from mnist_exp.tracking.definition import Definition, parse_definition
 from mnist_exp.tracking.mlflow_tracker import MLflowTracker, terminate
-from mnist_exp.tracking.views import artifact_path, curves_key, curves_view, run_path, view_path
+from mnist_exp.tracking.views import artifact_path, current_key, curves_key, curves_view, run_path, view_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -223,10 +223,9 @@ class MLflowStore:
         path = run_path(self.experiment_id, run_id)
         return f"{without_credentials(self.uri)}{path}" if self.uri.startswith("http") else None
 
-    def link_curves(self, sweep_id: str, jobs: int) -> str:
-        key = curves_key(sweep_id)
-        save_views(self.client, self.experiment_id, {key: curves_view(sweep_id, jobs)})
-        return view_path(self.experiment_id, key).removeprefix("/")
+    def link_curves(self, sweep_id: str) -> str:
+        finished = sum(record.status == "FINISHED" for record in self.children(sweep_id))
+        return _link_curves(self.client, self.experiment_id, sweep_id, finished)
 
 
 def download(client: "MlflowClient", run_id: str, path: str) -> bytes:
@@ -238,6 +237,18 @@ def download(client: "MlflowClient", run_id: str, path: str) -> bytes:
             return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
     except MlflowException as error:
         raise OSError(str(error)) from error
+
+
+def _link_curves(client: "MlflowClient", experiment_id: str, sweep_id: str, finished: int) -> str:
+    from mlflow.exceptions import MlflowException
+
+    key, view = curves_key(sweep_id), curves_view(sweep_id, finished)
+    try:
+        save_views(client, experiment_id, {key: view})
+        tags = client.get_experiment(experiment_id).tags
+    except MlflowException:  # the sweep has its results without a view
+        return ""
+    return view_path(experiment_id, current_key(tags, key, view)).removeprefix("/")
 
 
 def _publish(client: "MlflowClient", run_id: str, answer: Answer) -> str:

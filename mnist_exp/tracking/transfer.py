@@ -1,16 +1,16 @@
 """Moves sweeps between stores: a sweep with its jobs, files and models as a folder."""
 
 import json
-import math
 import re
 import shutil
+import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import check_stored
 from mnist_exp.redaction import redact_all
 from mnist_exp.storage.manifest import MANIFEST, read_text_file, verify_manifest, write_manifest
 from mnist_exp.tracking import tags as tag
@@ -18,16 +18,18 @@ from mnist_exp.tracking.base import RunRecord
 from mnist_exp.tracking.connection import first_line
 from mnist_exp.tracking.definition import parse_definition
 from mnist_exp.tracking.housekeeping import logged_models
-from mnist_exp.tracking.mlflow_store import RUN_ID, MLflowStore
+from mnist_exp.tracking.mlflow_store import RUN_ID, MLflowStore, download, record_of
 from mnist_exp.tracking.model_export import verify_model
 from mnist_exp.tracking.provenance import user
-from mnist_exp.tracking.views import ONE_SWEEP
+from mnist_exp.tracking.views import ONE_SWEEP, model_name
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
 KIND = "sweep"
 IMPORTED, IMPORTING = "imported.run_id", "importing.run_id"  # the old id of a run; of one that is not complete
+MAX_RUN = 100_000_000  # bytes of a run.json, or of the manifest of a sweep
+MAX_TIME = 2**53  # milliseconds, or examples
 ENDED = ("FINISHED", "FAILED", "KILLED")
 NOT_MOVED = (tag.HOST, tag.PID, tag.OUTPUT_DIR)  # the process and the folder of the old machine
 
@@ -46,8 +48,20 @@ class Point:
 
 
 @dataclass(frozen=True)
+class MovedDataset:
+    """A data set that a run uses, as MLflow records it."""
+
+    name: str
+    digest: str
+    source: str
+    schema: str
+    profile: str
+    context: str
+
+
+@dataclass(frozen=True)
 class MovedRun:
-    """A run as it is exported; datasets: name, digest, source, schema, profile and context of each."""
+    """A run as it is exported; times in milliseconds since 1970."""
 
     run_id: str
     name: str
@@ -57,43 +71,55 @@ class MovedRun:
     tags: dict[str, str]
     params: dict[str, str]
     points: list[Point]
-    datasets: list[dict[str, str]] = field(default_factory=list)
+    datasets: list[MovedDataset] = field(default_factory=list)
     model: str | None = None
 
 
 def export_sweep(store: MLflowStore, sweep: str, folder: Path) -> int:
     """Write a sweep to a new folder; return the number of its jobs' runs. Raises UserError."""
+    from mlflow.exceptions import MlflowException
+
     if folder.exists():
         raise UserError(f"{folder} exists already: expected a new folder. Choose another name.")
     parent, _ = store.find_sweep(sweep, finished_too=True)
     records = [parent, *store.children(parent.run_id)]
     if running := [record for record in records if record.status not in ENDED]:
         raise UserError(f"Run {running[0].run_id} of sweep {parent.run_id} is {running[0].status}: export it once it has ended.")
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = None
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         for record in records:
             _export_run(store, record, partial / record.run_id)
         write_manifest(partial, {"kind": KIND, "sweep": parent.run_id})
         partial.replace(folder)
+    except MlflowException as error:
+        raise UserError(f"Sweep {parent.run_id} cannot be exported: {first_line(error)}") from error
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}. Choose another folder, or free some space.") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial:
+            shutil.rmtree(partial, ignore_errors=True)
     return len(records) - 1
 
 
 def _export_run(store: MLflowStore, record: RunRecord, folder: Path) -> None:
     from mlflow.artifacts import download_artifacts
 
-    (folder / "artifacts").mkdir(parents=True)
+    folder.mkdir()
     run, models = store.get_run(record.run_id), logged_models(store, record)
     histories = [store.client.get_metric_history(record.run_id, key) for key in run.data.metrics]
     linked = {(m.key, m.step): m for model in models for m in model.metrics or []}
     points = [_point(point, linked.get((point.key, point.step))) for history in histories for point in history]
     datasets = [
-        {key: getattr(item.dataset, key) or "" for key in ("name", "digest", "source", "schema", "profile")}
-        | {"context": next((t.value for t in item.tags if t.key == tag.DATASET_CONTEXT), "")}
+        MovedDataset(
+            item.dataset.name,
+            item.dataset.digest,
+            item.dataset.source or "",
+            item.dataset.schema or "",
+            item.dataset.profile or "",
+            next((t.value for t in item.tags if t.key == tag.DATASET_CONTEXT), ""),
+        )
         for item in (run.inputs.dataset_inputs if run.inputs else [])
     ]
     moved = MovedRun(
@@ -102,6 +128,7 @@ def _export_run(store: MLflowStore, record: RunRecord, folder: Path) -> None:
     )  # fmt: skip
     (folder / "run.json").write_text(json.dumps(redact_all(asdict(moved))))
     for artifact in store.client.list_artifacts(record.run_id):
+        (folder / "artifacts").mkdir(exist_ok=True)
         download_artifacts(f"{record.artifacts}/{artifact.path}", dst_path=str(folder / "artifacts"))
     if models:
         download_artifacts(f"models:/{models[0].model_id}", dst_path=str(folder / "model"))
@@ -118,110 +145,151 @@ def import_sweep(store: MLflowStore, folder: Path) -> tuple[str, int]:
     Runs that an earlier import has completed are left as they are.
 
     Raises:
-        UserError: The folder is not as `export_sweep` writes it. Nothing was recorded.
+        UserError: The folder is not as `export_sweep` writes it, and nothing was recorded; or the store refuses a run.
     """
     runs = _read(folder)
     store.open()
     before = {record.tags[IMPORTED]: record.run_id for record in store.runs(f"tags.`{IMPORTED}` LIKE '%'")}
+    parent = runs[0]
+    if parent.run_id in before:
+        _refuse_extended(store, before[parent.run_id], folder / parent.run_id / "artifacts" / "sweep.json")
     for record in store.runs(f"tags.`{IMPORTING}` LIKE '%'"):  # an import that was interrupted
-        if record.tags[IMPORTING] in {run.run_id for run in runs} and IMPORTED not in record.tags:
-            store.delete(record.run_id)
+        if record.tags[IMPORTING] in {run.run_id for run in runs}:
+            _discard(store, record.run_id)
     ids: dict[str, str] = {}
     for run in runs:  # the parent first
         ids[run.run_id] = before.get(run.run_id) or _import_run(store, run, folder / run.run_id, ids)
-    parent = runs[0]
-    jobs = parent.tags[tag.SWEEP_JOBS]
-    store.link_curves(ids[parent.run_id], int(jobs) if jobs.isdecimal() and len(jobs) < 9 else len(runs) - 1)
-    if parent.run_id not in before and tag.DESCRIPTION in parent.tags:
-        description = _with_new_ids(parent.tags[tag.DESCRIPTION], ids, store.experiment_id)
-        store.client.set_tag(ids[parent.run_id], tag.DESCRIPTION, description)
-    return ids[parent.run_id], len(ids.keys() - before.keys())
+    new_id = ids[parent.run_id]
+    store.link_curves(new_id)
+    description = store.client.get_run(new_id).data.tags.get(tag.DESCRIPTION, "")
+    store.client.set_tag(new_id, tag.DESCRIPTION, _with_new_ids(description, ids, store.experiment_id))
+    return new_id, len(ids.keys() - before.keys())
+
+
+def _refuse_extended(store: MLflowStore, run_id: str, file: Path) -> None:
+    """Raise UserError if an imported sweep had other jobs than the folder: its results would not fit."""
+    if download(store.client, run_id, "sweep.json") != read_text_file(file, MAX_RUN):
+        raise UserError(f"Sweep {run_id} was imported with other jobs, before it was extended. Delete it, then import it again.")
+
+
+def _discard(store: MLflowStore, run_id: str) -> None:
+    """Delete a run that is incomplete, and its model."""
+    for model in logged_models(store, record_of(store.get_run(run_id))):
+        store.client.delete_logged_model(model.model_id)
+    store.delete(run_id)
 
 
 def _read(folder: Path) -> list[MovedRun]:
     """Return the runs in an exported folder, the parent first, after every file was checked; raises UserError."""
-    from pydantic import TypeAdapter, ValidationError
-
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
-    config = verify_manifest(folder, files)
+    config = verify_manifest(folder, files, "a sweep", MAX_RUN)
     damaged = f"{folder} is not a sweep exported by this program"
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    if config.get("kind") != KIND or config.get("sweep") not in names or not all(map(RUN_ID.fullmatch, names)):
+    sweep = config.get("sweep")
+    if config.get("kind") != KIND or sweep not in names or not all(map(RUN_ID.fullmatch, names)):
         raise UserError(f"{damaged}: expected a folder from `runs export`.")
-    runs = []
-    for name in sorted(names, key=lambda name: name != config["sweep"]):
-        try:
-            run = TypeAdapter(MovedRun).validate_json(read_text_file(folder / name / "run.json"))
-        except (OSError, ValueError, ValidationError) as error:
-            raise UserError(f"{damaged}: {name}/run.json is unreadable: {first_line(error)}") from error
-        is_parent = name == config["sweep"]
-        belongs = tag.SWEEP_JOBS in run.tags if is_parent else run.tags.get(tag.SWEEP) == config["sweep"]
-        finite = all(math.isfinite(point.value) for point in run.points)
-        if run.run_id != name or run.status not in ENDED or not belongs or not finite:
-            raise UserError(f"{damaged}: {name}/run.json does not describe an ended run of sweep {config['sweep']}.")
-        if run.model is not None:
-            verify_model(folder / name / "model")
-        runs.append(run)
-    _check_overrides(folder / config["sweep"] / "artifacts" / "sweep.json", damaged)
-    return runs
+    jobs = _jobs(folder / sweep / "artifacts" / "sweep.json", damaged)
+    return [_read_run(folder / name, sweep, jobs, damaged) for name in sorted(names, key=lambda name: name != sweep)]
 
 
-def _check_overrides(file: Path, damaged: str) -> None:
+def _read_run(folder: Path, sweep: str, jobs: set[str], damaged: str) -> MovedRun:
+    from pydantic import TypeAdapter, ValidationError
+
     try:
-        definition = parse_definition(read_text_file(file), str(file))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{damaged}: its sweep.json is unreadable.") from error
+        run = TypeAdapter(MovedRun).validate_json(read_text_file(folder / "run.json", MAX_RUN))
+    except (OSError, ValueError, ValidationError) as error:
+        raise UserError(f"{damaged}: {folder.name}/run.json is unreadable: {first_line(error)}") from error
+    if folder.name == sweep:  # a parent that is a job of another sweep would bring results into that one
+        belongs = tag.SWEEP_JOBS in run.tags and not run.tags.keys() & {tag.SWEEP, tag.JOB, tag.PARENT}
+    else:
+        belongs = run.tags.get(tag.SWEEP) == run.tags.get(tag.PARENT) == sweep and run.tags.get(tag.JOB) in jobs
+        belongs = belongs and tag.SWEEP_JOBS not in run.tags
+    times = [run.started, run.ended, *(point.timestamp for point in run.points), *(point.step for point in run.points)]
+    names = [*run.tags, *run.params, *(point.key for point in run.points), *(item.name for item in run.datasets)]
+    is_valid = all(0 <= time < MAX_TIME for time in times) and all(re.fullmatch(r"[\w\-. /:]{1,250}", name) for name in names)
+    if run.run_id != folder.name or run.status not in ENDED or not belongs or not is_valid:
+        raise UserError(f"{damaged}: {folder.name}/run.json does not describe an ended run of sweep {sweep}.")
+    if run.model is not None:
+        verify_model(folder / "model")
+    return run
+
+
+def _jobs(file: Path, damaged: str) -> set[str]:
+    """Return the numbers of the jobs in a sweep.json, as text; raises UserError if it is unreadable or must not be stored."""
+    try:
+        definition = parse_definition(read_text_file(file, MAX_RUN), str(file))
+    except (OSError, ValueError):
+        definition = None
     if definition is None:
         raise UserError(f"{damaged}: its sweep.json is unreadable.")
-    check_stored(definition.overrides, str(file))
+    return {str(job.number) for job in definition.jobs}
 
 
 def _import_run(store: MLflowStore, moved: MovedRun, folder: Path, ids: dict[str, str]) -> str:
     """Record one run with its files and its model; return its new id."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, LoggedModelStatus, Metric, Param, RunTag
+    from mlflow.entities import RunTag
     from mlflow.exceptions import MlflowException
 
-    client = store.client
-    tags = {key: value for key, value in moved.tags.items() if key not in (*NOT_MOVED, IMPORTED, IMPORTING)}
-    tags |= {key: ids[moved.tags[key]] for key in (tag.PARENT, tag.SWEEP) if moved.tags.get(key) in ids}
-    tags |= {"imported.by": user(), "imported.time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    client, run_id = store.client, None
     try:
-        started = {IMPORTING: moved.run_id}
-        run: Run = client.create_run(store.experiment_id, moved.started, started, moved.name)
+        run: Run = client.create_run(store.experiment_id, moved.started, {IMPORTING: moved.run_id}, moved.name)
         run_id = str(run.info.run_id)
+        tags = {key: value for key, value in moved.tags.items() if key not in (*NOT_MOVED, IMPORTED, IMPORTING)}
+        tags |= {key: ids[moved.tags[key]] for key in (tag.PARENT, tag.SWEEP) if key in moved.tags}
+        tags |= {"imported.by": user(), "imported.time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         if tag.DESCRIPTION in tags:
             tags[tag.DESCRIPTION] = tags[tag.DESCRIPTION].replace(moved.run_id, run_id)
-        for item in moved.datasets:
-            fields = (item[key] for key in ("name", "digest", "source", "schema", "profile"))
-            name, digest, source, schema, profile = fields
-            dataset = Dataset(name, digest, "local", source, schema, profile)
-            client.log_inputs(run_id, [DatasetInput(dataset, [InputTag(tag.DATASET_CONTEXT, item["context"])])])
-        for path in sorted((folder / "artifacts").iterdir()):
-            client.log_artifacts(run_id, str(path), path.name) if path.is_dir() else client.log_artifact(run_id, str(path))
-        model_id = None
-        if moved.model is not None:
-            model = client.create_logged_model(store.experiment_id, moved.model, run_id, params=moved.params)
-            model_id = model.model_id
-            client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
-            client.log_model_artifacts(model_id, str(folder / "model"))
-            client.finalize_logged_model(model_id, LoggedModelStatus.READY)
-        metrics = [
-            Metric(
-                point.key, point.value, point.timestamp, point.step, model_id=model_id if point.model else None,
-                dataset_name=point.dataset, dataset_digest=point.digest, run_id=run_id,
-            )
-            for point in moved.points
-        ]  # fmt: skip
-        for start in range(0, len(metrics), 1000):
-            client.log_batch(run_id, metrics=metrics[start : start + 1000])
-        client.log_batch(run_id, params=[Param(key, value) for key, value in moved.params.items()])
-        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in (tags | {IMPORTED: moved.run_id}).items()])
+        model_id = _import_files(store, run_id, moved, folder)
+        _import_values(store, run_id, moved, model_id)
+        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         client.set_terminated(run_id, moved.status, moved.ended)
-    except (MlflowException, OSError, KeyError) as error:
+        client.set_tag(run_id, IMPORTED, moved.run_id)  # now complete
+        client.delete_tag(run_id, IMPORTING)
+    except (MlflowException, OSError) as error:
+        if run_id is not None:
+            with suppress(Exception):  # the first error matters
+                _discard(store, run_id)
         raise UserError(
             f"Run {moved.run_id} cannot be imported: {first_line(error)}\nRepeat the command: it adds only what is missing."
         ) from error
     return run_id
+
+
+def _import_files(store: MLflowStore, run_id: str, moved: MovedRun, folder: Path) -> str | None:
+    """Record the files and the model of a run; return the id of the model."""
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+
+    client = store.client
+    if (folder / "artifacts").is_dir():
+        for path in sorted((folder / "artifacts").iterdir()):
+            client.log_artifacts(run_id, str(path), path.name) if path.is_dir() else client.log_artifact(run_id, str(path))
+    if moved.model is None:
+        return None
+    model = client.create_logged_model(store.experiment_id, model_name(moved.model), run_id, params=moved.params)
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    client.log_model_artifacts(model.model_id, str(folder / "model"))
+    client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    return str(model.model_id)
+
+
+def _import_values(store: MLflowStore, run_id: str, moved: MovedRun, model_id: str | None) -> None:
+    """Record the data sets, the metrics and the parameters of a run."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+
+    client = store.client
+    for item in moved.datasets:
+        dataset = Dataset(item.name, item.digest, "local", item.source, item.schema, item.profile)
+        client.log_inputs(run_id, [DatasetInput(dataset, [InputTag(tag.DATASET_CONTEXT, item.context)])])
+    metrics = [
+        Metric(
+            point.key, point.value, point.timestamp, point.step, model_id=model_id if point.model else None,
+            dataset_name=point.dataset, dataset_digest=point.digest, run_id=run_id,
+        )
+        for point in moved.points
+    ]  # fmt: skip
+    for start in range(0, len(metrics), 1000):
+        client.log_batch(run_id, metrics=metrics[start : start + 1000])
+    client.log_batch(run_id, params=[Param(key, value) for key, value in moved.params.items()])
 
 
 def _with_new_ids(text: str, ids: dict[str, str], experiment_id: str) -> str:

@@ -19,7 +19,8 @@ from mnist_exp.tracking.tags import ANSWER, ARM, DATA, OVERRIDES, SWEEP, SWEEP_J
 
 CHECKED_WITH = "3.17"
 VIEW_PREFIX = "mlflow.sharedViewState."
-WRITTEN = "mnist_exp.views"  # JSON: the digest of each saved view as we wrote it
+WRITTEN = "mnist_exp.view."  # and the key of a view: its digest as we wrote it
+FIRST_LEADERBOARD = "3f163544af7b"  # the digest of the only view of versions that kept no digests
 ONE_SWEEP = "curves-"  # and the first digits of the sweep's id: the saved view of its curves
 MAX_SWEEPS = 20  # saved views of single sweeps; the oldest go
 RUN_NAME, DURATION = "attributes.`Run Name`", "attributes.`Duration`"
@@ -41,12 +42,10 @@ class View:
     Args:
         name: The name that the UI shows.
         state: The state of the page, by the UI's own keys.
-        is_chart: Whether the page opens on its charts instead of its table; links hold this, not the state.
     """
 
     name: str
     state: Mapping[str, Any] = field(default_factory=dict)
-    is_chart: bool = False
 
     @property
     def digest(self) -> str:
@@ -134,24 +133,24 @@ VIEWS = {
         | _charts(
             _scatter("model/parameters", "test/accuracy"), _scatter("time/total_seconds", "test/accuracy"), section="cost"
         ),
-        is_chart=True,
     ),
 }  # fmt: skip
 
 
-def curves_view(sweep_id: str, jobs: int) -> View:
-    """Return the view of the curves of one sweep's arms, each the mean over its runs."""
-    of = f"the first {MAX_LOADED} of {jobs} jobs" if jobs > MAX_LOADED else f"{jobs} jobs"
+def curves_view(sweep_id: str, finished: int) -> View:
+    """Return the view of the curves of one sweep's arms, each the mean over its finished runs."""
+    of = f"the first {MAX_LOADED} of {finished} runs" if finished > MAX_LOADED else f"{finished} runs"
     groups = [{"mode": "tag", "groupByData": ARM}]
+    query = f"tags.{SWEEP} = '{sweep_id}' and attributes.status = 'FINISHED'"
     state = {
-        **_table({_metric("val/accuracy"): 110}, f"tags.{SWEEP} = '{sweep_id}'", "params.`seed`", ascending=True),
+        **_table({_metric("val/accuracy"): 110}, query, "params.`seed`", ascending=True),
         **_charts(
             _bar("test/accuracy"), _line("train/loss"), _line("train/accuracy"), _line("val/accuracy"), section="curves by arm"
         ),
         "groupBy": {"aggregateFunction": "average", "groupByKeys": groups},
         "useGroupedValuesInCharts": True,
     }
-    return View(f"Curves by arm: sweep {sweep_id[:8]}, mean of {of}", state, is_chart=True)
+    return View(f"Curves by arm: sweep {sweep_id[:8]}, mean of {of}", state)
 
 
 def curves_key(sweep_id: str) -> str:
@@ -159,34 +158,38 @@ def curves_key(sweep_id: str) -> str:
     return ONE_SWEEP + sweep_id[:8]
 
 
-def view_tags(tags: Mapping[str, str], added: Mapping[str, View] | None = None) -> tuple[dict[str, str], list[str]]:
+def view_tags(tags: Mapping[str, str], added: Mapping[str, View]) -> tuple[dict[str, str], list[str]]:
     """Return the tags to set, and those to delete, that bring an experiment's saved views up to date.
 
-    A view that a user has changed or deleted stays as it is. Of a changed one, ours is added next to it once it is a new one.
+    A view that a user has changed or deleted stays as it is. Next to a changed one, ours is added once it is a new one. Each view
+    has a tag of its own for its digest, because several sweeps may end at once.
 
     Args:
         tags: The tags of the experiment.
         added: Views of single sweeps to add, by key.
     """
-    try:
-        written = {str(key): str(digest) for key, digest in json.loads(tags.get(WRITTEN, "{}")).items()}
-    except (ValueError, AttributeError):
-        written = {}
     changes: dict[str, str] = {}
-    for key, view in {**VIEWS, **(added or {})}.items():
-        if view.digest in (written.get(key), written.get(f"{key}-{view.digest}")):
+    for key, view in {**VIEWS, **added}.items():
+        first = FIRST_LEADERBOARD if key == LEADERBOARD else None
+        stored, written = tags.get(VIEW_PREFIX + key), tags.get(WRITTEN + key, first)
+        if view.digest in (written, tags.get(f"{WRITTEN}{key}-{view.digest}")) or (stored is None and WRITTEN + key in tags):
             continue
-        stored = tags.get(VIEW_PREFIX + key)
-        if stored is not None and _digest(stored) != written.get(key):  # a user's
+        if stored is not None and _digest(stored) != written:  # a user's
             key = f"{key}-{view.digest}"
-        changes[VIEW_PREFIX + key], written[key] = view.as_tag(), view.digest
-    single = [key for key in written if key.startswith(ONE_SWEEP)]
-    surplus = single[: max(0, len(single) - MAX_SWEEPS)]
-    for key in surplus:
-        del written[key]
-    if changes:
-        changes[WRITTEN] = json.dumps(written)
-    return changes, [VIEW_PREFIX + key for key in surplus if VIEW_PREFIX + key in tags]
+        changes |= {VIEW_PREFIX + key: view.as_tag(), WRITTEN + key: view.digest}
+    merged = {**tags, **changes}
+    ours = {name.removeprefix(WRITTEN): name for name in merged if name.startswith(WRITTEN + ONE_SWEEP)}
+    age = {key: _created(merged.get(VIEW_PREFIX + key, "")) for key in ours}
+    oldest = sorted(ours, key=lambda key: age[key])[: max(0, len(ours) - MAX_SWEEPS)]
+    return changes, [name for key in oldest for name in (ours[key], VIEW_PREFIX + key) if name in tags]
+
+
+def _created(tag: str) -> float:
+    """Return when the view in a tag was created, 0 if that is not readable."""
+    try:
+        return float(json.loads(tag)["createdAt"])
+    except (ValueError, KeyError, TypeError):
+        return 0.0
 
 
 def _digest(tag: str) -> str | None:
@@ -213,8 +216,7 @@ def describe_experiment(experiment_id: str) -> str:
 
 def view_path(experiment_id: str, key: str) -> str:
     """Return the path of the page that shows a saved view."""
-    is_chart = key.startswith((CURVES, COST))
-    mode = "&compareRunsMode=CHART" if is_chart else ""
+    mode = "&compareRunsMode=CHART" if key.startswith((CURVES, COST)) else ""  # the state does not hold it
     return f"{runs_path(experiment_id)}&viewStateShareKey={quote(key)}{mode}"
 
 

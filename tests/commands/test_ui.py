@@ -149,9 +149,9 @@ def drawn(page: Page) -> dict[str, list[dict]]:
 def test_the_curves_are_means_over_the_loaded_runs_of_each_arm(ui: Ui, visit: Open, store: str, seeds: int) -> None:
     sweep = make_sweep(store, ARMS, seeds=seeds)
     page = visit(ui(sweep, "--view", "curves")[""])
-    name = "mean of 15 jobs" if seeds == 5 else "mean of the first 100 of 300 jobs"
+    name = "mean of 15 runs" if seeds == 5 else "mean of the first 100 of 300 runs"
     expect(page.get_by_text(f"Curves by arm: sweep {sweep[:8]}, {name}").first).to_be_attached()
-    bars, losses, *_ = drawn(page).values()
+    bars, _, accuracies, *_ = drawn(page).values()
     assert [trace["type"] for trace in bars] == ["bar"]
     table = frame(sweep)
     if seeds > 5:  # the UI loads them in the order of the seeds as text
@@ -163,11 +163,26 @@ def test_the_curves_are_means_over_the_loaded_runs_of_each_arm(ui: Ui, visit: Op
         assert shown == pytest.approx(expected.to_dict())
     else:
         assert shown == pytest.approx(expected.to_dict(), abs=1e-4), "which seeds are at the edge depends on the store"
-    curves = [trace for trace in losses if len(trace["x"]) == 40]
+    curves = [trace for trace in accuracies if len(trace["x"]) == 40]
     assert len(curves) in (len(ARMS), 2 * len(ARMS)), "a line for each arm, and its points"
-    for curve in curves:
-        assert curve["x"][-1] == 120_000
-        assert curve["y"] == pytest.approx([2 * 0.9**step for step in range(40)])
+    assert {curve["x"][-1] for curve in curves} == {120_000}
+    means = sorted(table.groupby("model")["train/accuracy"].mean())
+    ends = sorted({round(curve["y"][-1], 9) for curve in curves})
+    assert ends == pytest.approx(means, abs=1e-8 if seeds == 5 else 1e-4)
+
+
+def test_sweeps_and_costs_have_their_views(ui: Ui, visit: Open, store: str, single: str) -> None:
+    make_sweep(store, ARMS, seeds=2)
+    links = ui()
+    page = visit(links["Sweeps"])
+    expect(page.get_by_role("link", name="sweep model by seed")).to_be_visible()
+    assert page.get_by_role("link", name="se_cnn mnist seed=7").count() == 0, "parents only"
+    for name in ("sweep/jobs_finished", "sweep/jobs_failed", "sweep/best_val_accuracy"):
+        expect(page.get_by_text(name, exact=True).first).to_be_visible()
+    page = visit(links["Accuracy against cost"])
+    for cost, traces in zip(("model/parameters", "time/total_seconds"), drawn(page).values(), strict=False):
+        expect(page.get_by_text(f"{cost} vs. test/accuracy").first).to_be_visible()
+        assert sum(len(trace["x"]) for trace in traces) >= 6
 
 
 def test_every_question_takes_three_clicks_at_most(
@@ -209,3 +224,10 @@ def test_every_question_takes_three_clicks_at_most(
     picture = page.locator("img[src*='worst_mistakes']").first
     expect(picture).to_be_visible()
     assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
+
+    page = visit(start.replace("/runs?", "/models?").split("&")[0])  # the models have names and metrics
+    expect(page.get_by_text("se_cnn-digits").first).to_be_visible()
+    assert {model.name for model in MlflowClient(store).search_logged_models(["1"])} == {f"{arm}-digits" for arm in ARMS}
+
+    page = visit(start.replace("=leaderboard", "=cost&compareRunsMode=CHART"))  # the mistakes of several runs, side by side
+    expect(page.get_by_text("worst_mistakes").first).to_be_attached()

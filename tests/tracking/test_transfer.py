@@ -18,7 +18,7 @@ from mnist_exp.storage.manifest import MANIFEST, write_manifest
 from mnist_exp.tracking import frame, transfer
 from mnist_exp.tracking.mlflow_store import MLflowStore
 from mnist_exp.tracking.model_export import download_model, verify_model
-from mnist_exp.tracking.tags import DESCRIPTION, HOST, OUTPUT_DIR, PID
+from mnist_exp.tracking.tags import DESCRIPTION, HOST, OUTPUT_DIR, PARENT, PID
 
 
 @pytest.fixture
@@ -82,10 +82,22 @@ def test_an_interrupted_import_is_completed(folder_of_sweep: Path, other: MLflow
     with pytest.raises(UserError, match="adds only what is missing"):
         transfer.import_sweep(other, folder_of_sweep)
     monkeypatch.undo()
-    _, count = transfer.import_sweep(other, folder_of_sweep)
+    sweep_id, count = transfer.import_sweep(other, folder_of_sweep)
     assert 0 < count < 5
+    children = other.children(sweep_id)
+    text = other.client.get_run(sweep_id).data.tags[DESCRIPTION]
+    assert sum(child.run_id in text for child in children) >= 1, "its links lead to the new runs"
+    assert not any(child.tags["imported.run_id"] in text for child in children)
     assert len(other.runs()) == 5
     assert {record.status for record in other.runs()} == {"FINISHED"}
+
+
+def test_a_sweep_that_was_extended_since_is_refused(folder_of_sweep: Path, other: MLflowStore) -> None:
+    transfer.import_sweep(other, folder_of_sweep)
+    _edit(_parent(folder_of_sweep) / "artifacts" / "sweep.json", lambda definition: definition.update(total=5))
+    _sign(folder_of_sweep)
+    with pytest.raises(UserError, match="before it was extended"):
+        transfer.import_sweep(other, folder_of_sweep)
 
 
 def test_an_existing_folder_is_not_touched(folder_of_sweep: Path, store: str) -> None:
@@ -131,8 +143,32 @@ def _running(folder: Path) -> None:
     _edit(_a_run(folder) / "run.json", lambda run: run.update(status="RUNNING"))
 
 
-def _no_number(folder: Path) -> None:
-    _edit(_a_run(folder) / "run.json", lambda run: run["points"][0].update(value=float("nan")))
+def _parent(folder: Path) -> Path:
+    return folder / json.loads((folder / MANIFEST).read_text())["config"]["sweep"]
+
+
+def _parent_in_another_sweep(folder: Path) -> None:
+    _edit(_parent(folder) / "run.json", lambda run: run["tags"].update(sweep_id="f" * 32, job_num="0"))
+
+
+def _another_parent(folder: Path) -> None:
+    _edit(_a_run(folder) / "run.json", lambda run: run["tags"].update({PARENT: "f" * 32}))
+
+
+def _unknown_job(folder: Path) -> None:
+    _edit(_a_run(folder) / "run.json", lambda run: run["tags"].update(job_num="99"))
+
+
+def _late(folder: Path) -> None:
+    _edit(_a_run(folder) / "run.json", lambda run: run.update(started=10**30))
+
+
+def _dataset_without_a_name(folder: Path) -> None:
+    _edit(_a_run(folder) / "run.json", lambda run: run["datasets"][0].pop("name"))
+
+
+def _name_that_mlflow_refuses(folder: Path) -> None:
+    _edit(_a_run(folder) / "run.json", lambda run: run["params"].update({"<b>": "x"}))
 
 
 def _override(folder: Path) -> None:
@@ -149,7 +185,22 @@ def _model_with_code(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "attack", [_link, _other_sweep, _other_id, _foreign_name, _running, _no_number, _override, _model_with_code]
+    "attack",
+    [
+        _link,
+        _other_sweep,
+        _other_id,
+        _foreign_name,
+        _running,
+        _override,
+        _model_with_code,
+        _parent_in_another_sweep,
+        _another_parent,
+        _unknown_job,
+        _late,
+        _dataset_without_a_name,
+        _name_that_mlflow_refuses,
+    ],
 )
 def test_a_hostile_folder_is_refused_before_anything_is_recorded(
     attack: Callable[[Path], None], folder_of_sweep: Path, other: MLflowStore
