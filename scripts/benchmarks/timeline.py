@@ -23,10 +23,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
-
+# Libraries are imported in the functions that use them: the measured process runs this file, too.
 # The functions of each part, as module:function or module:class.method.
 PARTS = {
     "set up data, model, optimizer": ["experiment.runner:prepare"],
@@ -119,6 +116,8 @@ def measure(checkout: Path, folder: Path, template: Path, seed: int) -> dict[str
 
 def draw(versions: dict[str, dict[str, float]], file: Path) -> None:
     """Draw the parts of each version as one bar."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 1.1 + 0.6 * len(versions)))
     axes = figure.add_subplot(xlabel="seconds of `python -m mnist_exp.run`")
     for version, parts in versions.items():
@@ -139,6 +138,9 @@ def draw(versions: dict[str, dict[str, float]], file: Path) -> None:
 
 def main() -> None:
     """Parse the command line, measure, print."""
+    from rich.console import Console
+    from rich.table import Table
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--before", type=Path, help="a checkout of an earlier version")
