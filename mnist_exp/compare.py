@@ -70,9 +70,9 @@ def task(composed: DictConfig) -> None:
     if not sweeps:  # a table has neither histories nor a run to publish in
         return
     parsed = {record.run_id: outcomes.parse_outcome(content) for record, content in store.outcomes(found.records)}
+    repeated, images = commands(sweeps, found, typed), test_images(found)
     for parent, _ in sweeps:
-        repeated = commands(sweeps, found, typed)
-        page = report.render(found, rows, levels, parsed, parent, repeated, test_images(found), store.page)
+        page = report.render(found, rows, levels, parsed, parent, repeated, images, store.page)
         with tempfile.TemporaryDirectory() as folder:
             answer = Answer(Path(folder) / REPORT, Path(folder) / PICTURE, headline, arms.answer_metrics(found, rows))
             answer.report.write_text(redact(page), encoding="utf-8")

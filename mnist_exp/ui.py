@@ -72,7 +72,8 @@ def list_pages(store: MLflowStore, run_id: str | None, view: str | None) -> dict
     run = store.get_run(store.resolve_id(run_id))
     store.experiment_id = run.info.experiment_id
     if SWEEP_JOBS in run.data.tags:
-        if curves := store.link_curves(run.info.run_id):
+        finished = sum(record.status == "FINISHED" for record in store.children(run.info.run_id))
+        if curves := store.link_curves(run.info.run_id, finished):
             found = {"Curves by arm": f"/{curves}"} | found
     elif view == views.CURVES:
         raise UserError(f"--view {views.CURVES} needs a sweep: run {run.info.run_id} is a single run.")

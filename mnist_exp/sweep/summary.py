@@ -205,8 +205,8 @@ def describe_sweep(
         more = f" and {len(best) - BEST_SHOWN} more" if len(best) > BEST_SHOWN else ""
         tied = f"{len(best)} tie: " if len(best) > 1 else ""
         lines.append(f"Best by {RANKED_BY}, {format_metric(RANKED_BY, highest)}: {tied}{links}{more}.")
-    finished = any(row["status"] == "FINISHED" for row in rows)
-    if finished and (curves := store.link_curves(sweep_id)):
+    finished = sum(row["status"] == "FINISHED" for row in rows)
+    if finished and (curves := store.link_curves(sweep_id, finished)):
         lines += ["", f"[Curves by arm]({curves}), each the mean over its runs."]
     if definition.plan:
         plan = ", ".join(f"{key} {value}" for key, value in asdict(definition.plan).items() if value is not None)

@@ -246,8 +246,8 @@ class Store(Protocol):
     def page(self, run_id: str) -> str | None:
         """Return the http(s) address of a run's page, None if the store is no server."""
 
-    def link_curves(self, sweep_id: str) -> str:
-        """Save the view of the curves of a sweep; return a link to it, for a description, empty if it cannot be saved."""
+    def link_curves(self, sweep_id: str, finished: int) -> str:
+        """Save the view of the curves of a sweep with `finished` finished runs; return a link to it, empty if that fails."""
 
 
 class NullTracker:
@@ -315,5 +315,5 @@ class NullStore:
     def page(self, run_id: str) -> str | None:
         return None
 
-    def link_curves(self, sweep_id: str) -> str:
+    def link_curves(self, sweep_id: str, finished: int) -> str:
         return ""

@@ -23,6 +23,7 @@ from mnist_exp.tracking.views import MARKS, VIEW_PREFIX, VIEWS, View, current_ke
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
 
 Result = TypeVar("Result")
 REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "BAD_REQUEST", "PERMISSION_DENIED")
@@ -109,20 +110,21 @@ def _open_experiment(mlflow: Any, uri: str, experiment: str, artifact_location: 
         found = client.get_experiment_by_name(experiment)
     experiment_id = str(found.experiment_id)
     with suppress(MlflowException):  # from a server that does not allow it: everything else works without them
-        save_views(client, experiment_id, {})
+        save_views(client, found, {})
         for key, value in {tag.DESCRIPTION: describe_experiment(experiment_id), **MARKS}.items():
             if key not in found.tags:
                 client.set_experiment_tag(experiment_id, key, value)
     return client, experiment_id
 
 
-def save_views(client: "MlflowClient", experiment_id: str, added: Mapping[str, View]) -> None:
-    """Bring the saved views of an experiment up to date; added: views of single sweeps, by key."""
-    changed, surplus = view_tags(client.get_experiment(experiment_id).tags, added)
+def save_views(client: "MlflowClient", experiment: "Experiment", added: Mapping[str, View]) -> dict[str, str]:
+    """Bring the saved views of an experiment up to date, and return its tags; added: views of single sweeps, by key."""
+    changed, surplus = view_tags(experiment.tags, added)
     for name in surplus:
-        client.delete_experiment_tag(experiment_id, name)
+        client.delete_experiment_tag(experiment.experiment_id, name)
     for name, value in changed.items():
-        client.set_experiment_tag(experiment_id, name, value)
+        client.set_experiment_tag(experiment.experiment_id, name, value)
+    return {**experiment.tags, **changed}
 
 
 def view_keys(client: "MlflowClient", experiment_id: str) -> dict[str, str]:

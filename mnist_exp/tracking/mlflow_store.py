@@ -223,9 +223,15 @@ class MLflowStore:
         path = run_path(self.experiment_id, run_id)
         return f"{without_credentials(self.uri)}{path}" if self.uri.startswith("http") else None
 
-    def link_curves(self, sweep_id: str) -> str:
-        finished = sum(record.status == "FINISHED" for record in self.children(sweep_id))
-        return _link_curves(self.client, self.experiment_id, sweep_id, finished)
+    def link_curves(self, sweep_id: str, finished: int) -> str:
+        from mlflow.exceptions import MlflowException
+
+        key, view = curves_key(sweep_id), curves_view(sweep_id, finished)
+        try:
+            tags = save_views(self.client, self.client.get_experiment(self.experiment_id), {key: view})
+        except MlflowException:  # the sweep has its results without a view
+            return ""
+        return view_path(self.experiment_id, current_key(tags, key, view)).removeprefix("/")
 
 
 def download(client: "MlflowClient", run_id: str, path: str) -> bytes:
@@ -237,18 +243,6 @@ def download(client: "MlflowClient", run_id: str, path: str) -> bytes:
             return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
     except MlflowException as error:
         raise OSError(str(error)) from error
-
-
-def _link_curves(client: "MlflowClient", experiment_id: str, sweep_id: str, finished: int) -> str:
-    from mlflow.exceptions import MlflowException
-
-    key, view = curves_key(sweep_id), curves_view(sweep_id, finished)
-    try:
-        save_views(client, experiment_id, {key: view})
-        tags = client.get_experiment(experiment_id).tags
-    except MlflowException:  # the sweep has its results without a view
-        return ""
-    return view_path(experiment_id, current_key(tags, key, view)).removeprefix("/")
 
 
 def _publish(client: "MlflowClient", run_id: str, answer: Answer) -> str:

@@ -19,6 +19,7 @@ from mnist_exp.tracking.connection import first_line
 from mnist_exp.tracking.definition import parse_definition
 from mnist_exp.tracking.housekeeping import logged_models
 from mnist_exp.tracking.mlflow_store import RUN_ID, MLflowStore, download, record_of
+from mnist_exp.tracking.mlflow_tracker import BATCH_LIMIT
 from mnist_exp.tracking.model_export import verify_model
 from mnist_exp.tracking.provenance import user
 from mnist_exp.tracking.views import ONE_SWEEP, model_name
@@ -160,7 +161,7 @@ def import_sweep(store: MLflowStore, folder: Path) -> tuple[str, int]:
     for run in runs:  # the parent first
         ids[run.run_id] = before.get(run.run_id) or _import_run(store, run, folder / run.run_id, ids)
     new_id = ids[parent.run_id]
-    store.link_curves(new_id)
+    store.link_curves(new_id, sum(run.status == "FINISHED" for run in runs[1:]))
     description = store.client.get_run(new_id).data.tags.get(tag.DESCRIPTION, "")
     store.client.set_tag(new_id, tag.DESCRIPTION, _with_new_ids(description, ids, store.experiment_id))
     return new_id, len(ids.keys() - before.keys())
@@ -287,8 +288,8 @@ def _import_values(store: MLflowStore, run_id: str, moved: MovedRun, model_id: s
         )
         for point in moved.points
     ]  # fmt: skip
-    for start in range(0, len(metrics), 1000):
-        client.log_batch(run_id, metrics=metrics[start : start + 1000])
+    for start in range(0, len(metrics), BATCH_LIMIT):
+        client.log_batch(run_id, metrics=metrics[start : start + BATCH_LIMIT])
     client.log_batch(run_id, params=[Param(key, value) for key, value in moved.params.items()])
 
 
