@@ -3,6 +3,10 @@
 # one_node_slurm.sh start | stop
 set -euo pipefail
 if [ "$1" = stop ]; then
+    for _ in $(seq 60); do # a job that has reported its result is still to end
+        squeue --noheader | grep -q . || break
+        sleep 0.5
+    done
     scontrol shutdown
     kill "$(cat /run/munge/munged.pid)"
     exit
@@ -26,10 +30,10 @@ ReturnToService=2
 NodeName=$host CPUs=$(nproc) State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
-slurmctld
-slurmd
+slurmctld -c # forgets the jobs of an earlier cluster, which would keep the node busy
+slurmd -c
 for _ in $(seq 60); do
-    sinfo --noheader --states=idle | grep -q idle && exit
+    sinfo --noheader --format=%T | grep -qx idle && exit
     sleep 0.5
 done
 sinfo
