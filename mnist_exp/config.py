@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mnist_exp import HOME
 from mnist_exp.errors import ArgumentError, UserError
 from mnist_exp.learning.arguments import is_integer
-from mnist_exp.overrides import NEUTRAL, PARTS, RECIPE
+from mnist_exp.overrides import NEUTRAL, PARTS, RECIPE, key_of, typed_ids
 from mnist_exp.redaction import without_credentials
 
 OmegaConf.register_new_resolver("root", lambda path: str(HOME / path), replace=True)
@@ -26,6 +26,10 @@ OmegaConf.register_new_resolver("without_credentials", without_credentials, repl
 OmegaConf.register_new_resolver("scaled", lambda value, at, to: value * to / at, replace=True)
 
 KEYS = RECIPE | {"output_dir", "parameter_limit", "save_every", "resume", "rerun", "sweep", "plan", "tracking", "shape"}
+SECTIONS = {  # the keys of the parts that only sweeps use
+    "sweep": {"resume", "extend", "on_failure", "retries", "dry_run", "force"},
+    "plan": {"factor", "baseline", "metric", "margin", "seeds"},
+}
 NULLABLE = {"parameter_limit", "save_every", "resume", "rerun"}
 # The phases require their own parts. The shape of the data is not in conf/: a run adds it to the configuration that it stores.
 REQUIRED = KEYS - {*PARTS, "shape"}
@@ -175,6 +179,30 @@ def as_dict(composed: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()}
 
 
+def own_keys(composed: DictConfig, overrides: Sequence[str], keys: set[str], ids: set[str]) -> dict[str, Any]:
+    """Return the configuration of a command that has keys of its own, as plain values.
+
+    Args:
+        composed: The composed configuration. conf/local/default.yaml may have set keys of the run command as well.
+        overrides: The command line.
+        keys: The keys that a user may set.
+        ids: The keys that hold ids, which are read as typed.
+
+    Raises:
+        UserError: The command line sets another key, or removes one; or a target is not allowed.
+    """
+    added = [override for override in overrides if key_of(override).partition(".")[0] not in keys | ids]
+    if added:
+        raise UserError(f"{' '.join(added)} is invalid: expected keys among {', '.join(sorted(keys))}.")
+    composed_keys = as_dict(composed)
+    if removed := {key_of(override) for override in overrides} & ((keys | ids) - composed_keys.keys()):
+        raise UserError(f"The command line removes {', '.join(sorted(removed))}: expected only changed values.")
+    config = {key: value for key, value in composed_keys.items() if key in keys | ids} | typed_ids(overrides, ids)
+    for key, value in nodes(config):
+        check_target(key, value)
+    return config
+
+
 def as_list(overrides: Sequence[str]) -> list[str]:
     """Return the overrides of a command line with interpolations resolved; raises UserError if one refers to itself."""
     try:
@@ -189,6 +217,12 @@ def check(config: dict[str, Any]) -> None:
         raise UserError(
             f"{key} is not a key of the configuration{did_you_mean(key, KEYS)}. Expected one of: {', '.join(sorted(KEYS))}."
         )
+    for section, known in SECTIONS.items():
+        for key in sorted((config.get(section) or {}).keys() - known):
+            raise UserError(
+                f"{section}.{key} is not a key of the configuration{did_you_mean(key, known)}. Expected one of: "
+                f"{', '.join(sorted(known))}."
+            )
     for key in sorted(REQUIRED):
         if key not in config or (not config[key] and config[key] != 0 and key not in NULLABLE):
             raise UserError(f"{key} is missing: set it, or do not delete it (~{key}) on the command line.")
@@ -214,7 +248,7 @@ def check(config: dict[str, Any]) -> None:
             raise UserError(f"phases.{name} is invalid: expected a word that is not a key of the configuration.")
         for part in PARTS:
             if phase.get(part) is None:
-                raise UserError(f"phases.{name}.{part} is missing: choose one with {part}@phases.{name}.{part}=OPTION.")
+                raise UserError(f"phases.{name}.{part} is missing: choose one with +{part}@phases.{name}.{part}=OPTION.")
     for key in ("data", "model", "tracking"):
         if not isinstance(config[key], dict) or "_target_" not in config[key]:
             raise UserError(f"{key}={config[key]} is invalid: expected an option of the group conf/{key}/.")
@@ -227,16 +261,16 @@ def _invalid(error: ArgumentError) -> UserError:
 def bind(config: dict[str, Any]) -> None:
     """Check the arguments of every target of a checked configuration, before anything is loaded or trained.
 
-    Each is bound to its signature. All but data sets, teachers and stores are also built: the model without memory, and
-    optimizers and schedules for a trial layer. Equal nodes are checked once, so that the jobs of a sweep take little time.
+    Each is bound to its signature. All but data sets, teachers and stores are also built: the model without memory if the shape
+    of the data is known, optimizers and schedules for a trial layer. Equal nodes are checked once, so that the jobs of a sweep
+    take little time.
 
     Raises:
         UserError: A target rejects its arguments, or the model has too many parameters.
     """
     for role in ("data", "tracking"):
         _bind_node(role, role, _text_of(config[role]))
-    shape = config.get("shape") or _known_shape(config["data"])
-    _bind_model(_text_of(config["model"]), _text_of(shape), config["parameter_limit"])
+    _bind_model(_text_of(config["model"]), _text_of(config.get("shape")), config["parameter_limit"])
     for name, phase in config["phases"].items():
         keys = {part: part if phase[part] == config.get(part) else f"phases.{name}.{part}" for part in PARTS}
         for part in ("augmentation", "teacher"):
@@ -246,15 +280,44 @@ def bind(config: dict[str, Any]) -> None:
         _bind_node(f"phases.{name}", "phase", _text_of(plain))
 
 
+def bind_data(config: dict[str, Any]) -> None:
+    """Check what only the images can tell: the arguments of the data set and the model, and the split and batch size of phases.
+
+    Each data set is read once for all jobs of a sweep. Nothing is checked if this machine, such as the head of a cluster, lacks
+    the images.
+
+    Raises:
+        UserError: A value does not fit the images, or the model has too many parameters.
+    """
+    from mnist_exp.learning.training import check_split
+
+    if (found := _shape_and_sizes(_text_of(config["data"]))) is None:
+        return
+    shape, sizes = found
+    _bind_model(_text_of(config["model"]), _text_of(shape), config["parameter_limit"])
+    for name, phase in config["phases"].items():
+        check_split(name, phase["split"], phase["batch_size"], sizes)
+
+
+@cache
+def _shape_and_sizes(text: str) -> tuple[dict[str, int], dict[str, int]] | None:
+    """Return the shape of a data set and the epoch size of each split, None if this machine lacks the images."""
+    node = json.loads(text)
+    module, _, name = node["_target_"].rpartition(".")
+    arguments = _arguments(node)
+    if "fallback" in arguments:
+        arguments["fallback"] = None  # other images tell nothing
+    try:
+        data = getattr(import_module(module), name)(**arguments, seed=0)
+    except ArgumentError as error:
+        raise _invalid(error.within("data")) from error
+    except Exception:  # the images are missing, or damaged: the job says so
+        return None
+    return data.shape, {split: part.epoch_size for split, part in data.splits.items()}
+
+
 def _text_of(node: Any) -> str:
     return json.dumps(node, sort_keys=True)
-
-
-def _known_shape(data: dict[str, Any]) -> dict[str, int] | None:
-    """Return the shape of a data set if it is known before the images are read."""
-    module, _, name = data["_target_"].rpartition(".")
-    shapes: dict[str, dict[str, int]] = import_module(module).SHAPES
-    return shapes.get(name)
 
 
 @cache

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ LOCATIONS = ("output_dir", "tracking", "data.root")
 JOB_KEY = "sweep_job"  # the hidden key with which a sweep passes a context to its jobs
 # Keys that do not affect a run's outcome.
 NEUTRAL = (*LOCATIONS, "parameter_limit", "save_every", "resume", "rerun", "sweep", "plan")
+IDS = ("resume", "rerun", "sweep.resume", "sweep.extend", "teacher.runs", "phases.*.teacher.runs")  # keys that hold ids of runs
 _PACKAGE = re.compile(rf"phases\.\w+(\.({'|'.join(PARTS)}))?")
 
 
@@ -39,10 +41,25 @@ def text_of(override: str) -> str:
     return (_parsed(override).input_line or "").partition("=")[2]
 
 
+def split_override(override: str) -> tuple[str, str]:
+    """Return the key and the value of an override."""
+    return key_of(override), text_of(override)
+
+
 def typed_ids(overrides: Iterable[str], keys: Iterable[str]) -> dict[str, str | list[str]]:
-    """Return the ids of runs on a command line as typed, by key, for those of `keys` that it sets."""
-    texts = {key_of(override): text_of(override).strip("'\"") for override in overrides if text_of(override)}
-    found = {key: texts[key] for key in keys if key in texts and texts[key] not in ("null", "latest")}
+    """Return the ids of runs on a command line as typed, by key.
+
+    Args:
+        overrides: The command line; what it sweeps over is set by the overrides of each job.
+        keys: The patterns of keys that hold ids.
+    """
+    set_here = [override for override in overrides if text_of(override) and not _parsed(override).is_sweep_override()]
+    texts = {key_of(override): text_of(override).strip("'\"") for override in set_here}
+    found = {
+        key: text
+        for key, text in texts.items()
+        if any(fnmatch(key, pattern) for pattern in keys) and text not in ("null", "latest")
+    }
     return {
         key: [item.strip(" '\"") for item in text[1:-1].split(",")] if text.startswith("[") else text
         for key, text in found.items()
@@ -51,7 +68,7 @@ def typed_ids(overrides: Iterable[str], keys: Iterable[str]) -> dict[str, str | 
 
 def keep_ids(composed: DictConfig, overrides: Iterable[str]) -> None:
     """Put the ids of runs into a composed configuration as typed: Hydra's grammar reads 1234e567 as a number."""
-    for key, text in typed_ids(overrides, ("resume", "rerun", "sweep.resume", "sweep.extend", "teacher.runs")).items():
+    for key, text in typed_ids(overrides, IDS).items():
         OmegaConf.update(composed, key, text)
 
 
@@ -103,9 +120,18 @@ def location_overrides(config: Mapping[str, Any]) -> list[str]:
 
 def store_uri() -> str:
     """Return the address of the store: from conf/local/default.yaml, else MLFLOW_TRACKING_URI, else the default store."""
+    return _local_default("tracking.uri") or os.environ.get("MLFLOW_TRACKING_URI") or default_store()
+
+
+def data_root() -> str:
+    """Return the folder of MNIST: from conf/local/default.yaml, else MNIST_ROOT, else the default folder."""
+    return _local_default("data.root") or os.environ.get("MNIST_ROOT") or str(HOME / "data")
+
+
+def _local_default(key: str) -> str | None:
+    """Return the value of a key in conf/local/default.yaml."""
     file = CONF / "local" / f"{os.environ.get('MNIST_EXP_LOCAL', 'default')}.yaml"
-    local = OmegaConf.select(OmegaConf.load(file), "tracking.uri") if file.exists() else None
-    return local or os.environ.get("MLFLOW_TRACKING_URI") or default_store()
+    return OmegaConf.select(OmegaConf.load(file), key) if file.exists() else None
 
 
 def default_store() -> str:
@@ -154,6 +180,8 @@ def _problem(override: str) -> str | None:
         return None
     if parsed.is_add() or parsed.is_force_add():
         return "adds to the configuration"
+    if key in ("resume", "rerun") and re.fullmatch(r"[0-9a-f]{6,32}(,[0-9a-f]{6,32})*", text_of(override)):
+        return None  # runs whose own recipes are checked in turn
     if package is not None or key.partition(".")[0] not in RECIPE | {"parameter_limit", "save_every"} or _names(key, LOCATIONS):
         return "is not a key of the recipe"
     return None

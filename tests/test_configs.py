@@ -34,7 +34,7 @@ def test_every_file_composes_and_runs(
     run = finished(composed("data=digits"), short_digits, tmp_path) if option in TAUGHT else ""
     config = composed(override, *teachers(option, run))
     model = build(config["model"], "model", **MNIST_SHAPE)
-    bind(config)
+    bind(config | {"shape": MNIST_SHAPE})
     count_parameters(model, config["parameter_limit"])
     if group in ("data", "experiment") and option != "fashion_mnist":  # tests/learning/test_datasets.py loads a small copy of it
         if option != "digits":
@@ -112,7 +112,7 @@ WRONG = {
 @pytest.mark.parametrize("override", WRONG, ids=str)
 def test_a_wrong_value_is_named(composed, override: str) -> None:
     with pytest.raises(UserError, match=WRONG[override]):
-        bind(composed(override))
+        bind(composed(override) | {"shape": MNIST_SHAPE})
 
 
 def test_a_model_of_two_stages_is_accepted(composed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,15 +127,15 @@ def test_a_model_of_two_stages_is_accepted(composed, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(models, "TwoStages", TwoStages, raising=False)
     config = composed() | {"model": {"_target_": "mnist_exp.learning.models.TwoStages", "channels": [8, 16]}}
     check(config)
-    bind(config)
+    bind(config | {"shape": MNIST_SHAPE})
     config["model"]["hue"] = 1
     with pytest.raises(UserError, match=r"model cannot be built: .*'hue'"):
-        bind(config)
+        bind(config | {"shape": MNIST_SHAPE})
 
 
 def test_the_parameter_limit_does_not_change_the_outcome(composed) -> None:
     assert digest(composed()) == digest(composed("parameter_limit=null")) == digest(composed() | {"shape": MNIST_SHAPE})
-    bind(composed("parameter_limit=null", "model.hidden_features=300"))
+    bind(composed("parameter_limit=null", "model.hidden_features=300") | {"shape": MNIST_SHAPE})
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ from omegaconf import OmegaConf
 
 from mnist_exp import CONF, HOME
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import check_stored, command, location_overrides, parse, quoted
+from mnist_exp.overrides import IDS, check_stored, command, location_overrides, parse, quoted, typed_ids
 
 STORABLE = [
     "model=se_cnn", "model=plain_cnn,se_cnn", "model=glob(*)", "seed=range(0,3)", "seed=1", "~phases.train", "optimizer=null",
     "+phase@phases.polish=finetune", "optimizer@phases.finetune.optimizer=adamw", "experiment=quick", "save_every=3",
     "optimizer.lr=tag(log,interval(0.1,1))", "model.channels=[8,16,20],[4,4,4]", "phases.train.epochs=2", "optimizer.lr=${seed}",
+    "rerun=1234e567,00123456",
 ]  # fmt: skip
 HOSTILE = {
     "hydra.job_logging.handlers.file.filename=/tmp/x": "is not a key of the recipe",
@@ -33,10 +34,16 @@ HOSTILE = {
     "sweep.force=true": "is not a key of the recipe",
     "+sweep_job=x": "adds to the configuration",
     "resume=latest": "is not a key of the recipe",
+    "rerun=../x": "is not a key of the recipe",
     "seed=${oc.env:HOME}": "contains an interpolation other than",
     "batch_size=${ oc.env:HOME }": "contains an interpolation other than",
     "phases.train.split='${${phases.finetune.split}:HOME}'": "contains an interpolation other than",
 }
+
+
+def test_ids_are_read_as_typed_and_sweeps_over_ids_are_left_to_their_jobs() -> None:
+    typed = ["resume=1234e567", "phases.train.teacher.runs=[1234e567,00123456]", "rerun=1234e567,00123456", "seed=1e5"]
+    assert typed_ids(typed, IDS) == {"resume": "1234e567", "phases.train.teacher.runs": ["1234e567", "00123456"]}
 
 
 @pytest.mark.parametrize("override", STORABLE)

@@ -201,6 +201,7 @@ def arrange(sources: Sequence[Source], factor: str | None, baseline: str | None)
     _check_configuration(arms)
     _drop_arms_without_pairs(arms)
     _check_test_data(arms)
+    _check_training_data(arms)
     return arms
 
 
@@ -347,6 +348,21 @@ def _check_test_data(arms: Arms) -> None:
     if len(seen) > 1:
         found = "; ".join(f"{data} ({digest}): {name}" for (data, digest), name in seen.items())
         raise UserError(f"The runs were evaluated on different data and cannot be compared: {found}. Sweep on one data set.")
+
+
+def _check_training_data(arms: Arms) -> None:
+    """Raise UserError if the runs of a pair were trained on different images, unless the data are what is compared."""
+    if arms.factor.partition(".")[0] == "data":
+        return
+    for arm in arms.others:
+        for block in arms.pairs(arm):
+            run, other = (arms.runs[name][block] for name in (arm, arms.baseline))
+            for split in sorted((run.digests.keys() & other.digests.keys()) - {"test", "validation"}):
+                if run.digests[split] != other.digests[split]:
+                    raise UserError(
+                        f"The runs of a pair differ in the images of {split} and cannot be compared: {run.digests[split]} in "
+                        f"{run.name}, {other.digests[split]} in {other.name}. Sweep with one data split."
+                    )
 
 
 def _check_validation_data(arms: Arms, metric: str) -> None:

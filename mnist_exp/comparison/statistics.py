@@ -162,7 +162,7 @@ def anytime_t(information: float, degrees: int, alpha: float, precision: float =
 
     The sequence inverts the test martingale of `anytime_p`. Solved for t, with r = precision / (precision + information) and
     k = (r alpha^2)^(1 / (degrees + 1)), the bound is t^2 = degrees (1 - k) / (k - r), infinite for k <= r. It is the sequence of
-    Wang and Ramdas (2025) with the Gaussian mixture, and the one of Lindon et al. (2022) for one coefficient.
+    Wang and Ramdas (arXiv:2310.03722), Theorem 4.9, and the one of Lindon et al. (arXiv:2210.08589) for one coefficient.
 
     Args:
         information: The number of values; for a coefficient of a regression, (residual std / standard error)^2.
@@ -181,7 +181,10 @@ def anytime_p(t: float, information: float, degrees: int, precision: float = MIX
     With a N(0, 1 / precision) prior of the effect size mu / sigma and the right Haar prior of sigma, the likelihood ratio of n
     values against mu = 0 is M = sqrt(c / (n + c)) ((1 + t^2 / d) / (1 + c / (n + c) t^2 / d))^((d + 1) / 2), with c = precision,
     d = n - 1. It is a martingale of mean 1 that depends on the values through their ratios alone; by Ville's inequality, it
-    exceeds 1 / alpha at any n with probability at most alpha (Wang and Ramdas, 2025; Lai, 1976, for the flat prior).
+    exceeds 1 / alpha at any n with probability at most alpha.
+
+    Source: Wang and Ramdas (arXiv:2310.03722), Theorem 4.9, equation 41. They write it with the sum S and the sum of squares V of
+    the values: M = sqrt(c / (n + c)) ((n + c) V / ((n + c) V - S^2))^(n / 2). Theorem 4.7 has the flat prior of Lai (1976).
 
     Args:
         t: The t statistic.

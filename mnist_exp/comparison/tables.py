@@ -110,8 +110,18 @@ def _problem(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
         return f"lacks the columns {', '.join(missing)}"
     if repeated := [name for name, count in Counter(columns).items() if count > 1]:
         return f"has the column {repeated[0]} more than once"
+    if missing := [name for name in (OVERRIDE + "seed", PARAM + "precision") if name not in columns]:
+        return f"lacks the columns {', '.join(missing)}"
+    if not {DIGEST + "test", DIGEST + "validation"} & set(columns):
+        return f"lacks a column {DIGEST}test or {DIGEST}validation"
     if uneven := [number for number, row in enumerate(rows, start=2) if None in row or None in row.values()]:
         return f"has too many or too few cells in line {uneven[0]}"
+    finished = [(number, row) for number, row in enumerate(rows, start=2) if row["status"] == "FINISHED"]
+    measured = [name for name in columns if name.startswith((f"{METRIC}test/", f"{METRIC}val/"))]
+    for name in (PARAM + "precision", *measured):
+        empty = [number for number, row in finished if not row[name]]
+        if empty and (len(empty) < len(finished) or name == PARAM + "precision"):
+            return f"has no value of {name} in line {empty[0]}, a finished run"
     return "" if rows else "contains no run"
 
 

@@ -103,13 +103,14 @@ def power_notes(arms: Arms, rows: Sequence[Row]) -> list[str]:
             continue
         spread = row.values.difference_std
         effect = format_metric(row.metric, row.values.min_detectable_effect, is_difference=True)
-        text = f"{row.arm}: {row.values.n} seeds detect a difference of {effect} (power 80 %, {level})."
+        first = "" if arms.seeds_known else "if all seeds had been defined before the first job, "
+        text = f"{row.arm}: {first}{row.values.n} seeds detect a difference of {effect} (power 80 %, {level})."
         if row.margin is not None and row.margin > spread / math.sqrt(MOST_PAIRS):
             detect = pairs_needed(row.margin, spread, tests)
             equal = pairs_for_equivalence(row.margin, spread, ALPHA / tests)
             text += f" {detect:,} seeds detect the margin; {equal:,} show equivalence if there is no difference"
-            text += "." if arms.seeds_known else ", if all are defined before the first job; with this wider interval, more."
-        texts.append(text)
+            text += "."
+        texts.append(text if arms.seeds_known else f"{text} This wider interval needs more seeds.")
     return texts
 
 

@@ -11,6 +11,8 @@ from mnist_exp.redaction import redact
 if TYPE_CHECKING:
     from mnist_exp.learning.data import Dataset
 
+CLASS_KEY = re.compile(rf"\w+\.({'|'.join(PARTS)})\._target_|model\..+\._target_")
+
 
 def run_name(choices: dict[str, str], overrides: list[str], data: str) -> str:
     """Return a run's name: its model, its data unless that is mnist, and the rest of `overrides` in short form."""
@@ -35,6 +37,9 @@ def parameters(config: dict[str, Any], choices: dict[str, str]) -> dict[str, obj
         **{group: choices[group] for group in ("model", "data")},
         **({**shared, "batch_size": config["batch_size"]} if "train" in config["phases"] else {}),  # they belong to phase train
         "seed": config["seed"],
+        # An edited file in conf/ must show: the split of the data, and the classes that each phase uses.
+        **{f"data.{key}": value for key, value in config["data"].items() if not re.match("_|root|fallback|seed", key)},
+        **{key.removesuffix("._target_"): value.rpartition(".")[2] for key, value in nodes(parts) if CLASS_KEY.fullmatch(key)},
         **{key: value for key, value in nodes(parts) if not isinstance(value, dict) and not re.search(r"\._|\.\d", key)},
     }
 

@@ -24,8 +24,6 @@ from mnist_exp.learning.seeds import generator
 MNIST_EPOCH = 60_000
 CLASSES = 10
 MNIST_SHAPE = {"classes": CLASSES, "side": 28, "in_channels": 1}
-# Shapes that are known before the images are read, by function. A sweep checks its models with them before its first job.
-SHAPES = {"load_mnist": MNIST_SHAPE, "load_fashion_mnist": MNIST_SHAPE, "load_digits": MNIST_SHAPE}
 
 # SHA-256 of the unpacked files. They match the MD5 sums that yann.lecun.com publishes for the .gz files.
 MNIST_FILES = {

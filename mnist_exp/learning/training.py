@@ -158,7 +158,8 @@ def prepare_phases(model: nn.Module, phases: Mapping[str, PhaseConfig], data: Da
     prepared: list[Phase] = []
     trained_on: set[str] = set()
     for name, config in phases.items():
-        _check_split(name, config, data)
+        sizes = {split: part.epoch_size for split, part in data.splits.items()}
+        check_split(name, config.split, config.batch_size, sizes)
         steps_per_epoch = data.splits[config.split].steps(config.batch_size)
         total_steps = config.epochs * steps_per_epoch
         try:
@@ -178,15 +179,15 @@ def prepare_phases(model: nn.Module, phases: Mapping[str, PhaseConfig], data: Da
     return prepared
 
 
-def _check_split(name: str, config: PhaseConfig, data: Dataset) -> None:
-    if config.split not in data.splits or config.split == "test":
-        allowed = " or ".join(split for split in data.splits if split != "test")
-        raise UserError(f"phases.{name}.split={config.split} is invalid: expected {allowed} with this data.")
-    epoch_size = data.splits[config.split].epoch_size
-    if config.batch_size > epoch_size:
+def check_split(name: str, split: str, batch_size: int, sizes: Mapping[str, int]) -> None:
+    """Raise UserError unless the phase `name` can train on a split; sizes: the images of an epoch of each split."""
+    if split not in sizes or split == "test":
+        allowed = " or ".join(known for known in sizes if known != "test")
+        raise UserError(f"phases.{name}.split={split} is invalid: expected {allowed} with this data.")
+    if batch_size > sizes[split]:
         raise UserError(
-            f"phases.{name}.batch_size={config.batch_size} is invalid: expected at most {epoch_size}, the size of an epoch of "
-            f"the split {config.split}. Lower phases.{name}.batch_size, or change data.finetune_fraction."
+            f"phases.{name}.batch_size={batch_size} is invalid: expected at most {sizes[split]}, the size of an epoch of "
+            f"the split {split}. Lower phases.{name}.batch_size, or change data.finetune_fraction."
         )
 
 

@@ -130,6 +130,14 @@ class GridSweeper(Sweeper):
         """Return the definition of a sweep with the jobs that `overrides` add; raises UserError if they add none."""
         if not overrides:
             raise UserError(f"sweep.extend={sweep_id} adds nothing: expected new values, such as 'seed=range(5,20)'.")
+        existing, varied = {override for job in stored.jobs for override in job.overrides}, varied_keys(stored.jobs)
+        for override in (item for choices in self.composer.choices(overrides).values() for item in choices):
+            key = key_of(override)
+            if key.partition(".")[0] == "data" and key not in varied and override not in existing:
+                raise UserError(
+                    f"{override} is invalid: sweep {sweep_id} does not vary the data, and runs on other data cannot be compared "
+                    "with its own. Leave it out, or start another sweep."
+                )
         jobs = self.composer.added(stored.jobs, overrides)
         if not jobs:
             raise UserError(f"sweep.extend={sweep_id} adds no job: all combinations with {' '.join(overrides)} are in the sweep.")
@@ -179,9 +187,7 @@ class GridSweeper(Sweeper):
 
 def refuse_unstorable(definition: Definition) -> None:
     """Raise UserError on an override that could not be read back from the store, before anything is recorded."""
-    check_stored(
-        [override for override in definition.all_overrides if key_of(override) not in ("resume", "rerun")], "The command line"
-    )
+    check_stored(definition.all_overrides, "The command line")
 
 
 def make_plan(values: dict[str, Any], jobs: Sequence[Job]) -> Plan | None:

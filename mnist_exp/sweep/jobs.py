@@ -15,7 +15,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from mnist_exp.config import bind, digest, resolve
+from mnist_exp.config import bind, bind_data, digest, resolve
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import GROUPS, keep_ids, key_of, parse
 from mnist_exp.tracking.base import RunRecord
@@ -39,6 +39,7 @@ class Composer:
         """Return a job, composed and validated; raises UserError."""
         config = resolve(self._compose(list(overrides)))
         bind(config)
+        bind_data(config)
         self._check(config)
         return Job(number, list(overrides), digest(config))
 

@@ -124,7 +124,7 @@ def test_validation_on_different_images_is_not_compared() -> None:
     records = scored(TWO_MODELS, 0)
     for number, item in enumerate(records):
         item.metrics["val/accuracy"] = 0.9
-        item.digests["finetune"] = str(number % 5 + (number == 7))
+        item.digests["validation"] = str(number % 5 + (number == 7))
     arms = sweep(records, TWO_MODELS)
     compare_arms(arms, ["test/accuracy"])
     with pytest.raises(UserError, match="run 7 and run 2 were validated on different images"):
@@ -149,6 +149,16 @@ def test_runs_on_different_data_are_not_compared() -> None:
     records = scored(TWO_MODELS, 0)
     records[7] = record(7, 0.9, digest="other")
     with pytest.raises(UserError, match=r"different data .* mnist \(d\): run 0; mnist \(other\): run 7"):
+        sweep(records, TWO_MODELS, "model", None)
+
+
+def test_pairs_that_were_trained_on_different_images_are_not_compared() -> None:
+    records = scored(TWO_MODELS, 0)
+    for number, item in enumerate(records):
+        item.digests["train"] = str(number % 5)
+    sweep(records, TWO_MODELS, "model", None)
+    records[7].digests["train"] = "other"
+    with pytest.raises(UserError, match="differ in the images of train and cannot be compared: other in run 7, 2 in run 2"):
         sweep(records, TWO_MODELS, "model", None)
 
 

@@ -1,5 +1,7 @@
 """The command: from a sweep in the store to the answer in the terminal and the report in MLflow and in a browser."""
 
+import csv
+import io
 import json
 import re
 import shutil
@@ -125,7 +127,27 @@ def test_a_table_gives_the_answer_of_the_store(
     accuracy = lines[0].strip().split(",").index("metric:test/accuracy")
     cells = lines[1].split(",")
     cells[accuracy] = "inf"
+
+    def without(column: str, line: int | None = None) -> str:
+        """The table without a column, or without its value in one line."""
+        rows = list(csv.DictReader(lines))
+        for number, row in enumerate(rows, start=2):
+            if line is None:
+                del row[column]
+            elif number == line:
+                row[column] = ""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
     damaged = {
+        "lacks the columns override:seed": without("override:seed"),
+        "lacks the columns param:precision": without("param:precision"),
+        "lacks a column digest:test or digest:validation": without("digest:test"),
+        "has no value of metric:test/accuracy in line 3": without("metric:test/accuracy", 3),
+        "has no value of param:precision in line 2": without("param:precision", 2),
         "lacks the columns sweep, job": "a,b\n1,2\n",
         "line 14 repeats run": "".join([*lines, lines[1]]),
         "line 2: metric:test/accuracy=inf is invalid: expected a finite number": lines[0] + ",".join(cells),

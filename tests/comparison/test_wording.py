@@ -1,6 +1,7 @@
 """The headline, the notes below it, and the format of verdicts."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from synthetic import TWO_MODELS, record
@@ -54,6 +55,10 @@ def test_advice_comes_from_margin_and_spread_alone() -> None:
     assert advice[0] == advice[1] == advice[2]
     assert "seeds detect the margin" in advice[0][0]
     assert "show equivalence if there is no difference" in advice[0][0]
+    arms, rows = compared(0.001, 0.0005)
+    (later,) = wording.power_notes(replace(arms, seeds_known=False), rows)
+    assert "if all seeds had been defined before the first job, 5 seeds detect" in later
+    assert "This wider interval needs more seeds." in later
 
 
 def test_a_plan_is_confirmed_or_its_deviations_are_listed() -> None:

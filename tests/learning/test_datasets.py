@@ -13,7 +13,6 @@ import torch
 
 from mnist_exp.config import build
 from mnist_exp.errors import UserError
-from mnist_exp.learning import datasets
 from mnist_exp.learning.data import Dataset, Split
 from mnist_exp.learning.datasets import FASHION_MNIST_FILES, find_test_images, load_digits, load_fashion_mnist
 from mnist_exp.learning.evaluation import evaluate
@@ -159,8 +158,3 @@ def rows(data: Dataset) -> set[bytes]:
 def test_a_subset_larger_than_the_training_images_is_refused(composed) -> None:
     with pytest.raises(UserError, match=r"^data\.subset=2000 is invalid: expected at most 1408"):
         build(composed("data=digits", "data.subset=2000")["data"], "data", seed=0)
-
-
-def test_known_shapes_are_those_of_the_images(mnist_root: Path) -> None:
-    assert datasets.SHAPES["load_digits"] == load_digits(0.02, seed=0).shape
-    assert datasets.SHAPES["load_mnist"] == datasets.load_mnist(str(mnist_root), None, 0.02, 5000, seed=0).shape

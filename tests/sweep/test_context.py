@@ -37,3 +37,7 @@ def test_a_user_cannot_set_it(flags: tuple[str, ...], in_process: CommandLine, s
     done = in_process(*flags, "data=digits", CONTEXT.as_override())
     assert done.returncode == 1
     assert "sweep_job is not a key of the configuration" in done.stderr
+    for added in ("+sweep.id=abc", "++sweep.job=1", "+plan.seed=3"):
+        done = in_process(*flags, "data=digits", added)
+        assert done.returncode == 1
+        assert f"{added.lstrip('+').partition('=')[0]} is not a key of the configuration" in done.stderr

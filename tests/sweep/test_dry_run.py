@@ -22,6 +22,23 @@ def test_a_dry_run_refuses_a_bad_job(in_process: CommandLine, store: str) -> Non
     assert "batch_size=0 is invalid" in in_process(*JOBS, "batch_size=64,0", "sweep.dry_run=true").stderr
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.subset=600,5000", "data.subset=5000 is invalid: expected at most 1408"),
+        ("phases.finetune.split=finetune,other", "phases.finetune.split=other is invalid: expected train or finetune"),
+        ("phases.finetune.batch_size=128,99999", "phases.finetune.batch_size=99999 is invalid: expected at most 1200"),
+        ("model.hidden_features=80,8000", "parameters: at most 25,000 are allowed"),
+    ],
+)
+def test_a_value_that_does_not_fit_the_images_is_refused_before_the_first_job(
+    in_process: CommandLine, store: str, override: str, message: str
+) -> None:
+    done = in_process(*JOBS, override, "sweep.dry_run=true")
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
 @pytest.mark.slow
 def test_a_dry_run_of_a_resume_shows_what_is_skipped_and_how_long_the_rest_takes(command_line: CommandLine, store: str) -> None:
     failing = ("phases.finetune.optimizer.lr=0.001,1e29",)

@@ -92,6 +92,8 @@ def test_seeds_and_then_an_arm_are_added(command_line: CommandLine, store: str) 
     note = parent.data.tags["mlflow.note.content"]
     assert "`seed=range(0,3)` added 2 jobs" in note
     assert "`model=plain_cnn_matched` added 3 jobs" in note
+    done = command_line("-m", "sweep.extend=latest", "data=mnist", "seed=0")
+    assert "does not vary the data, and runs on other data cannot be compared" in done.stderr
     done = command_line("-m", "sweep.extend=latest", "seed=0,2")
     assert "adds no job: all combinations with seed=0,2 are in the sweep" in done.stderr
     compared = subprocess.run(
