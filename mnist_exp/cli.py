@@ -5,6 +5,7 @@ import gc
 import inspect
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -82,13 +83,22 @@ def reported_errors() -> Iterator[None]:
         except UserError as error:
             print("\n".join([str(error), *_notes(error)]), file=sys.stderr)
             sys.exit(1)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
 
 
-def run_command(task: Callable[[], Any]) -> None:
+def run_command(task: Callable[[], Any], *, multirun: bool = True) -> None:
     """Run a task of `hydra.main`; a user's mistake ends with a message and status 1, a signal with 128 + its number.
 
     The message includes the notes of the exception (`add_note`), which name the next step.
+
+    Args:
+        task: The task.
+        multirun: Whether it can be run with -m.
     """
+    if not multirun and {"-m", "--multirun"} & set(sys.argv):
+        print("-m is invalid: this command runs once. Leave it out, and give each key one value.", file=sys.stderr)
+        sys.exit(1)
     tune_garbage_collection()
     wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra pass on exceptions; its own messages suggest wrong remedies

@@ -1,6 +1,5 @@
 """Command: compare the runs of a sweep: python -m mnist_exp.compare sweep=latest factor=model baseline=plain_cnn."""
 
-import os
 import re
 import tempfile
 from dataclasses import asdict
@@ -11,11 +10,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from mnist_exp import CONF, HOME
+from mnist_exp import CONF
 from mnist_exp.cli import run_command
-from mnist_exp.config import as_dict, as_list, build, check_margin, check_target, nodes
+from mnist_exp.config import as_list, build, check_margin, own_keys
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import command, key_of, text_of, typed_ids
+from mnist_exp.overrides import command, data_root, split_override
 from mnist_exp.redaction import redact
 from mnist_exp.signals import install_signal_handlers
 from mnist_exp.tracking.base import Answer, RunRecord, Store
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from mnist_exp.comparison.arms import Arms, Source
+    from mnist_exp.comparison.arms import Arms
 
 KEYS = {"sweep", "results", "factor", "baseline", "metrics", "margin", "export", "tracking"}
 REPORT, PICTURE = "report.html", "differences.png"
@@ -34,7 +33,7 @@ REPORT, PICTURE = "report.html", "differences.png"
 
 def main() -> None:
     """Run the command line; a user's mistake ends with a message and status 1."""
-    run_command(task)
+    run_command(task, multirun=False)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="compare")
@@ -42,20 +41,19 @@ def task(composed: DictConfig) -> None:
     """Compare the runs of a sweep, show the answer, and publish a report in the sweep's parent run."""
     install_signal_handlers()
     from mnist_exp.comparison import arms, outcomes, report, tables, wording
+    from mnist_exp.comparison.sources import source_of
     from mnist_exp.console import show_comparison, show_report
 
     overrides = as_list(HydraConfig.get().overrides.task)
-    added = [override for override in overrides if key_of(override).partition(".")[0] not in KEYS]
-    if added:
-        raise UserError(f"{' '.join(added)} is invalid: expected keys among {', '.join(sorted(KEYS))}.")
-    # conf/local/default.yaml may set keys of the run command as well.
-    config = {key: value for key, value in as_dict(composed).items() if key in KEYS} | typed_ids(overrides, ["sweep"])
+    config = own_keys(composed, overrides, KEYS, ids={"sweep"})
     check(config)
     # As typed: [8,16,20] and null are values of an arm here, not a list and None.
-    typed = dict(split(override) for override in overrides)
+    typed = dict(split_override(override) for override in overrides)
     store: Store = build(config["tracking"], "tracking")
     sweeps = [] if config["results"] else find_sweeps(store, config["sweep"])
-    sources = tables.read_tables(map(Path, config["results"])) if config["results"] else [source(store, *item) for item in sweeps]
+    sources = (
+        tables.read_tables(map(Path, config["results"])) if config["results"] else [source_of(store, *item) for item in sweeps]
+    )
     if config["export"]:
         tables.write_table(Path(config["export"]), sources)
     plan = arms.by_start(sources)[0].plan or Plan()
@@ -91,20 +89,8 @@ def find_sweeps(store: Store, ids: str | list[str]) -> list[tuple[RunRecord, Def
     return sorted(found.values(), key=lambda item: item[0].started)
 
 
-def source(store: Store, parent: RunRecord, definition: Definition) -> "Source":
-    """Return the runs of a sweep as a source of a comparison."""
-    from mnist_exp.comparison.arms import Source
-
-    jobs = {job.number: dict(split(override) for override in job.overrides) for job in definition.jobs}
-    return Source(parent.run_id, store.children(parent.run_id), jobs, definition.initial, definition.plan)
-
-
 def check(config: dict[str, Any]) -> None:
-    """Raise UserError if the configuration has wrong keys, targets or values."""
-    if not config.keys() >= KEYS:
-        raise UserError(f"The command line removes {', '.join(sorted(KEYS - config.keys()))}: expected only changed values.")
-    for key, value in nodes(config):
-        check_target(key, value)
+    """Raise UserError if the configuration has wrong values."""
     sweeps = config["sweep"] if isinstance(config["sweep"], list) else [config["sweep"]]
     if not sweeps or not all(re.fullmatch("latest|[0-9a-f]{6,32}", str(sweep)) for sweep in sweeps):
         raise UserError(
@@ -148,15 +134,9 @@ def test_images(arms: "Arms") -> "Tensor | None":
 
     record = arms.records[0]
     try:
-        root = os.environ.get("MNIST_ROOT", str(HOME / "data"))
-        return find_test_images(record.data, root, record.digests.get("test", ""))
+        return find_test_images(record.data, data_root(), record.digests.get("test", ""))
     except UserError:  # a damaged file
         return None
-
-
-def split(override: str) -> tuple[str, str]:
-    """Return the key and the value of an override."""
-    return key_of(override), text_of(override)
 
 
 if __name__ == "__main__":

@@ -83,12 +83,14 @@ class Display:
         """Show a prominent warning."""
         self.console.print(Panel(plain(message), style="bold red"))
 
-    def results(self, rows: Mapping[str, str], ui_command: str | None) -> None:
-        """Show the results, and the command that opens the run in the UI."""
+    def results(self, rows: Mapping[str, str], ui_command: str | None, use_commands: Mapping[str, str]) -> None:
+        """Show the results, the command that opens the run in the UI, and those that use its model, by purpose."""
         if self.quiet:
             return
         self.console.print(_pairs(self.console, rows))
         _show_ui_command(self.console, ui_command)
+        for purpose, line in use_commands.items():
+            self.console.print(f"{purpose}: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 class SweepDisplay:
@@ -188,9 +190,9 @@ def show_pairs(title: str, pairs: Mapping[str, str]) -> None:
         console.print(_pairs(console, pairs))
 
 
-def show_lines(lines: Sequence[str]) -> None:
+def show_lines(lines: Sequence[str], *, stderr: bool = False) -> None:
     """Show lines that are copied from the terminal, such as commands and paths, without breaking them."""
-    console = Console()
+    console = Console(stderr=stderr)
     for line in lines:
         console.print(plain(line), soft_wrap=True)
 
@@ -274,3 +276,12 @@ def show_plan(rows: list[dict[str, str]], notes: list[str]) -> None:
 def show_report(address: str) -> None:
     """Show the address of a report."""
     Console().print(plain(f"Report: {address}"), soft_wrap=True)
+
+
+@contextmanager
+def progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar while the block runs; yield the function that advances it by a number of steps."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f} of {task.total:.0f}"))
+    with Progress(*columns, TimeRemainingColumn(compact=True), console=Console(), transient=True) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda steps: bar.advance(task, steps)

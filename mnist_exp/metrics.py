@@ -64,6 +64,7 @@ METRICS = {
     )
 }
 OTHER = Metric("other", ".4g")
+EVALUATION = "evaluate/"  # begins the names of metrics of stored models: no command selects runs by them
 
 
 def metric_of(name: str) -> Metric:

@@ -1,6 +1,6 @@
 """Command: list, show, compare, move and delete runs.
 
-python -m mnist_exp.runs list | show | diff | best | prune | export | import | reap | rerun
+python -m mnist_exp.runs list | show | diff | best | prune | export | import | promote | reap | rerun
 """
 
 import argparse
@@ -72,6 +72,13 @@ def parser() -> argparse.ArgumentParser:
     importing = commands.add_parser("import", help="bring an exported sweep into this store as new runs")
     importing.add_argument("folder", type=Path, metavar="FOLDER")
     importing.set_defaults(run=import_sweep)
+    promote = commands.add_parser("promote", help="register a model under a name, and point an alias to it")
+    which = promote.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", dest="run_id", metavar="ID", help="the model of this run")
+    which.add_argument("--sweep", metavar="ID", help="the best arm of this sweep (an id, or latest), if it beats the champion")
+    promote.add_argument("--name", type=model_name, required=True, help="the name of the registered model")
+    promote.add_argument("--alias", type=alias, default="champion", help="the alias (default: champion)")
+    promote.set_defaults(run=promote_model)
     rerun = commands.add_parser("rerun", help="repeat a recorded run and compare the metrics")
     rerun.add_argument("run_id", metavar="ID")
     return result
@@ -82,6 +89,20 @@ def positive(text: str) -> int:
     if not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is invalid: expected an integer >= 1")
     return int(text)
+
+
+def model_name(text: str) -> str:
+    """Return the name of a registered model."""
+    if not (re.fullmatch(r"[^/:\s]([^/:]{0,98}[^/:\s])?", text) and text.isprintable()):
+        raise argparse.ArgumentTypeError(f"{text!r} is invalid: expected at most 100 characters, without / and :")
+    return text
+
+
+def alias(text: str) -> str:
+    """Return an alias. MLflow reserves `latest` and the names of versions."""
+    if not re.fullmatch(r"[\w-]{1,100}", text, re.ASCII) or re.fullmatch(r"latest|v\d+", text, re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"{text!r} is invalid: expected a word such as champion, but not latest or v1")
+    return text
 
 
 def days(text: str) -> float:
@@ -184,6 +205,34 @@ def import_sweep(store: MLflowStore, arguments: argparse.Namespace) -> None:
 
     sweep_id, count = transfer.import_sweep(store, arguments.folder)
     show_lines([f"Sweep {sweep_id}: {count} runs added." if count else f"Sweep {sweep_id} is complete: nothing added."])
+
+
+def promote_model(store: MLflowStore, arguments: argparse.Namespace) -> None:
+    """Register a model and point the alias to it, or say why the champion stays."""
+    from mnist_exp.tracking import registry
+
+    before = registry.find_champion(store, arguments.name, arguments.alias)
+    if arguments.run_id:
+        record = record_of(store.get_run(store.resolve_id(arguments.run_id)))
+        reason, tags = f"Promoted by hand: run {record.run_id}.", {}
+    else:
+        from mnist_exp.comparison.promotion import decide_by_sweep
+
+        if before and not before.run_id:
+            raise UserError(
+                f"{arguments.name}@{arguments.alias}, version {before.version}, names no run, so that no arm can be compared "
+                "with it. Promote a run of your choice with --run."
+            )
+        sweep = "latest" if arguments.sweep == "latest" else store.resolve_id(arguments.sweep)
+        parent, definition = store.find_sweep(sweep, finished_too=True)
+        decision = decide_by_sweep(store, parent, definition, before.run_id if before else None)
+        if decision.run is None:
+            show_lines([decision.reason])
+            return
+        record, reason, tags = decision.run, decision.reason, decision.tags | {"sweep": parent.run_id}
+    source = registry.verified_model(store, record)
+    version = registry.register(store, source, arguments.name, arguments.alias, reason, tags, before)
+    show_lines([reason, f"models:/{arguments.name}@{arguments.alias} is version {version}, of run {record.run_id}."])
 
 
 def prune_runs(store: MLflowStore, arguments: argparse.Namespace) -> None:

@@ -1,14 +1,18 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -16,13 +20,17 @@ from hydra import compose, initialize_config_dir
 from mnist_exp import CONF, HOME
 from mnist_exp.config import build, resolve
 from mnist_exp.learning.data import Dataset
-from mnist_exp.learning.datasets import MNIST_FILES, load_digits
+from mnist_exp.learning.datasets import MNIST_FILES, MNIST_SHAPE, load_digits
 from mnist_exp.run import main
 from mnist_exp.signals import SIGNALS
 from mnist_exp.storage import checkpoint, run_dir
+from mnist_exp.tracking.base import RunInfo
+from mnist_exp.tracking.mlflow_store import MLflowStore
+from mnist_exp.tracking.model_export import save_model
 
 Compose = Callable[..., dict[str, Any]]
 CommandLine = Callable[..., subprocess.CompletedProcess[str]]
+Call = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_configure() -> None:
@@ -127,6 +135,19 @@ def composed() -> Iterator[Compose]:
 
 
 @pytest.fixture
+def stored_run(store: str, tmp_path: Path, composed: Compose) -> str:
+    """The id of a finished run whose network has not learned anything."""
+    config = composed() | {"shape": MNIST_SHAPE}
+    network = build(config["model"], "model", **MNIST_SHAPE).eval()
+    save_model(tmp_path / "model", network, np.zeros((2, 1, 28, 28), np.uint8), config)
+    opened = MLflowStore(store, "mnist_exp")
+    opened.open()
+    with opened.start(RunInfo("se_cnn", "python -m mnist_exp.run", {"data": "mnist"})) as tracker:
+        tracker.log_model(tmp_path / "model", "se_cnn-mnist")
+    return str(tracker.run_id)
+
+
+@pytest.fixture
 def command_line(tmp_path: Path) -> CommandLine:
     """Run `python -m mnist_exp.run` as a user does, with its output under tmp_path."""
 
@@ -153,6 +174,25 @@ def handlers_put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         signal.signal(signum, handler)
 
 
+def free_port() -> int:
+    """Return a port of this machine that no server uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for_server(address: str, process: "subprocess.Popen[Any]", seconds: float = 60) -> None:
+    """Wait until a server answers at an address; its process must go on."""
+    for _ in range(int(4 * seconds)):
+        try:
+            urllib.request.urlopen(address, timeout=5)
+            return
+        except OSError:
+            assert process.poll() is None, "the server has ended"
+            time.sleep(0.25)
+    raise AssertionError(f"nothing answers at {address}")
+
+
 def exit_status(command: Callable[[], object]) -> int:
     """Call the main function of a command and return the status with which its process would end."""
     try:
@@ -163,19 +203,22 @@ def exit_status(command: Callable[[], object]) -> int:
 
 
 @pytest.fixture
-def in_process(
-    handlers_put_back: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> CommandLine:
-    """Do what `command_line` does within this process, which saves the imports."""
+def call(handlers_put_back: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
+    """Call the main function of a command with a command line, within this process, which saves the imports."""
 
-    def run(*overrides: str) -> subprocess.CompletedProcess[str]:
-        arguments = ["mnist-exp", *overrides, f"output_dir={tmp_path / 'outputs'}"]
-        monkeypatch.setattr(sys, "argv", arguments)
-        status = exit_status(main)
+    def run(command: Callable[[], object], *arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["mnist-exp", *arguments])
+        status = exit_status(command)
         printed = capfd.readouterr()
         return subprocess.CompletedProcess(arguments, status, printed.out, printed.err)
 
     return run
+
+
+@pytest.fixture
+def in_process(call: Call, tmp_path: Path) -> CommandLine:
+    """Do what `command_line` does within this process."""
+    return lambda *overrides: call(main, *overrides, f"output_dir={tmp_path / 'outputs'}")
 
 
 @pytest.fixture

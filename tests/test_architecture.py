@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "mnist_exp"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the top: a room may import those of lower layers, and itself.
 LAYERS = [
-    {"run", "compare", "runs", "ui"},
+    {"run", "compare", "runs", "ui", "predict", "evaluate", "draw"},
     {"experiment", "sweep", "comparison", "serving"},
     {"tracking", "console", "cli"},
     {"storage", "config"},
@@ -23,9 +23,10 @@ LAYERS = [
 ]
 ONLY = {  # the rooms that may import a library
     "mlflow": {"tracking"},
-    "hydra": {"run", "compare", "cli", "config", "overrides", "sweep"},
+    "hydra": {"run", "compare", "evaluate", "cli", "config", "overrides", "sweep"},
     "optuna": {"sweep"},
     "rich": {"console"},
+    "fastapi": {"serving"},
     "matplotlib": {"experiment", "comparison"},
 }
 PRIVATE = {  # private names of libraries that the package uses: a comment at each gives the reason, a test fails if it changes

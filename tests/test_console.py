@@ -71,7 +71,7 @@ UNMEASURED = {"run", "checkpoint", "effect", "p: t / flip", "time/total_seconds"
 def shown_at(width: int, table: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     monkeypatch.setenv("COLUMNS", str(width))
     if table == "end of a run":
-        Display({}, 0, quiet=False).results(RESULTS, None)
+        Display({}, 0, quiet=False).results(RESULTS, None, {})
     elif table == "sweep":
         SweepDisplay(3).results(SWEPT, None)
     elif table == "comparison":

@@ -288,5 +288,5 @@ def finish(request: RunRequest, prepared: Prepared, recorder: Recorder, evaluati
     picture = artifact_path(outcome.run_id, "pictures/worst_mistakes.png")
     recorder.finish(results, describe_run(rows, request.overrides, prepared.data.notice, picture))
     rows |= {"run": outcome.run_id, "checkpoint": os.path.relpath(recorder.folder / run_dir.CHECKPOINT)}
-    prepared.display.results(rows, recorder.tracker.ui_command())
+    prepared.display.results(rows, recorder.tracker.ui_command(), recorder.tracker.use_commands())
     return outcome

@@ -1,7 +1,7 @@
 """Loads an exported model from its weights and its validated configuration. No graph, pickle or code is read."""
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 
 def load_model(uri: str) -> "nn.Module":
     """Return an exported model in evaluation mode: it maps uint8 images (n, channels, side, side) to float32 logits (n, classes).
+
+    Args and Raises as for `read_model`.
+    """
+    return read_model(uri)[0]
+
+
+def read_model(uri: str) -> tuple["nn.Module", dict[str, Any]]:
+    """Return an exported model in evaluation mode, and the configuration that it was trained with.
 
     Args:
         uri: A folder, or `models:/<model id>` in the store that MLFLOW_TRACKING_URI names.
@@ -38,4 +46,4 @@ def load_model(uri: str) -> "nn.Module":
         model.load_state_dict(weights)
     except Exception as error:  # a forged file can fail anywhere within torch
         raise UserError(f"{folder / WEIGHTS} does not contain the weights of this model: {type(error).__name__}.") from error
-    return model.eval()
+    return model.eval(), config

@@ -173,6 +173,9 @@ class Tracker(Protocol):
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Record metrics at `step` (examples seen); they may be sent as late as `flush`."""
 
+    def use_model(self, model_id: str) -> None:
+        """Link the run to a recorded model, to which its results belong."""
+
     def log_results(self, metrics: Mapping[str, float]) -> None:
         """Record what is measured once, at step 0, and link it and the last validation metrics to the model and the data."""
 
@@ -196,6 +199,9 @@ class Tracker(Protocol):
 
     def ui_command(self) -> str | None:
         """Return the command or address that opens the run in the UI."""
+
+    def use_commands(self) -> dict[str, str]:
+        """Return the commands that use the run's model, by purpose."""
 
 
 class Store(Protocol):
@@ -265,11 +271,14 @@ class NullTracker:
 
     def _ignore(self, *values: object) -> None: ...
 
-    log_params = set_tags = set_description = log_metrics = log_results = flush = _ignore
+    log_params = set_tags = set_description = log_metrics = use_model = log_results = flush = _ignore
     log_text = log_file = log_image = log_dataset = log_model = _ignore
 
     def ui_command(self) -> str | None:
         return None
+
+    def use_commands(self) -> dict[str, str]:
+        return {}
 
 
 class NullStore:

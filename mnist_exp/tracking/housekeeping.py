@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from mnist_exp.errors import UserError
-from mnist_exp.metrics import metric_of
+from mnist_exp.metrics import EVALUATION, metric_of
 from mnist_exp.storage import run_dir
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import RunRecord
@@ -26,14 +26,14 @@ ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Pruning:
     """The runs that pruning deletes, the oldest first, and the number of kept ones by reason."""
 
     runs: list[RunRecord]
     kept: dict[str, int]
 
 
-def plan_pruning(store: MLflowStore, output_dir: Path, days: float, keep_best: int, metric: str) -> Plan:
+def plan_pruning(store: MLflowStore, output_dir: Path, days: float, keep_best: int, metric: str) -> Pruning:
     """Choose the runs to delete.
 
     Args:
@@ -64,7 +64,7 @@ def plan_pruning(store: MLflowStore, output_dir: Path, days: float, keep_best: i
     while needed := _needed(records, reasons):
         reasons |= needed
     chosen = [record for record in records if record.run_id not in reasons]
-    return Plan(sorted(chosen, key=lambda record: record.ended or 0), dict(Counter(reasons.values())))
+    return Pruning(sorted(chosen, key=lambda record: record.ended or 0), dict(Counter(reasons.values())))
 
 
 def _needed(records: Sequence[RunRecord], reasons: Mapping[str, str]) -> dict[str, str]:
@@ -82,8 +82,10 @@ def _best(records: Iterable[RunRecord], count: int, metric: str) -> set[str]:
     Without the metric in any run of a data set, none can be preferred: all of them are returned.
     """
     is_better = metric_of(metric).higher_is_better
-    if is_better is None:
-        raise UserError(f"--by {metric} is invalid: expected a metric with a best direction, such as val/accuracy.")
+    if is_better is None or metric.startswith(EVALUATION):
+        raise UserError(
+            f"--by {metric} is invalid: expected a metric of training runs with a best direction, such as val/accuracy."
+        )
     by_data = defaultdict(list)
     for record in records:
         if record.status == "FINISHED" and tag.SWEEP_JOBS not in record.tags:

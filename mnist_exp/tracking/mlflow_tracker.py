@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 BATCH_LIMIT = 1000  # metrics in one request to MLflow
+# The context of the data set that metrics are measured on, by the first part of their names.
+MEASURED_ON = {"test": "test", "val": "validation", "evaluate": "evaluate"}
 RETRY_AFTER = 10.0  # seconds between two attempts to reach a store that is away
 
 
@@ -131,6 +133,12 @@ class MLflowTracker:
         self._logged |= new
         self._metrics += new.values()
 
+    def use_model(self, model_id: str) -> None:
+        from mlflow.entities import LoggedModelInput
+
+        self._model_id = model_id
+        self._outbox.add(lambda: self.client.log_inputs(self.run_id, models=[LoggedModelInput(model_id)]))
+
     def log_results(self, metrics: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
@@ -148,7 +156,7 @@ class MLflowTracker:
         """Return a metric with the model and the data set that it belongs to; the run keeps each point once."""
         from mlflow.entities import Metric
 
-        name = self._contexts.get({"val": "validation"}.get(part := point.key.partition("/")[0], part))
+        name = self._contexts.get(MEASURED_ON.get(point.key.partition("/")[0], ""))
         return Metric(
             point.key,
             point.value,
@@ -229,6 +237,13 @@ class MLflowTracker:
         if self.uri.startswith("http"):
             return f"{without_credentials(self.uri)}{run_path(self.experiment_id, self.run_id)}"
         return f"{store_variable(self.uri)}{command('ui', self.run_id)}"
+
+    def use_commands(self) -> dict[str, str]:
+        model, store = ("--model", self.run_id[:8]), store_variable(self.uri)
+        return {
+            "Classify a picture with it": f"{store}{command('predict', *model)} FILE",
+            "Draw digits for it": f"{store}{command('draw', *model)}",
+        }
 
 
 def terminate(client: "MlflowClient", run_id: str, status: str) -> None:

@@ -14,6 +14,7 @@ JOB = "job_num"  # of a job: its number
 ARM = "arm"  # of a job: the overrides that differ between jobs, without the seed, in short form
 DIFFERS = "differs"  # of a job: the overrides that differ between jobs
 
+MODEL, TRAINED_BY = "model", "trained_by"  # of an evaluation: the address of the model, and the id of the run that trained it
 ANSWER = "answer"  # of a sweep's parent: the headline of its comparison
 
 HOST, PID, OUTPUT_DIR, USER = "host", "pid", "output_dir", "mlflow.user"  # the process that works on the run

@@ -6,13 +6,11 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,7 +18,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from conftest import CommandLine
+from conftest import CommandLine, free_port, wait_for_server
 from mlflow import MlflowClient
 
 from mnist_exp import CHECKOUT
@@ -115,9 +113,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been() -> None:
 def server(template_database: Path, tmp_path: Path) -> Iterator[tuple[str, Callable[[], None], Callable[[], None]]]:
     """An MLflow server: its address, and functions that stop and start it."""
     shutil.copyfile(template_database, tmp_path / "server.db")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
     command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "served")]
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -129,13 +125,7 @@ def server(template_database: Path, tmp_path: Path) -> Iterator[tuple[str, Calla
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
             )
         )
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                return
-            except OSError:
-                assert processes[-1].poll() is None
-                time.sleep(0.25)
+        wait_for_server(f"http://127.0.0.1:{port}/health", processes[-1])
 
     def stop(signum: int = signal.SIGTERM) -> None:
         os.killpg(processes[-1].pid, signum)

@@ -1,17 +1,14 @@
 """The MLflow UI in a real browser, at 1400x900: each page is opened by its link and searched for its content."""
 
 import re
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from benchmarks.compare import make_sweep
-from conftest import CommandLine, chromium
+from conftest import CommandLine, chromium, free_port, wait_for_server
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -65,9 +62,7 @@ def ui(store: str) -> Iterator[Ui]:
     servers = []
 
     def start(*arguments: str) -> dict[str, str]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         command = [sys.executable, "-m", "mnist_exp.ui", *arguments, "--port", str(port)]
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         servers.append(server)
@@ -76,13 +71,7 @@ def ui(store: str) -> Iterator[Ui]:
         while (line := server.stdout.readline()).startswith("  "):
             name, _, link = line.strip().rpartition(": ")
             links[name] = link
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except OSError:
-                assert server.poll() is None
-                time.sleep(0.5)
+        wait_for_server(f"http://127.0.0.1:{port}/health", server)
         return links
 
     yield start

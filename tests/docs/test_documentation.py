@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from PIL import Image, ImageDraw
 
 from mnist_exp import CONF, metrics
 from mnist_exp.compare import check as check_comparison
@@ -31,6 +32,7 @@ IDS = {"RUN_ID": "a" * 32, "TEACHER_1": "b" * 32, "TEACHER_2": "c" * 32}  # plac
 CI = "run by .ci/run"
 RUN = "run by the test below, each in less than a minute"
 COMPOSED = "too long: composed and validated below"
+BELOW = "tests/docs/test_documentation.py"
 PARSED = "too long: the options are looked up below"
 # Every command of a bash block, and the check that it gets: one of the above, the test that runs it, or the reason for none.
 COMMANDS = {
@@ -42,13 +44,12 @@ COMMANDS = {
     "pytest -m slow -n 2 --dist worksteal": CI,
     "pytest -m cluster": CI,
     "python -m mnist_exp.run --help": RUN,
-    "python -m mnist_exp.run --cfg job": RUN,
     "python -m mnist_exp.run optimizer=adam batch_size=256": RUN,
-    "python -m mnist_exp.run model=plain_cnn": RUN,
     "python -m mnist_exp.run '~phases.finetune' phases.train.epochs=3": RUN,
     "python -m mnist_exp.run data=mnist_tuning": RUN,
     "python -m mnist_exp.run +phase@phases.polish=finetune": RUN,
     "python -m mnist_exp.run optimizer@phases.finetune.optimizer=adamw": RUN,
+    "python -m mnist_exp.run optimizer@phases.finetune.optimizer=adamw +augmentation@phases.finetune.augmentation=none": RUN,
     "python -m mnist_exp.run -m model=se_cnn,plain_cnn 'seed=range(0,3)'": RUN,
     "python -m mnist_exp.runs list": RUN,
     "python -m mnist_exp.runs reap": RUN,
@@ -57,13 +58,23 @@ COMMANDS = {
     "python -m mnist_exp.runs show RUN_ID": "tests/commands/test_runs.py",
     "python -m mnist_exp.runs diff RUN_ID OTHER_ID": "tests/commands/test_runs.py",
     "python -m mnist_exp.runs best latest": "tests/commands/test_runs.py",
+    "python -m mnist_exp.runs promote --run RUN_ID --name mnist --alias champion": "tests/commands/test_promote.py",
+    "python -m mnist_exp.runs promote --sweep latest --name mnist --alias champion": "tests/commands/test_promote.py",
+    "python -m mnist_exp.predict photo.jpg": BELOW,
+    "python -m mnist_exp.predict --model latest --out predictions.csv --sheet sheet.png FOLDER": BELOW,
+    "python -m mnist_exp.draw": "tests/serving/test_draw.py",
+    "python -m mnist_exp.evaluate model=latest data=mnist": BELOW,
+    "python scripts/preparation.py --count 10000 --sheet worst.png --photos 500": PARSED,
+    "python scripts/benchmarks/serving.py": PARSED,
+    "mlflow models serve -m models:/mnist@champion --env-manager local --port 5001": "tests/serving/test_serve.py",
+    "curl http://127.0.0.1:5001/invocations -H 'Content-Type: application/json' -d \"$(python -c 'import json; "
+    'print(json.dumps({"inputs": [[[[0] * 28] * 28]]}))\')"': "run by tests/serving/test_serve.py",
     "python -m mnist_exp.runs export latest FOLDER": "tests/tracking/test_transfer.py",
     "python -m mnist_exp.runs import FOLDER": "tests/tracking/test_transfer.py",
     "python -m mnist_exp.ui": "tests/commands/test_ui.py",
     "python -m mnist_exp.ui --view curves": "tests/commands/test_ui.py",
     'mlflow run . --env-manager local -P overrides="optimizer=adam"': RUN,
     'eval "$(mnist-exp -sc install=bash)"': RUN,
-    "python -m mnist_exp.run resume=latest": "tests/commands/test_faults.py",
     "python -m mnist_exp.run resume=RUN_ID": "tests/commands/test_faults.py",
     "python -m mnist_exp.runs rerun RUN_ID": "tests/sweep/test_sweep.py",
     "python -m mnist_exp.run -m sweep.resume=latest": "tests/sweep/test_sweep.py",
@@ -88,7 +99,6 @@ COMMANDS = {
     "python -m mnist_exp.run -m experiment=under_10k 'teacher.runs=[TEACHER_1,TEACHER_2]'": COMPOSED,
     "python -m mnist_exp.run -m hydra/launcher=slurm output_dir=/shared/outputs model=se_cnn,plain_cnn"
     " 'seed=range(0,20)'": COMPOSED,
-    "python -m mnist_exp.run -m optimizer=nadam,adam 'seed=range(0,5)'": COMPOSED,
     "python -m mnist_exp.run optimizer=nadam scheduler=linear augmentation=noise model=mlp": COMPOSED,
     "python -m mnist_exp.compare factor=model baseline=plain_cnn": COMPOSED,
     "python -m mnist_exp.compare factor=optimizer metrics=val/accuracy": COMPOSED,
@@ -148,7 +158,7 @@ def extensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
     before = {name: set(vars(module)) for name, module in modules.items()}
     for block in blocks(ROOT / "docs" / "extending.md", "python"):
         if block.startswith("# mnist_exp/metrics.py\n"):
-            (entry,) = eval(block, vars(metrics))
+            entry = eval(block, vars(metrics))
             monkeypatch.setitem(metrics.METRICS, entry.name, entry)
             continue
         name = re.match(r"# mnist_exp/learning/(\w+)\.py\n", block)
@@ -229,6 +239,31 @@ def test_a_short_command_runs(command: str, checkout: Path, mnist_root: Path) ->
     environment["MNIST_ROOT"] = str(mnist_root.absolute())
     done = subprocess.run(["bash", "-c", command], cwd=checkout, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_model_of_the_first_command_reads_a_photo(checkout: Path, mnist_root: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    environment["MNIST_ROOT"] = str(mnist_root.absolute())
+    photo = Image.new("RGB", (1200, 900), (214, 205, 190))
+    ImageDraw.Draw(photo).line([(500, 250), (690, 240), (560, 640)], fill=(40, 45, 90), width=34, joint="curve")
+    photo.save(checkout / "photo.jpg")
+    (checkout / "FOLDER").mkdir()
+    photo.save(checkout / "FOLDER" / "seven.png")
+    (snippet,) = blocks(README, "python")
+    (checkout / "snippet.py").write_text(snippet)
+
+    def run(command: str) -> str:
+        done = subprocess.run(["bash", "-c", command], cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("python -m mnist_exp.run data.fallback=null")
+    assert re.search(r"photo\.jpg +\S +7 ", run("python -m mnist_exp.predict photo.jpg"))
+    assert run("python snippet.py").startswith("[7] [0.")
+    run("python -m mnist_exp.predict --model latest --out predictions.csv --sheet sheet.png FOLDER")
+    assert (checkout / "predictions.csv").read_text().splitlines()[1].startswith("FOLDER/seven.png,7,0.")
+    assert "evaluate/accuracy" in run("python -m mnist_exp.evaluate model=latest data=mnist")
 
 
 def test_the_extensions_train(extensions: str, tmp_path: Path, digits, short_digits) -> None:

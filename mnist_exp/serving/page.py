@@ -1,0 +1,89 @@
+"""The drawing page: a local web application around a classifier."""
+
+import io
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+from PIL import Image
+from starlette.requests import ClientDisconnect
+
+from mnist_exp.errors import UserError
+from mnist_exp.serving.classifier import Classifier
+
+PAGE = Path(__file__).with_name("page.html")
+MAX_REQUEST = 300_000  # bytes; the page's canvas takes some 5,000
+MAX_PIXELS = 1_000_000
+HEADERS = {
+    # Nothing from another address, and the page in no other page.
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+def create_app(classifier: Classifier, hosts: frozenset[str]) -> FastAPI:
+    """Return the application: the page at `/`, and `/predict`, which takes a PNG and returns JSON.
+
+    Args:
+        classifier: The model.
+        hosts: The values of the header `Host`, such as `127.0.0.1:8000`, that are answered. Requests from pages of other
+            addresses are refused.
+    """
+    app = FastAPI(title="mnist_exp", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.middleware("http")
+    async def protect(request: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:
+        origin = request.headers.get("origin")
+        is_ours = origin is None or origin in {f"http://{host}" for host in hosts}
+        if request.headers.get("host") not in hosts or not is_ours:
+            response: Response = JSONResponse({"error": "This address is not answered."}, status_code=403)
+        else:
+            response = await proceed(request)
+        response.headers.update(HEADERS)
+        return response
+
+    @app.get("/")
+    async def page() -> HTMLResponse:
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+
+    @app.post("/predict")
+    async def predict(request: Request) -> JSONResponse:
+        content = bytearray()
+        try:
+            async for part in request.stream():
+                content += part
+                if len(content) > MAX_REQUEST:
+                    return JSONResponse({"error": f"The picture has more than {MAX_REQUEST:,} bytes."}, status_code=413)
+        except ClientDisconnect:  # nobody waits for the answer
+            return JSONResponse({}, status_code=400)
+        try:
+            found = classifier(_read(bytes(content)))
+        except UserError as error:
+            return JSONResponse({"error": str(error)}, status_code=422)
+        return JSONResponse(
+            {
+                "label": int(found.labels[0]),
+                "probabilities": [float(value) for value in found.probabilities[0]],
+                "image": found.images[0].tolist(),
+            }
+        )
+
+    return app
+
+
+def _read(content: bytes) -> Image.Image:
+    """Return the picture in a PNG; raises UserError."""
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise UserError(f"The picture has more than {MAX_PIXELS:,} pixels.")
+            picture.load()
+            return picture.copy()
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can fail anywhere within Pillow
+        raise UserError("Expected a picture in PNG.") from error

@@ -1,0 +1,266 @@
+"""Turns a picture of a digit, such as a photo, into an image as MNIST's authors prepared theirs."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from scipy import ndimage
+
+from mnist_exp.errors import UserError
+
+BOX = 20 / 28  # the side of the box that the digit fills, as a share of the side of the image
+LARGEST = 400  # pixels on the longer side of the picture that is analyzed
+MIN_CONTRAST = 0.06  # between digit and background, from 0 to 1: less is noise
+FAINT = 0.1  # ink below this share of the darkest is background
+WINDOW = 0.25  # the thickest line of a photo, as a share of its shorter side
+BLOCKS = 8  # in each direction: in a smaller one, a line could cover half
+SHARP = 0.3  # the edges of a digit, as a share of the sharpest in the picture
+BLANK = "no digit found: the picture is blank, or its contrast is too low"
+SPECK = 0.05  # parts with less than this share of the largest part's ink are dirt
+
+
+def prepare(picture: Image.Image, side: int, invert: bool | None = None) -> NDArray[np.uint8]:
+    """Return a digit as a light figure on black: uint8 (side, side).
+
+    The digit is cropped, scaled to a box of 20/28 of the side with its aspect ratio kept, and centered by its center of mass.
+
+    Args:
+        picture: Of any size and mode.
+        side: Height and width of the result.
+        invert: Whether the digit is darker than its background; None detects it.
+
+    Raises:
+        UserError: The picture is blank.
+
+    Source: LeCun, Bottou, Bengio and Haffner, Gradient-Based Learning Applied to Document Recognition, 1998, section III.A.
+    """
+    ink = _without_dirt(_ink(_pixels(picture), invert))
+    rows, columns = (np.flatnonzero((ink > 0).any(axis)) for axis in (1, 0))
+    digit = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    scale = round(side * BOX) / max(digit.shape)
+    height, width = (max(1, round(length * scale)) for length in digit.shape)
+    # Pillow's bilinear filter averages over all pixels that fall into one.
+    small = np.asarray(Image.fromarray(digit.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR))
+    small = small / small.max()  # thin strokes of a large picture would be faint
+    middle = (side - 1) / 2
+    top, left = (round(middle - center) for center in ndimage.center_of_mass(small))
+    return _placed((small * 255).round().astype(np.uint8), top, left, side)
+
+
+def flatten(picture: Image.Image) -> Image.Image:
+    """Return a picture upright, in RGB, and without transparency: on white, or on black if what is opaque is light.
+
+    Raises:
+        UserError: The picture contains numbers that are not finite.
+    """
+    upright = ImageOps.exif_transpose(picture) or picture
+    if upright.mode.startswith(("I", "F")):  # 16 bits, or any numbers
+        values = np.asarray(upright, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise UserError("the picture contains values that are not finite")
+        low, high = float(values.min()), float(values.max())
+        scaled = (values - low) / (high - low) * 255 if high > low else np.zeros_like(values)
+        upright = Image.fromarray(scaled.astype(np.uint8))
+    if "A" not in upright.getbands() and "transparency" not in upright.info:
+        return upright.convert("RGB")
+    color = upright.convert("RGBA")
+    *channels, alpha = np.moveaxis(np.asarray(color, dtype=np.float32), 2, 0)
+    is_light = float((np.mean(channels, axis=0) * alpha).sum()) > 127.5 * float(alpha.sum())
+    paper = Image.new("RGBA", color.size, "black" if is_light and alpha.min() < 255 else "white")
+    return Image.alpha_composite(paper, color).convert("RGB")
+
+
+def _pixels(picture: Image.Image) -> NDArray[np.float32]:
+    """Return the picture with values from 0 to 1: float32 (h, w, 3), at most `LARGEST` on a side."""
+    factor = max(picture.size) // (4 * LARGEST)
+    if factor > 1 and picture.mode in ("L", "RGB", "RGBA"):  # conversions of a large picture take gigabytes
+        picture = (ImageOps.exif_transpose(picture) or picture).reduce(factor)
+    flat = flatten(picture)
+    flat.thumbnail((LARGEST, LARGEST), Image.Resampling.BOX)
+    pixels: NDArray[np.float32] = (np.asarray(flat) / 255).astype(np.float32)
+    return pixels
+
+
+def _ink(pixels: NDArray[np.float32], invert: bool | None) -> NDArray[np.float32]:
+    """Return how much each pixel belongs to the digit: 0 to 1, float32 (h, w)."""
+    if _is_uneven(pixels):
+        return _ink_of_photo(pixels, invert)
+    ink = _ink_on_plane(pixels, invert)
+    return _ink_of_photo(pixels, invert) if _strips(_parts(ink)) else ink
+
+
+def _ink_on_plane(pixels: NDArray[np.float32], invert: bool | None) -> NDArray[np.float32]:
+    """Return how much each pixel differs from a background of smooth color, toward the color of the digit."""
+    difference: NDArray[np.float32] = (pixels - _background(pixels)).astype(np.float32)
+    if invert is not None:
+        difference = difference.mean(2, keepdims=True) * (-1 if invert else 1)
+        difference = difference.clip(min=0)
+    strength = np.abs(difference).max(2)
+    contrast = float(np.quantile(strength, 0.995)) if strength.size > 1000 else float(strength.max())
+    contrast = max(contrast, float(strength.max()) * 0.5)
+    if contrast < MIN_CONTRAST:
+        raise UserError(BLANK)
+    direction = difference[strength > 0.5 * contrast].mean(0)  # (channels,): from the background to the digit
+    ink = (difference @ direction) / float(direction @ direction)
+    shown: NDArray[np.float32] = np.where(ink > FAINT, ink.clip(0, 1), 0).astype(np.float32)
+    return shown
+
+
+def _is_uneven(pixels: NDArray[np.float32]) -> bool:
+    """Return whether the border, and so the background, has noise or shadows, as that of a photo has."""
+    difference = _border(pixels - _background(pixels))  # (n, channels)
+    gray = difference.mean(1)
+    noise = float(np.median(np.abs(gray - np.median(gray))))
+    strongest = float(np.quantile(np.abs(pixels - _background(pixels)).max(2), 0.995))
+    size = np.abs(difference).max(1)
+    shaded = float(((size > 0.05) & (size < 0.5 * strongest)).mean())  # neither background nor a digit that touches the border
+    return noise > 0.003 or shaded > 0.05
+
+
+def _ink_of_photo(pixels: NDArray[np.float32], invert: bool | None) -> NDArray[np.float32]:
+    """Return how much each pixel differs from the background around it, which may have shadows of any shape.
+
+    A morphological closing removes dark lines, an opening light ones, if they are thinner than the window. Shadows are larger.
+    """
+    gray = pixels.mean(2)
+    if min(gray.shape) > 100:
+        gray = ndimage.gaussian_filter(gray, 1)  # against noise
+    is_dark = _is_dark(gray) if invert is None else invert
+    window = max(3, round(WINDOW * min(gray.shape)))
+    padded = np.pad(gray, window, mode="edge")  # a strip at the border is part of something larger
+    remove_lines = ndimage.grey_closing if is_dark else ndimage.grey_opening
+    background = remove_lines(padded, size=(window, window))[window:-window, window:-window]
+    # Light multiplies what paper and ink reflect.
+    ink = 1 - gray / np.maximum(background, 0.05) if is_dark else gray - background
+    contrast = float(np.quantile(ink, 0.995))
+    if contrast < MIN_CONTRAST:
+        raise UserError(BLANK)
+    ink = ink / contrast
+    middle = np.median(ink)
+    noise = 4 * 1.4826 * float(np.median(np.abs(ink - middle)))  # robust standard deviation
+    floor = min(0.5, max(0.25, float(middle) + noise))
+    return _sharp(np.where(ink > floor, ink.clip(0, 1), 0).astype(np.float32), gray)
+
+
+def _is_dark(gray: NDArray[np.float32]) -> bool:
+    """Return whether the digit is darker than its background.
+
+    In a small block, lines cover less than half of the area, so that the median is the background's. Edges of shadows vote for
+    both sides. The blocks at the border may show a table.
+    """
+    votes = 0.0
+    for rows in np.array_split(gray, BLOCKS, axis=0)[1:-1]:
+        for block in np.array_split(rows, BLOCKS, axis=1)[1:-1]:
+            if block.size:
+                low, middle, high = np.quantile(block, (0.02, 0.5, 0.98))
+                votes += (middle - low) - (high - middle)
+    return votes > 0
+
+
+def _sharp(ink: NDArray[np.float32], gray: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the ink without parts that have no sharp edge, such as the core of a shadow."""
+    parts = _parts(ink)
+    edges = np.asarray(ndimage.maximum(ndimage.gaussian_gradient_magnitude(gray, 1), parts, range(1, parts.max() + 1)))
+    return _only(ink, parts, np.flatnonzero(edges >= SHARP * edges.max(initial=0)) + 1)
+
+
+def _border(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the outermost pixels of (h, w, ...): (n, ...)."""
+    return np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
+
+
+def _parts(ink: NDArray[np.float32]) -> NDArray[np.int32]:
+    """Return the number of the connected part that each pixel belongs to, 0 without ink: (h, w)."""
+    parts, _ = ndimage.label(ink > 0, structure=np.ones((3, 3)))
+    return np.asarray(parts)
+
+
+def _only(ink: NDArray[np.float32], parts: NDArray[np.int32], kept: NDArray[np.int64]) -> NDArray[np.float32]:
+    return np.where(np.isin(parts, kept), ink, 0).astype(np.float32)
+
+
+def _strips(parts: NDArray[np.int32]) -> set[int]:
+    """Return the parts that cover more than half of a side of the border: the edge of a table, or of a shadow."""
+    found: set[int] = set()
+    for side in (parts[0], parts[-1], parts[:, 0], parts[:, -1]):
+        numbers, counts = np.unique(side[side > 0], return_counts=True)
+        found |= {int(number) for number, count in zip(numbers, counts, strict=True) if count > 0.5 * len(side)}
+    return found
+
+
+def _background(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the background, a plane through the colors of the border, so that a shadow across the page is none of the digit."""
+    height, width, channels = pixels.shape
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    plane = np.stack([np.ones_like(x), x / width, y / height], axis=2)  # (h, w, 3)
+    edge = np.zeros((height, width), dtype=bool)
+    edge[[0, -1]] = True
+    edge[:, [0, -1]] = True
+    colors = pixels[edge]  # (n, channels)
+    typical = np.median(colors, axis=0)
+    near = np.abs(colors - typical).max(1) < 0.25  # without a digit that touches the border
+    if near.sum() < 0.5 * len(near):
+        return np.broadcast_to(typical, (height, width, channels)).astype(np.float32)
+    factors, *_ = np.linalg.lstsq(plane[edge][near], colors[near], rcond=None)
+    background: NDArray[np.float32] = (plane @ factors).astype(np.float32)
+    return background
+
+
+def _without_dirt(ink: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the ink without strips at the border and small separate parts."""
+    parts = _parts(ink)
+    strips = _strips(parts)
+    numbers = np.array([number for number in range(1, parts.max() + 1) if number not in strips] or sorted(strips))
+    if not numbers.size:
+        raise UserError(BLANK)
+    amounts = np.asarray(ndimage.sum(ink, parts, numbers))
+    return _only(ink, parts, numbers[amounts >= SPECK * amounts.max()])
+
+
+def _placed(small: NDArray[np.uint8], top: int, left: int, side: int) -> NDArray[np.uint8]:
+    """Return `small` on black at a position that is moved as little as possible so that all of it is visible."""
+    height, width = small.shape
+    top, left = min(max(top, 0), side - height), min(max(left, 0), side - width)
+    image = np.zeros((side, side), dtype=np.uint8)
+    image[top : top + height, left : left + width] = small
+    return image
+
+
+def as_images(array: NDArray[Any], side: int) -> list[NDArray[Any]]:
+    """Return the images in an array: each gray (h, w), or in color (h, w, 3 or 4).
+
+    Args:
+        array: (h, w), (n, h, w), (n, 1, h, w), (n, h, w, 1), (n, side * side), or in color (h, w, c), (n, h, w, c), (n, c, h, w).
+        side: Height and width of the model's images.
+
+    Raises:
+        UserError: The array has another shape, is empty, or holds no numbers.
+    """
+    if array.dtype.kind not in "buif" or array.size == 0:
+        raise UserError(f"an array of type {array.dtype} and shape {array.shape} holds no images: expected numbers from 0 to 255")
+    shape = array.shape
+    if array.ndim == 2:
+        return list(array.reshape(-1, side, side)) if shape[1] == side * side else [array]
+    if array.ndim == 3 and shape[2] in (1, 3, 4):
+        return [array[..., 0] if shape[2] == 1 else array]
+    if array.ndim == 3 and (shape[0] not in (3, 4) or shape[1:] == (side, side)):
+        return list(array)
+    if array.ndim == 4 and shape[1] in (1, 3, 4) and shape[3] not in (1, 3, 4):
+        array = np.moveaxis(array, 1, 3)
+    if array.ndim == 4 and array.shape[3] in (1, 3, 4):
+        return list(array[..., 0] if array.shape[3] == 1 else array)
+    raise UserError(
+        f"an array of shape {shape} holds no images: expected (h, w), (n, h, w), (n, 1, h, w), or in color (h, w, 3), "
+        "(n, h, w, 3) or (n, 3, h, w)"
+    )
+
+
+def to_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """Return numbers from 0 to 255, or from 0 to 1, as uint8; raises UserError."""
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0 and high <= 255):  # also not a number
+        raise UserError(f"the values of an image are from {low:g} to {high:g}: expected 0 to 255, or 0 to 1")
+    scale = 255 if high <= 1 else 1
+    converted: NDArray[np.uint8] = (array * scale).round().astype(np.uint8)
+    return converted
