@@ -133,7 +133,7 @@ def _ink_of_photo(pixels: NDArray[np.float32], invert: bool | None) -> NDArray[n
     background = remove_lines(padded, size=(window, window))[window:-window, window:-window]
     # Light multiplies what paper and ink reflect.
     ink = 1 - gray / np.maximum(background, 0.05) if is_dark else gray - background
-    contrast = float(np.quantile(ink, 0.995))
+    contrast = max(float(np.quantile(ink, 0.995)), 0.5 * float(ink.max()))  # a thin digit covers less than 0.5 %
     if contrast < MIN_CONTRAST:
         raise UserError(BLANK)
     ink = ink / contrast

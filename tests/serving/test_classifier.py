@@ -48,6 +48,32 @@ def test_one_bad_file_costs_no_other(call: Call, stored_run: str, pictures: Path
     assert Image.open(tmp_path / "sheet.png").size[0] > 200
 
 
+def test_hundreds_of_files_are_classified_in_batches_and_in_order(call: Call, stored_run: str, tmp_path: Path) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(260):
+        picture = Image.new("L", (40, 40), 255)
+        ImageDraw.Draw(picture).line([(20, 5), (20, 34)], fill=0, width=2 + number % 5)
+        picture.save(folder / f"{number:03}.png")
+    (folder / "100.png").write_bytes(b"")
+    done = call(predict.main, str(folder), "--out", str(tmp_path / "out.csv"))
+    assert done.returncode == 1
+    rows = list(csv.DictReader((tmp_path / "out.csv").open()))
+    assert [Path(row["file"]).name for row in rows] == [f"{number:03}.png" for number in range(260)]
+    assert [number for number, row in enumerate(rows) if row["error"]] == [100]
+    assert "049.png" in done.stdout
+    assert "060.png" not in done.stdout, "the terminal shows the first ones"
+    assert "259 predictions, 1 errors" in done.stdout
+
+
+def test_outputs_that_cannot_be_written_are_refused_first(call: Call, stored_run: str, pictures: Path, tmp_path: Path) -> None:
+    for option in ("--out=nowhere/x.csv", "--sheet=nowhere/x.png"):
+        done = call(predict.main, str(pictures), option)
+        assert done.returncode == 1
+        assert "it cannot be written. Choose a file in a folder that exists." in done.stderr
+        assert done.stdout == ""
+
+
 def test_mistakes_get_one_message(call: Call, stored_run: str, pictures: Path, tmp_path: Path) -> None:
     picture = str(pictures / "a=one [ü] (1).png")
     (tmp_path / "empty").mkdir()
