@@ -53,7 +53,8 @@ def make_sweep(uri: str, arms: Sequence[str], seeds: int, factor: str = "model",
     for job, (arm, seed) in zip(jobs, product(arms, range(seeds)), strict=True):
         tags = {"sweep_id": parent.run_id, "job_num": str(job.number), "data": "digits", "arm": arm}
         with store.start(RunInfo(f"{arm} seed={seed}", command("run", *job.overrides), tags, parent.run_id)) as child:
-            child.log_params({"model": arm, "seed": seed} | {f"train.setting{number}": number for number in range(40)})
+            settings = {f"train.setting{number}": number for number in range(40)}
+            child.log_params({"model": arm, "seed": seed, "precision": "float32"} | settings)
             child.log_dataset(dataset)
             accuracy = 0.98 + random.Random(seed).gauss(0, 0.001) + arms.index(arm) * better + noise.gauss(0, 0.0005)
             history = [(3000 * (step + 1), report(step, accuracy)) for step in range(40)]
