@@ -25,7 +25,7 @@ pytestmark = [
 ]
 HOSTILE = "<img src=x onerror=\"document.title='it ran'\"><script>document.title='it ran'</script>"
 ARMS = ("se_cnn", "plain_cnn", "plain_cnn_matched")
-TIMEOUT = 30_000  # ms
+TIMEOUT = 60_000  # ms
 
 Ui = Callable[..., dict[str, str]]
 Open = Callable[[str], Page]
