@@ -198,6 +198,7 @@ def test_every_question_takes_three_clicks_at_most(
     page = visit(start)  # the averaged curves
     page.get_by_role("button", name="Leaderboard").click()
     page.get_by_test_id(re.compile("saved-views-item-curves")).click()
+    expect(page.get_by_text("Group by: arm")).to_be_visible()  # the view is loaded: it would reset an earlier click
     page.locator("label:has(input[value='CHART'])").click()
     assert len([trace for trace in drawn(page)["1"] if len(trace["x"]) > 3]) >= len(ARMS)
 
