@@ -105,22 +105,20 @@ def record(
 ) -> None:
     """Record the result as a run that is linked to the model, its data and its training run; show it."""
     from mnist_exp.console import show_lines, show_pairs
+    from mnist_exp.experiment.summary import dataset_info
     from mnist_exp.tracking import provenance
-    from mnist_exp.tracking.base import DatasetInfo, RunInfo
+    from mnist_exp.tracking.base import RunInfo
     from mnist_exp.tracking.tags import DATA, MODEL, TRAINED_BY
 
     found, source = measures(evaluation), classifier.source
-    part = data.splits[split]
-    shape = (data.channels, data.side, data.side)
-    dataset = DatasetInfo(data.name, split, "evaluate", part.digest, data.source, len(part), len(part), shape)
     tags = provenance.git_tags() | provenance.software() | {DATA: data.name, MODEL: source.address}
     tags |= {TRAINED_BY: source.run_id} if source.run_id else {}
     rows = {name: format_metric(name, value) for name, value in found.items()} | {
-        "data": f"{data.name}, {split}, n = {len(part):,}"
+        "data": f"{data.name}, {split}, n = {len(data.splits[split]):,}"
     }
     store.open()
     with store.start(RunInfo(f"evaluate {source.title}: {data.name}, {split}", repeat, tags)) as tracker:
-        tracker.log_dataset(dataset)
+        tracker.log_dataset(dataset_info(data, split, "evaluate"))
         if source.model_id:
             tracker.use_model(source.model_id)
         tracker.log_results(found)

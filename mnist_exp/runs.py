@@ -173,11 +173,16 @@ def diff_runs(store: MLflowStore, arguments: argparse.Namespace) -> None:
     show_lines([f"Identical: {', '.join(same)}."] if same else [])
 
 
+def named_sweep(store: MLflowStore, text: str) -> str:
+    """Return the id of a sweep that a user names by the start of its id, or latest."""
+    return text if text == "latest" else store.resolve_id(text)
+
+
 def best_arm(store: MLflowStore, arguments: argparse.Namespace) -> None:
     """Show the arms of a sweep, and the command that trains the best one."""
     from mnist_exp.sweep.summary import RANKED_BY, rank_arms
 
-    sweep = "latest" if arguments.sweep == "latest" else store.resolve_id(arguments.sweep)
+    sweep = named_sweep(store, arguments.sweep)
     parent, definition = store.find_sweep(sweep, finished_too=True)
     arms = rank_arms(definition.jobs, store.children(parent.run_id))
     if not arms:
@@ -194,7 +199,7 @@ def export_sweep(store: MLflowStore, arguments: argparse.Namespace) -> None:
     """Write a sweep to a folder."""
     from mnist_exp.tracking import transfer
 
-    sweep = "latest" if arguments.sweep == "latest" else store.resolve_id(arguments.sweep)
+    sweep = named_sweep(store, arguments.sweep)
     count = transfer.export_sweep(store, sweep, arguments.folder)
     show_lines([f"{count} runs and their sweep are in {arguments.folder}.", command("runs", "import", str(arguments.folder))])
 
@@ -223,7 +228,7 @@ def promote_model(store: MLflowStore, arguments: argparse.Namespace) -> None:
                 f"{arguments.name}@{arguments.alias}, version {before.version}, names no run, so that no arm can be compared "
                 "with it. Promote a run of your choice with --run."
             )
-        sweep = "latest" if arguments.sweep == "latest" else store.resolve_id(arguments.sweep)
+        sweep = named_sweep(store, arguments.sweep)
         parent, definition = store.find_sweep(sweep, finished_too=True)
         decision = decide_by_sweep(store, parent, definition, before.run_id if before else None)
         if decision.run is None:

@@ -17,7 +17,7 @@ from mnist_exp.console import Display
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.figures import run_figures
 from mnist_exp.experiment.recorder import Recorder, recording
-from mnist_exp.experiment.summary import describe_run, parameters, result_rows, run_name, shorten
+from mnist_exp.experiment.summary import dataset_info, describe_run, parameters, result_rows, run_name, shorten
 from mnist_exp.learning.evaluation import Evaluation, evaluate
 from mnist_exp.learning.models import count_parameters
 from mnist_exp.learning.seeds import derive_seed
@@ -26,7 +26,7 @@ from mnist_exp.overrides import is_neutral, key_of
 from mnist_exp.storage import run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import provenance
-from mnist_exp.tracking.base import DatasetInfo, RunInfo, Store
+from mnist_exp.tracking.base import RunInfo, Store
 from mnist_exp.tracking.definition import JobContext
 from mnist_exp.tracking.tags import ARM, CONFIG_HASH, DATA, DIFFERS, JOB, OVERRIDES, RERUN_OF, RESUMED, SWEEP
 from mnist_exp.tracking.views import artifact_path
@@ -234,7 +234,7 @@ def train(request: RunRequest, prepared: Prepared, recorder: Recorder, should_pr
         resumed = provenance.process_tags(prepared.output_dir) | {RESUMED: note}
     uses = [(phase.config.split, phase.name) for phase in prepared.phases] + [(data.validation, "validation")]
     actual = {"precision": str(prepared.precision).removeprefix("torch."), "device": prepared.device.type, "data": data.name}
-    recorder.log_origin(parameters(config, request.choices) | actual, [_dataset(data, *use) for use in uses], resumed)
+    recorder.log_origin(parameters(config, request.choices) | actual, [dataset_info(data, *use) for use in uses], resumed)
     with prepared.display:
         for report in fit(
             prepared.model,
@@ -251,12 +251,6 @@ def train(request: RunRequest, prepared: Prepared, recorder: Recorder, should_pr
                 recorder.prune()
 
 
-def _dataset(data: "Dataset", split: str, context: str) -> DatasetInfo:
-    part = data.splits[split]
-    shape = (data.channels, data.side, data.side)
-    return DatasetInfo(data.name, split, context, part.digest, data.source, len(part), part.epoch_size, shape)
-
-
 def score(request: RunRequest, prepared: Prepared, recorder: Recorder) -> Evaluation:
     """Score the trained model, once; record its figures, its mistakes and the model.
 
@@ -264,7 +258,7 @@ def score(request: RunRequest, prepared: Prepared, recorder: Recorder) -> Evalua
     """
     data, split = prepared.data, prepared.eval_split
     if split == "test":
-        recorder.tracker.log_dataset(_dataset(data, "test", "test"))
+        recorder.tracker.log_dataset(dataset_info(data, "test", "test"))
     evaluation = evaluate(prepared.model, data.splits[split])
     config = request.config
     recorder.log_figures(

@@ -7,6 +7,7 @@ from mnist_exp.config import nodes
 from mnist_exp.metrics import METRICS, format_metric, metric_of
 from mnist_exp.overrides import PARTS, command, key_of, text_of
 from mnist_exp.redaction import redact
+from mnist_exp.tracking.base import DatasetInfo
 
 if TYPE_CHECKING:
     from mnist_exp.learning.data import Dataset
@@ -42,6 +43,13 @@ def parameters(config: dict[str, Any], choices: dict[str, str]) -> dict[str, obj
         **{key.removesuffix("._target_"): value.rpartition(".")[2] for key, value in nodes(parts) if CLASS_KEY.fullmatch(key)},
         **{key: value for key, value in nodes(parts) if not isinstance(value, dict) and not re.search(r"\._|\.\d", key)},
     }
+
+
+def dataset_info(data: "Dataset", split: str, context: str) -> DatasetInfo:
+    """Return what is recorded of a split that is used in a context, such as a phase or test."""
+    part = data.splits[split]
+    shape = (data.channels, data.side, data.side)
+    return DatasetInfo(data.name, split, context, part.digest, data.source, len(part), part.epoch_size, shape)
 
 
 def result_rows(results: dict[str, float], data: "Dataset") -> dict[str, str]:

@@ -157,8 +157,8 @@ def prepare_phases(model: nn.Module, phases: Mapping[str, PhaseConfig], data: Da
     """
     prepared: list[Phase] = []
     trained_on: set[str] = set()
+    sizes = {split: part.epoch_size for split, part in data.splits.items()}
     for name, config in phases.items():
-        sizes = {split: part.epoch_size for split, part in data.splits.items()}
         check_split(name, config.split, config.batch_size, sizes)
         steps_per_epoch = data.splits[config.split].steps(config.batch_size)
         total_steps = config.epochs * steps_per_epoch

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 
 from mnist_exp.errors import UserError
-from mnist_exp.serving.classifier import Classifier, open_picture
-from mnist_exp.serving.preparation import flatten, prepare
+from mnist_exp.serving.classifier import BATCH_SIZE, Classifier, open_picture
+from mnist_exp.serving.preparation import flatten
 
-BATCH = 250
 TILE = 84  # pixels of a picture on the sheet
 COLUMNS = 6  # pairs of pictures on a row of the sheet
 MAX_ON_SHEET = 600
@@ -82,11 +81,10 @@ def predict_files(
     batch: list[FilePrediction] = []
     for path in files:
         try:
-            seen = prepare(open_picture(path), classifier.side, invert)
-            batch.append(FilePrediction(str(path), seen=seen))
+            batch.append(FilePrediction(str(path), seen=classifier.prepare(path, invert)[0]))
         except UserError as error:
             batch.append(FilePrediction(str(path), error=str(error)))
-        if len(batch) == BATCH:
+        if len(batch) == BATCH_SIZE:
             results += _classified(classifier, batch)
             batch = []
         advance(1)

@@ -84,15 +84,15 @@ def _pixels(picture: Image.Image) -> NDArray[np.float32]:
 
 def _ink(pixels: NDArray[np.float32], invert: bool | None) -> NDArray[np.float32]:
     """Return how much each pixel belongs to the digit: 0 to 1, float32 (h, w)."""
-    if _is_uneven(pixels):
+    difference = (pixels - _background(pixels)).astype(np.float32)
+    if _is_uneven(difference):
         return _ink_of_photo(pixels, invert)
-    ink = _ink_on_plane(pixels, invert)
+    ink = _ink_on_plane(difference, invert)
     return _ink_of_photo(pixels, invert) if _strips(_parts(ink)) else ink
 
 
-def _ink_on_plane(pixels: NDArray[np.float32], invert: bool | None) -> NDArray[np.float32]:
+def _ink_on_plane(difference: NDArray[np.float32], invert: bool | None) -> NDArray[np.float32]:
     """Return how much each pixel differs from a background of smooth color, toward the color of the digit."""
-    difference: NDArray[np.float32] = (pixels - _background(pixels)).astype(np.float32)
     if invert is not None:
         difference = difference.mean(2, keepdims=True) * (-1 if invert else 1)
         difference = difference.clip(min=0)
@@ -107,13 +107,13 @@ def _ink_on_plane(pixels: NDArray[np.float32], invert: bool | None) -> NDArray[n
     return shown
 
 
-def _is_uneven(pixels: NDArray[np.float32]) -> bool:
+def _is_uneven(difference: NDArray[np.float32]) -> bool:
     """Return whether the border, and so the background, has noise or shadows, as that of a photo has."""
-    difference = _border(pixels - _background(pixels))  # (n, channels)
-    gray = difference.mean(1)
+    border = _border(difference)  # (n, channels)
+    gray = border.mean(1)
     noise = float(np.median(np.abs(gray - np.median(gray))))
-    strongest = float(np.quantile(np.abs(pixels - _background(pixels)).max(2), 0.995))
-    size = np.abs(difference).max(1)
+    strongest = float(np.quantile(np.abs(difference).max(2), 0.995))
+    size = np.abs(border).max(1)
     shaded = float(((size > 0.05) & (size < 0.5 * strongest)).mean())  # neither background nor a digit that touches the border
     return noise > 0.003 or shaded > 0.05
 
