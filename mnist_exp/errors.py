@@ -1,8 +1,37 @@
-"""The exceptions whose message is the whole answer to the user."""
+"""Mistakes of the user: the exceptions, and the types of arguments that a mistake violates."""
+
+from typing import Annotated, Self
+
+from annotated_types import Ge, Gt, Interval
+
+# Types of arguments. `settings.build` checks the arguments of a node against the annotations of its target.
+Count = Annotated[int, Ge(1)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Interval(ge=0, lt=1)]
+Share = Annotated[float, Interval(ge=0, le=1)]
 
 
 class UserError(Exception):
-    """A problem that the user can fix. The message names the key, its value, the expectation, and the remedy."""
+    """A problem that the user can fix. Its text is the whole answer: the problem, and the remedy.
+
+    Attributes:
+        key: The key or the option that is wrong, such as `optimizer.lr` or `--port`; empty if no single one is.
+        value: Its value.
+        expected: The values that are allowed, empty if unknown.
+        remedy: The sentence that says what to do, empty without one.
+    """
+
+    def __init__(self, problem: str, *, key: str = "", value: object = None, expected: str = "", remedy: str = "") -> None:
+        super().__init__(f"{problem} {remedy}".rstrip())
+        self.key, self.value, self.expected, self.remedy = key, value, expected, remedy
+
+    @classmethod
+    def invalid(cls, key: str, value: object, expected: str, remedy: str = "") -> Self:
+        """Return the error for a wrong value: `KEY=VALUE is invalid: expected EXPECTED. REMEDY`."""
+        separator = " " if key.startswith("--") else "="
+        problem = f"{key}{separator}{value} is invalid: expected {expected}."
+        return cls(problem, key=key, value=value, expected=expected, remedy=remedy)
 
 
 class ResumableError(UserError):
@@ -13,14 +42,8 @@ class PrunedError(UserError):
     """A search stopped this run early because others perform better."""
 
 
-class ArgumentError(UserError):
-    """An argument of a constructor is invalid.
-
-    Args:
-        name: Name of the argument. `config.build` puts the key of its node before it.
-        value: Its value.
-        expected: The values that are allowed.
-    """
+class ArgumentError(UserError):  # goes with learning/arguments.py
+    """An argument of a constructor is invalid."""
 
     def __init__(self, name: str, value: object, expected: str) -> None:
         super().__init__(f"{name}={value} is invalid: expected {expected}.")
