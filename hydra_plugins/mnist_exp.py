@@ -1,17 +1,72 @@
-"""Hydra finds its plugins in this package only."""
+"""Hydra finds its plugins in this package only. It imports them even for --help, so they import the sweeps when one starts."""
 
-from mnist_exp.sweep.grid import GridSweeper
-from mnist_exp.sweep.search import OptunaSweeper
-from mnist_exp.sweep.workers import WorkersLauncher
+from collections.abc import Sequence
+from typing import Any
 
-
-class Grid(GridSweeper):
-    """`hydra/sweeper=grid`."""
-
-
-class Optuna(OptunaSweeper):
-    """`hydra/sweeper=optuna`."""
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
 
 
-class Workers(WorkersLauncher):
-    """`hydra/launcher=workers`."""
+class Grid(Sweeper):
+    """`hydra/sweeper=grid`.
+
+    Args:
+        params: Choices by key, as on the command line, for presets.
+    """
+
+    def __init__(self, params: dict[str, str] | None = None) -> None:
+        self.params = params or {}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from mnist_exp.sweep.grid import GridSweep
+
+        self.sweeper = GridSweep(hydra_context, task_function, config, self.params)
+
+    def sweep(self, arguments: list[str]) -> Any:
+        self.sweeper.sweep(arguments)
+
+
+class Optuna(Sweeper):
+    """`hydra/sweeper=optuna`.
+
+    Args:
+        n_trials: The number of jobs.
+        at_once: The number of jobs that are proposed together and then run in parallel; null: one for each core.
+        params: Values by key, as on the command line, for presets.
+    """
+
+    def __init__(self, n_trials: int, at_once: int | None, params: dict[str, str] | None = None) -> None:
+        self.n_trials, self.at_once, self.params = n_trials, at_once, params or {}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from mnist_exp.sweep.search import SearchSweep
+
+        self.sweeper = SearchSweep(hydra_context, task_function, config, self.params, self.n_trials, self.at_once)
+
+    def sweep(self, arguments: list[str]) -> Any:
+        self.sweeper.sweep(arguments)
+
+
+class Workers(Launcher):
+    """`hydra/launcher=workers`.
+
+    Args:
+        processes: The number of jobs at once; null: one for each core that this process may use.
+    """
+
+    def __init__(self, processes: int | None = None) -> None:
+        self.processes = processes
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from mnist_exp.sweep.workers import WorkerPool
+
+        self.pool = WorkerPool(hydra_context, task_function, config, self.processes)
+
+    def warm_up(self) -> None:
+        self.pool.warm_up()
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        return self.pool.launch(job_overrides, initial_job_idx)

@@ -1,38 +1,51 @@
-"""Shared by the commands: exit codes, error messages, and output without credentials."""
+"""Shared by the commands: options, the store, exit codes and error messages."""
 
+import argparse
 import atexit
 import gc
-import inspect
 import os
 import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from mnist_exp.config import did_you_mean, nodes
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import GROUPS, PARTS
-from mnist_exp.redaction import redact
+from mnist_exp.overrides import GROUPS, PARTS, quoted, remember_locations
+from mnist_exp.paths import CONFIG_DIR, LOCATIONS, NAME, take_credentials, typed
+from mnist_exp.settings import build, compose_recipe, did_you_mean, walk
 from mnist_exp.signals import Interrupted
+
+if TYPE_CHECKING:
+    from mnist_exp.settings import Settings
+    from mnist_exp.tracking.mlflow_store import MLflowStore
+
+TRACE = os.environ.get("HYDRA_FULL_ERROR") == "1"  # whether the user wants stack traces
+EXTRAS = {"ray": "ray", "submitit": "slurm", "optuna": "search"}  # part of the name of a package: the extra that installs it
+# Names that people know from elsewhere, and ours.
+SYNONYMS = {
+    "learning_rate": "lr", "num_epochs": "epochs", "max_epochs": "epochs", "bs": "batch_size", "batchsize": "batch_size",
+    "wd": "weight_decay", "random_seed": "seed", "random_state": "seed", "train_batch_size": "batch_size",
+}  # fmt: skip
 
 
 class SafeOutput:
-    """A text stream that masks credentials and ignores that its reader, a pipe or a terminal, was closed."""
+    """A text stream that ignores that its reader, a pipe or a terminal, was closed: a training must survive it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write `text` without credentials."""
+        """Write `text`."""
         with self._ignore_closed():
-            self._stream.write(redact(text))
+            self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
@@ -67,80 +80,171 @@ def safe_output() -> Iterator[None]:
         sys.stdout, sys.stderr = original
 
 
-def tune_garbage_collection() -> None:
-    """Avoid searching a million imported objects for garbage: it took a quarter of the start, and two seconds at exit."""
-    gc.set_threshold(100_000, 50)
-    atexit.register(gc.freeze)
-
-
 @contextmanager
 def reported_errors() -> Iterator[None]:
-    """Run the block of a command without Hydra; a user's mistake ends with a message and status 1."""
-    tune_garbage_collection()
+    """Run the block of a command; an error ends it with one message and status 1, a signal with 128 + its number.
+
+    The message includes the notes of the exception (`add_note`), which name the next step.
+    """
+    gc.set_threshold(100_000, 50)  # searching a million imported objects for garbage took a quarter of the start,
+    atexit.register(gc.freeze)  # and two seconds at exit
     with safe_output():
         try:
             yield
-        except UserError as error:
-            print("\n".join([str(error), *_notes(error)]), file=sys.stderr)
-            sys.exit(1)
-        except KeyboardInterrupt:
-            sys.exit(128 + signal.SIGINT)
-
-
-def run_command(task: Callable[[], Any], *, multirun: bool = True) -> None:
-    """Run a task of `hydra.main`; a user's mistake ends with a message and status 1, a signal with 128 + its number.
-
-    The message includes the notes of the exception (`add_note`), which name the next step.
-
-    Args:
-        task: The task.
-        multirun: Whether it can be run with -m.
-    """
-    if not multirun and {"-m", "--multirun"} & set(sys.argv):
-        print("-m is invalid: this command runs once. Leave it out, and give each key one value.", file=sys.stderr)
-        sys.exit(1)
-    tune_garbage_collection()
-    wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra pass on exceptions; its own messages suggest wrong remedies
-    with safe_output():
-        try:
-            task()
-        except Interrupted as interrupted:
-            print("\n" + "\n".join([str(interrupted), *_notes(interrupted)]), file=sys.stderr)
-            sys.exit(interrupted.exit_status)
+        except KeyboardInterrupt as interrupted:
+            if isinstance(interrupted, Interrupted):
+                print("\n".join(["", str(interrupted), *_notes(interrupted)]), file=sys.stderr)
+            sys.exit(getattr(interrupted, "exit_status", 128 + signal.SIGINT))
         except Exception as error:
-            if wants_trace or not (isinstance(error, UserError) or _out_of_memory(error) or _while_composing(error, task)):
-                traceback.print_exception(error)  # to SafeOutput, which masks credentials
+            if TRACE or (message := explain(error)) is None:
+                traceback.print_exception(error)
             else:
-                lines = [explain(error), *_notes(error), "", "Set HYDRA_FULL_ERROR=1 to see the stack trace."]
-                print("\n".join(lines), file=sys.stderr)
+                print("\n".join([message, *_notes(error), "Set HYDRA_FULL_ERROR=1 to see the stack trace."]), file=sys.stderr)
             sys.exit(1)
-        finally:
-            if not wants_trace:
-                del os.environ["HYDRA_FULL_ERROR"]
 
 
 def _notes(error: BaseException) -> list[str]:
     return list(getattr(error, "__notes__", []))
 
 
-def _while_composing(error: Exception, task: Callable[[], Any]) -> bool:
-    """Return whether Hydra raised `error` while it composed the configuration, before the task started."""
-    code = inspect.unwrap(task).__code__
-    return not any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
+def leave_credentials() -> None:
+    """Take the credentials out of the tracking address in the environment and on the command line."""
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        if name in os.environ:
+            os.environ[name] = take_credentials(os.environ[name])
+    for arguments in (sys.argv, sys.orig_argv):
+        for position, word in enumerate(arguments):
+            if "tracking" in word or "--tracking-uri" in arguments[position - 1 : position]:
+                arguments[position] = take_credentials(word)
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Return whether `error` is an out-of-memory error of Python, or of torch on a CPU or a GPU."""
-    messages = ("can't allocate memory", "out of memory")
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(text in str(error) for text in messages))
+def parser(module: str, description: str) -> argparse.ArgumentParser:
+    """Return the parser of a command, which names the module and has the shared options."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {NAME}.{module}", description=description, parents=[shared_options()], allow_abbrev=False
+    )
 
 
-# Names that people know from elsewhere, and ours.
-SYNONYMS = {
-    "learning_rate": "lr", "num_epochs": "epochs", "max_epochs": "epochs", "bs": "batch_size", "batchsize": "batch_size",
-    "wd": "weight_decay", "random_seed": "seed", "random_state": "seed", "train_batch_size": "batch_size",
-}  # fmt: skip
+def shared_options() -> argparse.ArgumentParser:
+    """Return the options that all commands but `run` share."""
+    options = argparse.ArgumentParser(add_help=False)
+    group = options.add_argument_group("locations")
+    group.add_argument("--tracking-uri", metavar="URI", help="the MLflow store (default: MLFLOW_TRACKING_URI, else ./mlflow.db)")
+    group.add_argument("--experiment", metavar="NAME", help="the MLflow experiment of `latest` (default: mnist_exp)")
+    group.add_argument("--output-dir", metavar="FOLDER", help="the folder of the runs' checkpoints (default: ./outputs)")
+    group.add_argument(CONFIG_DIR, metavar="FOLDER", help="a further folder with options, as of the run")
+    return options
+
+
+def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the parsed command line, without credentials, and note its locations."""
+    leave_credentials()
+    arguments = options.parse_args()
+    values = {key: getattr(arguments, option[2:].replace("-", "_"), None) for key, option in LOCATIONS.items() if option}
+    remember_locations([f"{key}={quoted(str(value))}" for key, value in values.items() if value is not None], arguments.config_dir)
+    return arguments
+
+
+def default_settings(*overrides: str) -> "Settings":
+    """Return the settings that a command without keys uses: conf/, conf/local, the environment and the locations typed."""
+    locations = [f"{key}={quoted(value)}" for key, value in typed.items() if key != CONFIG_DIR]
+    return compose_recipe(*locations, *overrides).settings
+
+
+def open_store(settings: "Settings | None" = None) -> "MLflowStore":
+    """Return the store of the settings, by default of `default_settings`; raises UserError if it keeps no runs."""
+    from mnist_exp.tracking.mlflow_store import MLflowStore  # seconds, which --help does not have
+
+    store = build((settings or default_settings()).tracking, "tracking")
+    if not isinstance(store, MLflowStore):
+        raise UserError("tracking=none stores no runs.", key="tracking", value="none", remedy="Use tracking=mlflow.")
+    store.open()
+    return store
+
+
+def count(text: str) -> int:
+    """Return an integer >= 1 of the command line."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is invalid: expected an integer >= 1")
+    return int(text)
+
+
+def port(text: str) -> int:
+    """Return the number of a port of the command line."""
+    if not (text.isdecimal() and 0 < int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"{text!r} is invalid: expected an integer from 1 to 65535")
+    return int(text)
+
+
+def file_of(*suffixes: str) -> Callable[[str], Path]:
+    """Return the type of an option that names a file to write, whose name has one of the suffixes."""
+
+    def check(text: str) -> Path:
+        if not text.lower().endswith(suffixes):
+            raise argparse.ArgumentTypeError(f"{text!r} is invalid: expected a name that ends with {' or '.join(suffixes)}")
+        return Path(text)
+
+    return check
+
+
+def explain(error: Exception) -> str | None:
+    """Return the message for the user: the problem and the remedy; None for an error of the program itself."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
+        return f"Out of memory: {_first_line(error)}\nChoose a smaller batch_size or model, or stop other programs."
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _explain_composing(error)
+    if isinstance(error, OSError) or any(kind.__module__.startswith(("mlflow.", "sqlalchemy.")) for kind in type(error).__mro__):
+        return (
+            f"The store, the disk or the network failed: {_first_line(error)}\n"
+            "Check that the store answers, that its disk has space, and that you may write to it. Then repeat the command."
+        )
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _explain_composing(error: Exception) -> str:
+    """Return the message for an error that Hydra has raised while it composed the configuration."""
+    text, cause = str(error).strip(), error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
+        shared = re.match(rf"phases\.\w+\.(({'|'.join(PARTS)})\..+)", cause.full_key)
+        if shared:
+            return f"{cause.full_key} refers to a key at the top level: override {shared[1]} instead."
+        if isinstance(cause.parent_node, DictConfig):
+            known = ", ".join(sorted(map(str, cause.parent_node)))
+            return (
+                f"{cause.full_key} is not a key of the configuration{_hint(cause.full_key, cause.parent_node)}: expected one of "
+                f"{known}. Add a new key with +{cause.full_key}=..."
+            )
+    if isinstance(error, MissingConfigException):
+        if extra := _missing_extra(f"{error.missing_cfg_file} {text}"):
+            return extra
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        if error.options:
+            options = ", ".join(sorted(error.options))
+            return f"{group}={option} is invalid: expected one of {options}{did_you_mean(option, list(error.options))}."
+    ambiguous = re.match(r"Ambiguous value for argument '([^=']+)=(.*)'", text)
+    if ambiguous:
+        key, values = ambiguous.groups()
+        other = "choose one" if key.partition("@")[0] in GROUPS else f"write {key}=[{values}] for a list, \"{key}='{values}'\" for text"
+        return f"{key}={values} gives several values: add -m as the first argument to run one job for each, or {other}."
+    if override := getattr(error, "override", None):  # OverrideParseException
+        return (
+            f"{override!r} is no override: expected KEY=VALUE, such as optimizer=adam, without spaces around = and with balanced "
+            f"quotes and brackets. Quote a value with special characters twice: \"output_dir='a b'\"."
+        )
+    return _missing_extra(text) or "\n".join(dict.fromkeys([text, *([str(cause)] if cause else [])]))
+
+
+def _missing_extra(text: str) -> str | None:
+    for package, extra in EXTRAS.items():
+        if package in text:
+            return f"This needs a package that is not installed: {text.splitlines()[0]}\nInstall it with: pip install -e '.[{extra}]'"
+    return None
 
 
 def _hint(full_key: str, node: DictConfig) -> str:
@@ -151,47 +255,21 @@ def _hint(full_key: str, node: DictConfig) -> str:
     if name in node:
         return f" (did you mean {prefix}{name}?)"
     content = OmegaConf.to_container(node, resolve=False)
-    below = [f"{prefix}{key}" for key, _ in nodes(content) if key.rpartition(".")[2] == name]
+    below = [f"{prefix}{key}" for key, _ in walk(content) if key.rpartition(".")[2] == name]
     first = " in the first phase" if name == "lr" and not path else ""
     if below:
         return f" (did you mean {f'{first} or '.join(below[:2])}?)"
-    similar = did_you_mean(name, {str(key) for key in node})
-    return similar.replace("did you mean ", f"did you mean {prefix}")
+    return did_you_mean(name, [str(key) for key in node]).replace("did you mean ", f"did you mean {prefix}")
 
 
-def explain(error: Exception) -> str:
-    """Return the message for the user: the problem and the remedy."""
-    if _out_of_memory(error):
-        return (
-            f"Out of memory: {str(error).strip() or type(error).__name__}\nChoose a smaller batch_size or model, or stop other "
-            "programs."
+def check_order(arguments: Sequence[str]) -> None:
+    """Raise UserError if -m stands between overrides, where Hydra's parser would stop to read them."""
+    flags = [word for word in arguments if word in ("-m", "--multirun")]
+    if flags and arguments[0] not in flags and arguments[-1] not in flags:
+        rest = [word for word in arguments if word not in flags]
+        raise UserError(
+            f"{flags[0]} stands between overrides.",
+            key=flags[0],
+            expected="it as the first argument",
+            remedy=f"Write: python -m {NAME}.run {' '.join([flags[0], *rest])}",
         )
-    cause = error.__cause__
-    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
-        shared = re.match(rf"phases\.\w+\.(({'|'.join(PARTS)})\..+)", cause.full_key)
-        if shared:
-            return f"{cause.full_key} refers to a key at the top level: override {shared[1]} instead."
-        if isinstance(cause.parent_node, DictConfig):
-            known = sorted(map(str, cause.parent_node))
-            hint = _hint(cause.full_key, cause.parent_node)
-            return f"{cause.full_key} is not a key of the configuration{hint}. Expected one of: {', '.join(known)}."
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        options = ", ".join(sorted(error.options))
-        return f"{group}={option} is invalid: expected one of {options}{did_you_mean(option, set(error.options))}."
-    ambiguous = re.match(r"Ambiguous value for argument '([^=']+)=(.*)'", str(error).strip())
-    if ambiguous:
-        key, values = ambiguous.groups()
-        if key.partition("@")[0] in GROUPS:
-            return f"{key}={values} chooses several options: add -m to run one job for each, or choose one."
-        return (
-            f"{key}={values} gives several values: add -m to run one job for each, or write {key}=[{values}] for a list, "
-            f"\"{key}='{values}'\" for a string."
-        )
-    if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
-        return f"{error}\n{cause}"
-    return (
-        str(error)
-        if isinstance(error, UserError | HydraException)
-        else f"{error}\nThe command line was: {' '.join(sys.argv[1:])}"
-    )

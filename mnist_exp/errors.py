@@ -34,6 +34,10 @@ class UserError(Exception):
         return cls(problem, key=key, value=value, expected=expected, remedy=remedy)
 
 
+class MissingDataError(UserError):
+    """The images of a data set are not on this machine, or cannot be read."""
+
+
 class ResumableError(UserError):
     """A problem outside the run, such as a disk or a store: the run can be resumed once it is fixed."""
 

@@ -64,6 +64,7 @@ METRICS = {
     )
 }
 OTHER = Metric("other", ".4g")
+OBJECTIVE = "val/accuracy"  # decides searches, rankings and promotions; never a metric of the test set
 EVALUATION = "evaluate/"  # begins the names of metrics of stored models: no command selects runs by them
 
 

@@ -1,84 +1,136 @@
 """Command: start the MLflow UI and print links to its pages: python -m mnist_exp.ui [ID] [--view NAME] [--port PORT]."""
 
 import argparse
+import json
 import os
+import signal
 import socket
+import subprocess
 import sys
+import time
+import urllib.request
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
-from mnist_exp.cli import reported_errors
+from mnist_exp import cli
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import store_uri
-from mnist_exp.redaction import without_credentials
-from mnist_exp.tracking import views
-from mnist_exp.tracking.connection import view_keys
-from mnist_exp.tracking.mlflow_store import MLflowStore
-from mnist_exp.tracking.tags import SWEEP_JOBS
+
+if TYPE_CHECKING:
+    from mnist_exp.tracking.mlflow_store import MLflowStore
 
 LOOPBACK = "127.0.0.1"
+VIEWS = ("leaderboard", "sweeps", "cost", "curves")
+PATIENCE = 120.0  # seconds for the server to answer
 
 
 def main() -> None:
-    """Parse the command line, print the links, become the server; a user's mistake ends with a message and status 1."""
-    parser = argparse.ArgumentParser(prog="python -m mnist_exp.ui", description=__doc__)
-    parser.add_argument("run_id", nargs="?", metavar="ID", help="open this run or sweep, by its id or its first 6 or more digits")
-    parser.add_argument("--view", choices=(*views.VIEWS, views.CURVES), help="open this saved view; curves are those of a sweep")
-    parser.add_argument("--port", type=int, default=5000, choices=range(1, 65536), metavar="PORT")
-    arguments = parser.parse_args()
+    """Run the command line."""
+    arguments = cli.parse(parser())
+    with cli.reported_errors():
+        show(arguments)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    result = cli.parser("ui", "Start the MLflow UI, and print links to its pages.")
+    result.add_argument("run_id", nargs="?", metavar="ID", help="open this run or sweep: its id, the start of it, or latest")
+    result.add_argument("--view", choices=VIEWS, help="open this saved view; curves are those of a sweep")
+    result.add_argument("--port", type=cli.port, default=5000)
+    return result
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Print the links, and serve the UI until it is stopped, unless a server answers already."""
+    from mnist_exp.tracking import views
+
     if arguments.run_id and arguments.view not in (None, views.CURVES):
-        parser.error(f"--view {arguments.view} shows all runs: leave out {arguments.run_id}")
-    with reported_errors():
-        store = MLflowStore(store_uri(), "mnist_exp")
-        pages = list_pages(store, arguments.run_id, arguments.view)
-        if store.uri.startswith("http"):
-            show_links(without_credentials(store.uri), pages)
-            return
+        raise UserError.invalid("--view", arguments.view, f"curves with a run or a sweep, because {arguments.view} shows all runs")
+    store = cli.open_store()
+    pages = list_pages(store, arguments.run_id, arguments.view)
+    address = f"http://{views.HOST}:{arguments.port}"
+    if store.uri.startswith("http"):
+        show_links(store.uri, pages)
+    elif serves(store, arguments.port):
+        show_links(address, pages)
+    else:
         with socket.socket() as probe:
             if probe.connect_ex((LOOPBACK, arguments.port)) == 0:
-                other = f"--port {arguments.port + 1}"
-                sys.exit(f"--port {arguments.port} is in use, perhaps by another UI. Choose another one: {other}")
-        show_links(f"http://{views.HOST}:{arguments.port}", pages)
-        print(f"If your browser does not find {views.HOST}, write {LOOPBACK} instead.", flush=True)
-    # Four workers and the job runner would take 12 s and 1.7 GB instead of 6 s and 0.5 GB.
-    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+                other = arguments.port + 1
+                raise UserError.invalid("--port", arguments.port, "a port that no other program uses", f"Try --port {other}.")
+        serve(store, arguments.port, pages)
+
+
+def serves(store: "MLflowStore", port: int) -> bool:
+    """Return whether an MLflow server with the same store answers at a port of this machine."""
+    query = f"http://{LOOPBACK}:{port}/api/2.0/mlflow/experiments/get?experiment_id={store.experiment_id}"
+    with suppress(OSError, ValueError, KeyError):  # nothing answers, or something else
+        with urllib.request.urlopen(query, timeout=10) as answer:
+            found = json.load(answer)["experiment"]
+        known = store.client.get_experiment(store.experiment_id)
+        return bool((found["name"], found["creation_time"]) == (known.name, known.creation_time))
+    return False
+
+
+def serve(store: "MLflowStore", port: int, pages: dict[str, str]) -> None:
+    """Run the server, print the links once it answers, and end with it."""
+    from mnist_exp.tracking import views
+
     hosts = [name for host in (views.HOST, "localhost", LOOPBACK, "[[]::1]") for name in (host, f"{host}:*")]
-    append("MLFLOW_SERVER_ALLOWED_HOSTS", *hosts)
-    append("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS", f"http://{views.HOST}:{arguments.port}")
-    server = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri", store.uri]
-    os.execv(sys.executable, [*server, "--port", str(arguments.port)])  # in this process, so that stopping it stops the server
+    environment = os.environ | {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # with four workers it would take 12 s and 1.7 GB, not 6 s and 0.5 GB
+        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(filter(None, [os.environ.get("MLFLOW_SERVER_ALLOWED_HOSTS"), *hosts])),
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(
+            filter(None, [os.environ.get("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"), f"http://{views.HOST}:{port}"])
+        ),
+    }
+    line = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri", store.uri, "--port", str(port)]
+    server = subprocess.Popen(line, env=environment)
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda *_: server.terminate())
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while server.poll() is None and time.monotonic() < deadline:
+            if serves(store, port):
+                show_links(f"http://{views.HOST}:{port}", pages)
+                print(f"If your browser does not find {views.HOST}, write {LOOPBACK} instead. Stop the server with Ctrl-C.", flush=True)
+                break
+            time.sleep(0.2)
+        sys.exit(server.wait())
+    finally:
+        server.terminate()
+        server.wait()
 
 
-def append(variable: str, *values: str) -> None:
-    """Add values to the comma-separated ones of an environment variable."""
-    os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), *values]))
-
-
-def list_pages(store: MLflowStore, run_id: str | None, view: str | None) -> dict[str, str]:
+def list_pages(store: "MLflowStore", run_id: str | None, view: str | None) -> dict[str, str]:
     """Return the paths of pages by name: first the one that is asked for, then the saved views.
 
     Raises:
         UserError: The run does not exist, or has no curves.
     """
-    store.open()
+    from mnist_exp.tracking import views
+    from mnist_exp.tracking.connection import view_keys
+    from mnist_exp.tracking.tags import SWEEP_JOBS
+
     keys = view_keys(store.client, store.experiment_id)
-    found = {views.VIEWS[name].name: views.view_path(store.experiment_id, key) for name, key in keys.items()}
+    saved = {views.VIEWS[name].name: views.view_path(store.experiment_id, key) for name, key in keys.items()}
     if view in views.VIEWS:
         if view not in keys:
-            raise UserError(f"--view {view}: the view was deleted from experiment mnist_exp. Choose another one.")
-        return {(name := views.VIEWS[view].name): found[name]} | found
-    if view == views.CURVES and run_id is None:
+            raise UserError.invalid("--view", view, "a view that nobody has deleted from the experiment")
+        return {(name := views.VIEWS[view].name): saved[name]} | saved
+    if view == views.CURVES and run_id in (None, "latest"):
         run_id = store.find_sweep("latest", finished_too=True)[0].run_id
     if run_id is None:
-        return found or {"Runs": views.runs_path(store.experiment_id)}
+        return saved or {"Runs": views.runs_path(store.experiment_id)}
     run = store.get_run(store.resolve_id(run_id))
     store.experiment_id = run.info.experiment_id
     if SWEEP_JOBS in run.data.tags:
         finished = sum(record.status == "FINISHED" for record in store.children(run.info.run_id))
         if curves := store.link_curves(run.info.run_id, finished):
-            found = {"Curves by arm": f"/{curves}"} | found
+            saved = {"Curves by arm": f"/{curves}"} | saved
     elif view == views.CURVES:
-        raise UserError(f"--view {views.CURVES} needs a sweep: run {run.info.run_id} is a single run.")
+        raise UserError.invalid("--view", view, f"a sweep with it: run {run.info.run_id} is a single run")
     page = {run.info.run_name: views.run_path(run.info.experiment_id, run.info.run_id)}
-    return found | page if view == views.CURVES else page | found
+    return saved | page if view == views.CURVES else page | saved
 
 
 def show_links(address: str, pages: dict[str, str]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from mnist_exp import HOME
+from mnist_exp.paths import HOME
 from mnist_exp.errors import UserError
 from mnist_exp.learning.datasets import load_mnist
 from mnist_exp.serving import Classifier, Predictions, load

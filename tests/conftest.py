@@ -17,7 +17,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from mnist_exp import CONF, HOME
+from mnist_exp.paths import CONF, HOME
 from mnist_exp.config import build, resolve
 from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.datasets import MNIST_FILES, MNIST_SHAPE, load_digits

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import finished
 
-from mnist_exp import CONF
+from mnist_exp.paths import CONF
 from mnist_exp.config import bind, build, check, digest
 from mnist_exp.errors import UserError
 from mnist_exp.learning import models

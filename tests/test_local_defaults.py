@@ -4,7 +4,7 @@ import pytest
 from conftest import CommandLine
 from hydra import compose, initialize_config_dir
 
-from mnist_exp import CONF
+from mnist_exp.paths import CONF
 from mnist_exp.overrides import default_store, store_uri
 
 

@@ -2,7 +2,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from mnist_exp import CONF, HOME
+from mnist_exp.paths import CONF, HOME
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import IDS, check_stored, command, location_overrides, parse, quoted, typed_ids
 

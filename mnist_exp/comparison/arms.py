@@ -9,8 +9,9 @@ import numpy as np
 from mnist_exp.comparison.statistics import Comparison, Verdict, compare, levels_differ
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import metric_of
-from mnist_exp.tracking.base import RunRecord
-from mnist_exp.tracking.definition import Plan, storable
+from mnist_exp.overrides import key_of, text_of
+from mnist_exp.tracking.base import RunRecord, Store
+from mnist_exp.tracking.definition import Definition, Plan, storable
 
 Jobs = Mapping[int, Mapping[str, str]]  # the overrides of each job by its number, as values by key
 Block = tuple[tuple[str, str], ...]  # (key, value) of every key that varied except the factor, the seed included
@@ -36,6 +37,12 @@ class Source:
     jobs: Jobs
     initial: frozenset[int]
     plan: Plan | None = None
+
+
+def source_of(store: Store, parent: RunRecord, definition: Definition) -> Source:
+    """Return the runs of a sweep as a source of a comparison."""
+    jobs = {job.number: {key_of(item): text_of(item) for item in job.overrides} for job in definition.jobs}
+    return Source(parent.run_id, store.children(parent.run_id), jobs, definition.initial, definition.plan)
 
 
 @dataclass(frozen=True)
@@ -190,7 +197,7 @@ def arrange(sources: Sequence[Source], factor: str | None, baseline: str | None)
     varied = [key for key in keys if len({job.get(key) for job in jobs}) > 1]
     factor, values = _choose_factor(varied, jobs, factor)
     if baseline is not None and baseline not in values:
-        raise UserError(f"baseline={baseline} is invalid: expected an arm of {factor}: {', '.join(values)}.")
+        raise UserError.invalid("--baseline", baseline, f"an arm of {factor}: {', '.join(values)}")
     baseline = values[0] if baseline is None else baseline
     plan = sources[0].plan  # a later one may have been made after a look at the first results
     known, reason = _seeds_known(sources, plan, factor)
@@ -254,11 +261,11 @@ def _choose_factor(varied: list[str], jobs: Sequence[Mapping[str, str]], factor:
     expected = f"expected a key that the sweep varied besides the seed: {', '.join(candidates) or 'none'}"
     if factor is None:
         if len(candidates) != 1:
-            raise UserError(f"factor=null is invalid: {expected}. Add factor=KEY.")
+            raise UserError(f"--factor is missing: {expected}.", key="--factor", remedy="Add --factor KEY.")
         factor = candidates[0]
     if factor not in candidates:
         reason = " Seeds pair the runs of the arms." if factor == SEED else ""
-        raise UserError(f"factor={factor} is invalid: {expected}.{reason}")
+        raise UserError.invalid("--factor", factor, expected.removeprefix("expected "), reason.strip())
     return factor, list(dict.fromkeys(job.get(factor, DEFAULT) for job in jobs))
 
 
@@ -373,7 +380,7 @@ def _check_validation_data(arms: Arms, metric: str) -> None:
             if len({record.digests.get("validation") or record.digests.get("finetune") for record in pair}) > 1:
                 names = " and ".join(record.name for record in pair)
                 raise UserError(
-                    f"metrics={metric} is invalid: expected pairs with the same validation images, but {names} were validated "
+                    f"--metric {metric} is invalid: expected pairs with the same validation images, but {names} were validated "
                     "on different images. Compare test/accuracy, or sweep with one data split."
                 )
 
@@ -391,14 +398,14 @@ def choose_metrics(arms: Arms, wanted: Sequence[str] | None) -> list[str]:
         usual = (f"{split}/accuracy", f"{split}/loss", "time/train_seconds", "time/total_seconds", "model/parameters")
         wanted = [metric for metric in usual if metric in shared]
         if not wanted:
-            raise UserError(f"metrics=null is invalid: expected one of {', '.join(usual)} in every run. Choose from {listed}.")
+            raise UserError(f"--metric is missing: expected one of {', '.join(usual)} in every run. Choose from {listed}.")
     for metric in wanted:
         if metric not in shared:
-            raise UserError(f"metrics={metric} is invalid: expected a metric that every run has: {listed}.")
+            raise UserError.invalid("--metric", metric, f"a metric that every run has: {listed}")
         broken = [record.name for record in arms.records if not math.isfinite(record.metrics[metric])]
         if broken:
             raise UserError(
-                f"metrics={metric} is invalid: expected finite values, but {len(broken)} of {len(arms.records)} runs, such as "
+                f"--metric {metric} is invalid: expected finite values, but {len(broken)} of {len(arms.records)} runs, such as "
                 f"{broken[0]}, have none. Compare another of {listed}, or sweep without the values that diverge."
             )
     return list(wanted)

@@ -14,7 +14,7 @@ from mnist_exp.comparison.arms import Arms, Block, Row
 from mnist_exp.comparison.outcomes import Curve, Outcomes, curve, mean_mistakes
 from mnist_exp.metrics import metric_of
 from mnist_exp.tracking.base import RunRecord
-from mnist_exp.tracking.colors import COLORS
+from mnist_exp.tracking.base import COLORS
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")

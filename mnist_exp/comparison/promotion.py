@@ -5,19 +5,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mnist_exp import HOME
 from mnist_exp.comparison.arms import Arms, Row, Source, arrange, by_start, compare_arms
-from mnist_exp.comparison.sources import source_of
 from mnist_exp.comparison.wording import describe_verdict, format_difference
-from mnist_exp.config import nodes
 from mnist_exp.errors import UserError
-from mnist_exp.metrics import format_metric
-from mnist_exp.overrides import command, parse, quoted
+from mnist_exp.metrics import OBJECTIVE, format_metric
+from mnist_exp.overrides import command, parse
+from mnist_exp.settings import walk
 from mnist_exp.tracking.base import RunRecord, Store, StoredRun
-from mnist_exp.tracking.definition import Definition
-from mnist_exp.tracking.tags import OUTPUT_DIR
 
-DECIDES = "val/accuracy"  # never a metric of the test set
 PARAMETERS = "model/parameters"
 BUNDLE = "arm"  # the factor whose options set any keys
 
@@ -37,34 +32,32 @@ class Decision:
     tags: dict[str, str]
 
 
-def decide_by_sweep(store: Store, parent: RunRecord, definition: Definition, champion: str | None) -> Decision:
+def decide_by_sweep(store: Store, source: Source, champion: str | None) -> Decision:
     """Return which arm of a sweep becomes the champion.
 
     Args:
         store: The store of the sweep.
-        parent: The sweep's parent run.
-        definition: Its jobs.
+        source: The runs of the sweep.
         champion: The id of the run that trained the present champion, None without a champion.
 
     Raises:
         UserError: The sweep has no validation images of its own, or lacks the champion's arm.
     """
-    source = source_of(store, parent, definition)
     arms = arrange_arms([source], None, None)
     if champion is None:
         return decide(arms, has_champion=False)
-    arm = find_arm(arms, store.read(champion), parent)
+    arm = find_arm(arms, store.read(champion), source.name)
     return decide(arrange_arms([source], arms.factor, arm), has_champion=True)
 
 
-def find_arm(arms: Arms, champion: StoredRun, parent: RunRecord) -> str:
+def find_arm(arms: Arms, champion: StoredRun, sweep_id: str) -> str:
     """Return the arm that has the champion's settings; raises UserError if the sweep has none, with the command that adds it."""
-    factor, record, sweep_id = arms.factor, champion.record, parent.run_id
+    factor, record = arms.factor, champion.record
     for arm, runs in arms.runs.items():
         if any(run.run_id == record.run_id for run in runs.values()):
             return arm
-    value = champion.recipe.choices.get(factor, dict(nodes(champion.recipe.config)).get(factor))
-    equal = [arm for arm, runs in arms.runs.items() if runs and parse([f"{factor}={arm}"])[0].value() == value]
+    value = champion.recipe.choices.get(factor, dict(walk(champion.recipe.settings.model_dump(mode="json"))).get(factor))
+    equal = [arm for arm, runs in arms.runs.items() if runs and parse(f"{factor}={arm}").value() == value]
     compared = [arms.runs[arm] for arm in equal] or [runs for runs in arms.runs.values() if runs]
     if factor == BUNDLE and not equal:
         differing = [] if value else [f"it was trained without {BUNDLE}=..."]
@@ -78,11 +71,9 @@ def find_arm(arms: Arms, champion: StoredRun, parent: RunRecord) -> str:
     if equal:
         return equal[0]
     text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-    folder = parent.tags.get(OUTPUT_DIR, "")
-    elsewhere = [f"output_dir={quoted(folder)}"] if folder not in ("", str(HOME / "outputs")) else []
     raise UserError(
         f"The champion's arm, {factor}={text}, is not in sweep {sweep_id}, so that nothing can be compared with it. "
-        f"Add it with:\n{command('run', '-m', f'sweep.extend={sweep_id}', f'{factor}={text}', *elsewhere)}"
+        f"Add it with:\n{command('run', '-m', f'sweep.extend={sweep_id}', f'{factor}={text}')}"
     )
 
 
@@ -106,8 +97,8 @@ def arrange_arms(sources: Sequence[Source], factor: str | None, baseline: str | 
                 f"Run {record.run_id} has no validation images of its own: expected a sweep on data=mnist_tuning, whose "
                 "validation images are never trained on. Start one, or promote a single run with --run."
             )
-        if not math.isfinite(record.metrics.get(DECIDES, math.nan)):
-            raise UserError(f"Run {record.run_id} has no {DECIDES}, by which arms are compared.")
+        if not math.isfinite(record.metrics.get(OBJECTIVE, math.nan)):
+            raise UserError(f"Run {record.run_id} has no {OBJECTIVE}, by which arms are compared.")
     return arms
 
 
@@ -122,16 +113,16 @@ def decide(arms: Arms, has_champion: bool) -> Decision:
         means = {arm: _mean(runs.values()) for arm, runs in arms.runs.items() if runs}
         best = max(means, key=lambda arm: means[arm])  # the first of equal ones
         reason = (
-            f"The first champion: {arms.factor}={best} has the highest mean {DECIDES}, {format_metric(DECIDES, means[best])}."
+            f"The first champion: {arms.factor}={best} has the highest mean {OBJECTIVE}, {format_metric(OBJECTIVE, means[best])}."
         )
         return Decision(_best_run(arms, best), reason, {"arm": f"{arms.factor}={best}"})
     baseline = f"{arms.factor}={arms.baseline}"
-    row = max(compare_arms(arms, [DECIDES]), key=lambda row: row.values.difference)  # over the seeds that both arms have
+    row = max(compare_arms(arms, [OBJECTIVE]), key=lambda row: row.values.difference)  # over the seeds that both arms have
     best = row.arm
     if row.values.difference <= 0 and row.verdict != "equivalent":
-        return Decision(None, f"The champion stays: no arm has a higher mean {DECIDES} than {baseline}.", {})
+        return Decision(None, f"The champion stays: no arm has a higher mean {OBJECTIVE} than {baseline}.", {})
     saved = _parameters(arms, arms.baseline) - _parameters(arms, best)
-    finding = f"{arms.factor}={best} against {baseline} in {DECIDES}: {describe_verdict(row)}, {format_difference(row)}"
+    finding = f"{arms.factor}={best} against {baseline} in {OBJECTIVE}: {describe_verdict(row)}, {format_difference(row)}"
     tags = {"arm": f"{arms.factor}={best}", "against": baseline, "verdict": row.verdict, "interval": _interval(row)}
     if row.verdict == "higher":
         return Decision(_best_run(arms, best), f"{finding}.", tags)
@@ -141,12 +132,12 @@ def decide(arms: Arms, has_champion: bool) -> Decision:
 
 
 def _mean(runs: Iterable[RunRecord]) -> float:
-    values = [run.metrics[DECIDES] for run in runs]
+    values = [run.metrics[OBJECTIVE] for run in runs]
     return math.fsum(values) / len(values)
 
 
 def _best_run(arms: Arms, arm: str) -> RunRecord:
-    return max(arms.runs[arm].values(), key=lambda run: run.metrics[DECIDES])
+    return max(arms.runs[arm].values(), key=lambda run: run.metrics[OBJECTIVE])
 
 
 def _parameters(arms: Arms, arm: str) -> float:

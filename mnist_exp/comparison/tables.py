@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from mnist_exp.comparison.arms import Source
 from mnist_exp.errors import UserError
 from mnist_exp.tracking.base import RunRecord
@@ -33,7 +35,7 @@ def write_table(path: Path, sources: Sequence[Source]) -> None:
             writer.writeheader()
             writer.writerows(rows)
     except OSError as error:
-        raise UserError(f"export={path} is invalid: it cannot be written: {error}. Choose another path.") from error
+        raise UserError(f"--export {path} is invalid: it cannot be written: {error}. Choose another path.") from error
 
 
 def rows_of(source: Source) -> list[dict[str, str]]:
@@ -81,9 +83,9 @@ def read_tables(paths: Iterable[Path]) -> list[Source]:
         for number, row in enumerate(_read(path), start=2):
             if row["run"] in rows and row["run"]:
                 raise UserError(
-                    f"results={path}: line {number} repeats run {row['run']}. Expected each run once; delete the line."
+                    f"--results {path}: line {number} repeats run {row['run']}. Expected each run once; delete the line."
                 )
-            rows[row["run"] or f"{path}:{number}"] = row | {"": f"results={path}: line {number}"}
+            rows[row["run"] or f"{path}:{number}"] = row | {"": f"--results {path}: line {number}"}
     sweeps: dict[str, list[dict[str, str]]] = {}
     for row in rows.values():
         sweeps.setdefault(row["sweep"], []).append(row)
@@ -97,10 +99,10 @@ def _read(path: Path) -> list[dict[str, str]]:
             rows = list(reader)
             columns = reader.fieldnames or ()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"results={path} is invalid: it cannot be read: {error}. Expected a file from export=X.csv.") from error
+        raise UserError(f"--results {path} is invalid: it cannot be read: {error}. Expected a file from --export X.csv.") from error
     problem = _problem(columns, rows)
     if problem:
-        raise UserError(f"results={path} is invalid: it {problem}. Expected a file from export=PATH.csv.")
+        raise UserError(f"--results {path} is invalid: it {problem}. Expected a file from --export PATH.csv.")
     return rows
 
 
@@ -170,8 +172,6 @@ def _number(row: Mapping[str, str], name: str, *, finite: bool) -> float:
 
 
 def _plan(row: Mapping[str, str]) -> Plan | None:
-    from pydantic import TypeAdapter, ValidationError
-
     if not row["plan"]:
         return None
     try:

@@ -7,23 +7,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
+from matplotlib.figure import Figure
+from torch import nn
 
 from mnist_exp.errors import PrunedError, ResumableError
-from mnist_exp.overrides import command, location_overrides
-from mnist_exp.redaction import redact_all
+from mnist_exp.learning.training import NonFiniteLossError, Report
+from mnist_exp.overrides import command
 from mnist_exp.signals import Interrupted, defer_signals
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import model_export, provenance
 from mnist_exp.tracking.base import OUTCOME, DatasetInfo, RunInfo, Store, Tracker
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from torch import nn
-
 
 COMPARED = ("confusion_matrix", "worst_mistakes")  # figures that the UI shows side by side
 
@@ -36,30 +33,29 @@ class Recorder:
         folder: The run's own folder.
         initial: The checkpoint that the run starts from; before the first step, one without state.
         started: The reading of `time.perf_counter` when the run started, less the time that it has taken before.
-        running: Sets the final status when closed.
+        run_context: Sets the final status when closed.
     """
 
-    def __init__(self, tracker: Tracker, folder: Path, initial: Checkpoint, started: float, running: ExitStack) -> None:
+    def __init__(self, tracker: Tracker, folder: Path, initial: Checkpoint, started: float, run_context: ExitStack) -> None:
         self.tracker = tracker
         self.folder = folder
         self.history = list(initial.history)  # (examples seen, metrics)
         self.seconds = defaultdict(float, initial.seconds)  # of training, by phase
-        self._initial, self._started, self._running = initial, started, running
+        self._initial, self._started, self._run_context = initial, started, run_context
 
     @property
     def elapsed(self) -> float:
         """Seconds of the whole run."""
         return time.perf_counter() - self._started
 
-    def log_origin(
+    def log_setup(
         self, params: Mapping[str, object], datasets: Iterable[DatasetInfo], resumed: Mapping[str, str] | None
     ) -> None:
         """Record the configuration, the code and the data; resumed: the tags of a resumed run."""
-        # Masked here: in JSON, a secret may be escaped.
-        recipe = redact_all({name: getattr(self._initial, name) for name in ("config", "choices", "overrides")})
+        recipe = self._initial.recipe
         self.tracker.log_params(params)
-        self.tracker.log_text(OmegaConf.to_yaml(recipe["config"]), "config.yaml")
-        self.tracker.log_text(json.dumps(recipe), "recipe.json")
+        self.tracker.log_text(yaml.safe_dump(recipe.settings.model_dump(mode="json"), sort_keys=False), "config.yaml")
+        self.tracker.log_text(recipe.as_json(), "recipe.json")
         if resumed is None:
             uncommitted = provenance.uncommitted()
             self.tracker.log_text(provenance.packages(), "provenance/packages.txt")
@@ -73,13 +69,13 @@ class Recorder:
         for examples_seen, metrics in self.history:
             self.tracker.log_metrics(metrics, examples_seen)
 
-    def log_report(self, phase: str, examples_seen: int, seconds: float, metrics: dict[str, float], state: Any) -> None:
+    def log_report(self, report: Report) -> None:
         """Record a report of training; with a state, also save a checkpoint."""
-        self.history.append((examples_seen, metrics))
-        self.seconds[phase] += seconds
-        self.tracker.log_metrics(metrics, examples_seen)
-        if state is not None:
-            self.save_checkpoint(state)
+        self.history.append((report.examples_seen, report.metrics))
+        self.seconds[report.phase] += report.seconds
+        self.tracker.log_metrics(report.metrics, report.examples_seen)
+        if report.state is not None:
+            self.save_checkpoint(report.state)
             self.tracker.flush()
 
     def save_checkpoint(self, state: Any) -> None:
@@ -89,14 +85,14 @@ class Recorder:
 
     def prune(self) -> None:
         """End the run early: nothing is left to do for it."""
-        run_dir.mark_finished(self.folder)
+        run_dir.mark_complete(self.folder)
         raise PrunedError(f"pruned at {self.history[-1][0]:,} examples: others have a better validation accuracy")
 
-    def log_figures(self, drawings: "Mapping[str, Callable[[], Figure]]") -> None:
+    def log_figures(self, drawings: Mapping[str, Callable[[], Figure]]) -> None:
         """Record each figure as `pictures/NAME.png`."""
         if not self.tracker.is_recording:
             return
-        pictures = run_dir.make_folder(self.folder / "pictures")
+        pictures = run_dir.ensure_writable_dir(self.folder / "pictures")
         for name, draw in drawings.items():
             try:
                 with run_dir.create(pictures / f"{name}.png") as file:
@@ -107,15 +103,15 @@ class Recorder:
             if name in COMPARED:
                 self.tracker.log_image(pictures / f"{name}.png", name)
 
-    def log_outcome(self, split: str, mistakes: list[tuple[int, int, int]]) -> None:
+    def log_history(self, split: str, mistakes: list[tuple[int, int, int]]) -> None:
         """Record the history, and the mistakes in `split` as (index, label, prediction), for comparisons."""
         self.tracker.log_text(json.dumps({"split": split, "history": self.history, "mistakes": mistakes}), OUTCOME)
 
-    def log_model(self, model: "nn.Module", example: Any, name: str) -> None:
+    def log_model(self, model: nn.Module, example: Any, name: str) -> None:
         """Record the last checkpoint and the exported model; example: a uint8 array (2, channels, side, side)."""
         self.tracker.log_file(self.folder / run_dir.CHECKPOINT)
         if self.tracker.is_recording:
-            model_export.save_model(self.folder / "model", model, example, self._initial.config)
+            model_export.save_model(self.folder / "model", model, example, self._initial.recipe.settings)
             self.tracker.log_model(self.folder / "model", name)
 
     def finish(self, results: dict[str, float], description: str) -> None:
@@ -123,41 +119,44 @@ class Recorder:
         self.tracker.log_results(results)
         self.tracker.set_description(description)
         with defer_signals():  # finished in the store and on the disk, or in neither
-            self._running.close()
-            run_dir.mark_finished(self.folder)
+            self._run_context.close()
+            run_dir.mark_complete(self.folder)
 
 
 @contextmanager
-def recording(store: Store, info: RunInfo, output_dir: Path, initial: Checkpoint, started: float) -> Iterator[Recorder]:
+def recording(store: Store, info: RunInfo, initial: Checkpoint, started: float) -> Iterator[Recorder]:
     """Start the run, or resume the one that `initial` has the id of, and yield its recorder.
 
     Args:
-        store: For the records. A job of a sweep waits for a store that is away: it would only fail, and so would the next.
+        store: For the records. A job of a sweep waits for a store that is unreachable: it would only fail, and so would the next.
         info: The name, command and tags of the run.
-        output_dir: The folder of all runs. The caller has locked the folder of a run that is resumed.
-        initial: The checkpoint to start from; an empty `run_id` starts a new run.
+        initial: The checkpoint to start from; an empty `run_id` starts a new run. The caller has locked the folder of a run that
+            is resumed.
         started: As in `Recorder`.
     """
-    in_sweep = bool(info.parent)
-    with ExitStack() as lock, ExitStack() as running:  # the lock outlasts the final status
+    in_sweep, output_dir = bool(info.parent), initial.recipe.settings.output_dir
+    with ExitStack() as lock, ExitStack() as run_context:  # the lock outlasts the final status
         store.open(wait=in_sweep)  # may take long and be interrupted
         with defer_signals():  # a run that has started must get a final status
-            tracker = running.enter_context(store.start(info, initial.run_id or None))
+            tracker = run_context.enter_context(store.start(info, initial.run_id or None))
         folder = output_dir / tracker.run_id
         if not initial.run_id:
             lock.enter_context(run_dir.lock_run(folder))
-        if not in_sweep:  # a sweep's own message says how to resume its jobs
-            lock.enter_context(_resume_advice(folder, initial.config))
+        lock.enter_context(_noting_the_end(folder, in_sweep=in_sweep))
+        if not in_sweep:
             store.reap(output_dir)
-        yield Recorder(tracker, folder, replace(initial, run_id=tracker.run_id), started, running)
+        yield Recorder(tracker, folder, replace(initial, run_id=tracker.run_id), started, run_context)
 
 
 @contextmanager
-def _resume_advice(folder: Path, config: dict[str, Any]) -> Iterator[None]:
-    """Add the command that resumes the run to an error from outside that leaves it unfinished."""
+def _noting_the_end(folder: Path, *, in_sweep: bool) -> Iterator[None]:
+    """Mark a run that diverges, and add the command that resumes the run to an error from outside that leaves it unfinished."""
     try:
         yield
+    except NonFiniteLossError:
+        run_dir.mark_diverged(folder)
+        raise
     except (Interrupted, ResumableError, MemoryError, RuntimeError) as error:
-        if not run_dir.is_finished(folder):
-            error.add_note(f"`{command('run', f'resume={folder.name}', *location_overrides(config))}` resumes the run.")
+        if not in_sweep and not run_dir.is_complete(folder):  # a sweep's own message says how to resume its jobs
+            error.add_note(f"`{command('run', f'resume={folder.name}')}` resumes the run.")
         raise

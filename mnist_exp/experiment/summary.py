@@ -1,27 +1,23 @@
 """A run in words: its name, its parameters, its results and its description."""
 
 import re
-from typing import TYPE_CHECKING, Any
 
-from mnist_exp.config import nodes
+from mnist_exp.learning.data import Dataset
 from mnist_exp.metrics import METRICS, format_metric, metric_of
 from mnist_exp.overrides import PARTS, command, key_of, text_of
-from mnist_exp.redaction import redact
+from mnist_exp.settings import Recipe, walk
 from mnist_exp.tracking.base import DatasetInfo
-
-if TYPE_CHECKING:
-    from mnist_exp.learning.data import Dataset
 
 CLASS_KEY = re.compile(rf"\w+\.({'|'.join(PARTS)})\._target_|model\..+\._target_")
 
 
 def run_name(choices: dict[str, str], overrides: list[str], data: str) -> str:
     """Return a run's name: its model, its data unless that is mnist, and the rest of `overrides` in short form."""
-    rest = [shorten(override, choices) for override in overrides if key_of(override) not in ("model", "data")]
-    return redact(" ".join([choices["model"], *([] if data == "mnist" else [data]), *rest]))[:200]
+    rest = [short_override(override, choices) for override in overrides if key_of(override) not in ("model", "data")]
+    return " ".join([choices.get("model", "model"), *([] if data == "mnist" else [data]), *rest])[:200]
 
 
-def shorten(override: str, choices: dict[str, str]) -> str:
+def short_override(override: str, choices: dict[str, str]) -> str:
     """Return an override as names show it: `adam` for optimizer=adam, `bs=64` for batch_size=64, run ids cut to 8 digits."""
     override = re.sub("([0-9a-f]{8})[0-9a-f]{24}", r"\1", override)
     key, value = key_of(override), text_of(override)
@@ -30,29 +26,30 @@ def shorten(override: str, choices: dict[str, str]) -> str:
     return f"{'bs' if key == 'batch_size' else key.rpartition('.')[2]}={value}" if value else override
 
 
-def parameters(config: dict[str, Any], choices: dict[str, str]) -> dict[str, object]:
-    """Return the flat, readable part of a configuration that becomes the run's parameters."""
+def parameters(recipe: Recipe) -> dict[str, object]:
+    """Return the flat, readable part of a recipe that becomes the run's parameters."""
+    settings, choices = recipe.settings, recipe.choices
     shared: dict[str, object] = {group: choices[group] for group in PARTS if group in choices}
-    parts = {**config["phases"], "model": config["model"]}
+    parts = {**settings.phases, "model": settings.model}
     return {
-        **{group: choices[group] for group in ("model", "data")},
-        **({**shared, "batch_size": config["batch_size"]} if "train" in config["phases"] else {}),  # they belong to phase train
-        "seed": config["seed"],
+        **{group: choices[group] for group in ("model", "data") if group in choices},
+        **({**shared, "batch_size": settings.batch_size} if "train" in settings.phases else {}),  # they belong to phase train
+        "seed": settings.seed,
         # An edited file in conf/ must show: the split of the data, and the classes that each phase uses.
-        **{f"data.{key}": value for key, value in config["data"].items() if not re.match("_|root|fallback|seed", key)},
-        **{key.removesuffix("._target_"): value.rpartition(".")[2] for key, value in nodes(parts) if CLASS_KEY.fullmatch(key)},
-        **{key: value for key, value in nodes(parts) if not isinstance(value, dict) and not re.search(r"\._|\.\d", key)},
+        **{f"data.{key}": value for key, value in settings.data.items() if not re.match("_|root|default_root|fallback|seed", key)},
+        **{key.removesuffix("._target_"): value.rpartition(".")[2] for key, value in walk(parts) if CLASS_KEY.fullmatch(key)},
+        **{key: value for key, value in walk(parts) if not isinstance(value, dict) and not re.search(r"\._|\.\d", key)},
     }
 
 
-def dataset_info(data: "Dataset", split: str, context: str) -> DatasetInfo:
+def dataset_info(data: Dataset, split: str, context: str) -> DatasetInfo:
     """Return what is recorded of a split that is used in a context, such as a phase or test."""
     part = data.splits[split]
     shape = (data.channels, data.side, data.side)
     return DatasetInfo(data.name, split, context, part.digest, data.source, len(part), part.epoch_size, shape)
 
 
-def result_rows(results: dict[str, float], data: "Dataset") -> dict[str, str]:
+def result_rows(results: dict[str, float], data: Dataset) -> dict[str, str]:
     """Return the results of a run as the rows of a table: name, value with its unit."""
     parts, order = ("test", "val", "model", "time"), list(METRICS)
     names = [name for name in results if name.partition("/")[0] in parts]
@@ -61,19 +58,19 @@ def result_rows(results: dict[str, float], data: "Dataset") -> dict[str, str]:
     return rows | {"data": f"{data.name}: " + ", ".join(f"{name} {len(split):,}" for name, split in data.splits.items())}
 
 
-def describe_run(rows: dict[str, str], overrides: list[str], notice: str | None, picture: str) -> str:
+def describe_run(rows: dict[str, str], overrides: list[str], warning: str | None, picture: str) -> str:
     """Return the run's description in Markdown, which the MLflow UI shows above everything else.
 
     Args:
         rows: From `result_rows`.
         overrides: The overrides of the command line.
-        notice: A warning about the data, or None.
+        warning: A warning about the data, or None.
         picture: The address of the figure of the worst mistakes.
     """
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    warning = f"**{notice}**\n\n" if notice else ""
+    shown_warning = f"**{warning}**\n\n" if warning else ""
     return (
-        f"{warning}| | |\n| --- | --- |\n{table}\n\nRepeat it: `{command('run', *overrides)}`\n\n"
+        f"{shown_warning}| | |\n| --- | --- |\n{table}\n\nRepeat it: `{command('run', *overrides)}`\n\n"
         "Pictures, configuration, checkpoint and the uncommitted changes are under Artifacts.\n\n"
         f"![The worst mistakes]({picture})"
     )

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import nn
 
-from mnist_exp.config import build, check
 from mnist_exp.errors import UserError
 from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.distillation import Ensemble, Labels
-from mnist_exp.learning.models import count_parameters
+from mnist_exp.settings import RunId, build
 from mnist_exp.storage import checkpoint, run_dir
 
 
@@ -19,7 +20,7 @@ def labels(data: Dataset, output_dir: Path) -> Labels:
     return Labels()
 
 
-def ensemble(data: Dataset, output_dir: Path, runs: Sequence[str]) -> Ensemble:
+def ensemble(data: Dataset, output_dir: Path, runs: Annotated[Sequence[RunId], Field(min_length=1)]) -> Ensemble:
     """Return the mean predictions of finished runs as targets.
 
     Args:
@@ -31,7 +32,9 @@ def ensemble(data: Dataset, output_dir: Path, runs: Sequence[str]) -> Ensemble:
         UserError: A run is not finished, may have been trained on the split that `data` tests on, or has another network.
     """
     checkpoints = [_load_finished(run, output_dir) for run in runs]
-    eval_split = "test" if "test" in data.splits else data.validation
+    if len(set(runs)) < len(runs):
+        raise UserError.invalid("runs", list(runs), "different runs")
+    eval_split = data.eval_split
     for saved in checkpoints:
         if _was_trained_on(saved, data, eval_split):
             raise UserError(
@@ -46,16 +49,16 @@ def ensemble(data: Dataset, output_dir: Path, runs: Sequence[str]) -> Ensemble:
 def _load_finished(run: str, output_dir: Path) -> checkpoint.Checkpoint:
     """Return the last checkpoint of a run; raises UserError unless the run was trained to its end."""
     folder = output_dir / run_dir.expand_id(output_dir, run)
-    if not run_dir.is_finished(folder):
+    if not run_dir.is_complete(folder):
         raise UserError(
             f"teacher.runs={run} is invalid: expected a finished run in output_dir={output_dir}. "
             "List the runs with `python -m mnist_exp.runs list`, or set output_dir to their folder."
         )
     saved = checkpoint.load(folder / run_dir.CHECKPOINT)
-    check(saved.config)
-    if "shape" not in saved.config:
+    settings = saved.recipe.settings
+    if settings.shape is None:
         raise UserError(f"teacher.runs={run} is invalid: expected a run whose checkpoint contains the shape of its data.")
-    epochs = sum(phase["epochs"] for phase in saved.config["phases"].values())
+    epochs = sum(phase["epochs"] for phase in settings.phases.values())
     if not saved.history or saved.history[-1][1].get("epoch", 0) < epochs:  # a run that a search stopped is finished, too
         raise UserError(
             f"teacher.runs={run} is invalid: expected a run that was trained to its end, but this one was stopped before its "
@@ -67,13 +70,12 @@ def _load_finished(run: str, output_dir: Path) -> checkpoint.Checkpoint:
 def _was_trained_on(saved: checkpoint.Checkpoint, data: Dataset, split: str) -> bool:
     """Return whether a run may have been trained on images of a split of `data`."""
     has_split = saved.digests.get(split) == data.splits[split].digest
-    return not has_split or any(phase["split"] == split for phase in saved.config["phases"].values())
+    return not has_split or any(phase["split"] == split for phase in saved.recipe.settings.phases.values())
 
 
 def _load_network(saved: checkpoint.Checkpoint, device: torch.device) -> nn.Module:
     """Return the network in a checkpoint, ready for evaluation; raises UserError if this version builds another."""
-    network: nn.Module = build(saved.config["model"], "model", **saved.config["shape"])
-    count_parameters(network, saved.config["parameter_limit"])
+    network: nn.Module = build(saved.recipe.settings.model, "model", **(saved.recipe.settings.shape or {}))
     assert saved.state is not None
     try:
         network.load_state_dict(saved.state["model"])

@@ -8,19 +8,20 @@ import hashlib
 import io
 import json
 import os
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import check_stored
-from mnist_exp.redaction import redact_all
+from mnist_exp.settings import Recipe, read_recipe
 from mnist_exp.storage.run_dir import CHECKPOINT, PREVIOUS_CHECKPOINT, create, disk_error, sync
 
 MAGIC = b"mnist_exp checkpoint\n"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,7 @@ class Checkpoint:
     """A run between two steps.
 
     Args:
-        config: The resolved configuration.
-        choices: The option of each group.
-        overrides: The overrides of the command line.
+        recipe: The recipe, in the file as JSON.
         digests: The digest of each split of the data.
         software: The versions that affect the outcome, from `provenance.software`.
         state: The state in the last report of `training.fit`, None before the first.
@@ -41,9 +40,7 @@ class Checkpoint:
     """
 
     run_id: str
-    config: dict[str, Any]
-    choices: dict[str, str]
-    overrides: list[str]
+    recipe: Recipe
     digests: dict[str, str]
     software: dict[str, str]
     state: dict[str, Any] | None
@@ -54,10 +51,9 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write `checkpoint` to `folder` with credentials masked, and keep the previous good one; raises UserError."""
+    """Write `checkpoint` to `folder`, and keep the previous good one; raises UserError."""
     buffer = io.BytesIO()
-    texts = {name: redact_all(getattr(checkpoint, name)) for name in ("config", "choices", "overrides")}
-    torch.save(asdict(checkpoint) | texts, buffer)
+    torch.save(vars(checkpoint) | {"recipe": checkpoint.recipe.as_json()}, buffer)
     content = buffer.getvalue()
     header = {"format_version": FORMAT_VERSION, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     tmp_path = folder / f"{CHECKPOINT}.partial"
@@ -75,29 +71,32 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         raise disk_error(folder, error) from error
 
 
-def load_last_good(folder: Path) -> tuple[Checkpoint, str | None]:
-    """Return the newest intact checkpoint in `folder` and the problem of a newer one; raises UserError if none is intact."""
+def load_latest_intact(folder: Path) -> Checkpoint:
+    """Return the newest intact checkpoint in `folder`, with a warning if a newer one is damaged; raises UserError without one."""
     problems: list[str] = []
     for name in (CHECKPOINT, PREVIOUS_CHECKPOINT):
         try:
-            return load(folder / name), "\n".join(problems) or None
+            found = load(folder / name)
         except UserError as error:
             problems.append(str(error))
+            continue
+        if problems:
+            print(f"{problems[0]}\nResuming from the checkpoint before it.", file=sys.stderr)
+        return found
     raise UserError("\n".join(problems))
 
 
 def load(path: Path) -> Checkpoint:
     """Return a checkpoint with its tensors on the CPU; raises UserError with its problem."""
-    from pydantic import TypeAdapter
-
     content = _content(path)
     try:
         values = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        loaded = TypeAdapter(Checkpoint).validate_python(values)
+        recipe = read_recipe(values["recipe"], str(path))
+        return TypeAdapter(Checkpoint).validate_python(values | {"recipe": recipe})
+    except UserError:
+        raise
     except Exception as error:  # only a forged file gets here, and it can fail anywhere within torch
         raise UserError(f"{path} does not contain a checkpoint: {type(error).__name__}.") from error
-    check_stored(loaded.overrides, str(path))
-    return loaded
 
 
 def _content(path: Path) -> bytes:

@@ -15,11 +15,12 @@ from mnist_exp.errors import ResumableError, UserError
 CHECKPOINT = "checkpoint.pt"
 PREVIOUS_CHECKPOINT = "checkpoint.previous.pt"
 FINISHED = "finished"
+DIVERGED = "diverged"
 LOCK = "lock"
 
 
-def make_folder(folder: Path) -> Path:
-    """Create `folder` and verify that it is writable; raises UserError if not."""
+def ensure_writable_dir(folder: Path) -> Path:
+    """Create `folder` if it is missing; raises UserError unless it is writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
@@ -38,19 +39,25 @@ def find_run(output_dir: Path, run: str) -> Path:
 
     Args:
         output_dir: The folder of all runs.
-        run: The id of the run, a unique prefix of it, or `latest` for the run that was saved last.
+        run: The id of the run, a unique prefix of it, or `latest` for the run that was saved last and has not diverged: another
+            training from its checkpoint would diverge again.
 
     Raises:
         UserError: There is no such run, or it has finished.
     """
     if run == "latest":
         saved = [path for name in (CHECKPOINT, PREVIOUS_CHECKPOINT) for path in output_dir.glob(f"*/{name}")]
-        saved = [path for path in saved if not is_finished(path.parent)]
+        saved = [path for path in saved if not (is_complete(path.parent) or (path.parent / DIVERGED).exists())]
         if not saved:
-            raise UserError(f"resume=latest: no unfinished run has a checkpoint in output_dir={output_dir}. Start a new run.")
+            raise UserError(
+                f"resume=latest: no run in output_dir={output_dir} has a checkpoint to resume.",
+                key="resume",
+                value=run,
+                remedy="Start a new run. One that diverged can be resumed by its id only.",
+            )
         return max(saved, key=lambda path: path.stat().st_mtime).parent
     folder = output_dir / expand_id(output_dir, run)
-    refuse_finished(folder)
+    check_unfinished(folder)
     if not folder.is_dir():
         found = ", ".join(sorted(path.parent.name for path in output_dir.glob(f"*/{CHECKPOINT}"))[:5]) or "none"
         raise UserError(f"resume={run}: output_dir={output_dir} has no such run. Runs with a checkpoint: {found}.")
@@ -68,14 +75,14 @@ def expand_id(output_dir: Path, prefix: str) -> str:
     return found[0] if found else prefix
 
 
-def is_finished(folder: Path) -> bool:
-    """Return whether the run in `folder` has no work left."""
+def is_complete(folder: Path) -> bool:
+    """Return whether the run in `folder` is complete: finished, or pruned by a search."""
     return (folder / FINISHED).exists()
 
 
-def refuse_finished(folder: Path) -> None:
-    """Raise UserError if the run in `folder` has no work left."""
-    if is_finished(folder):
+def check_unfinished(folder: Path) -> None:
+    """Raise UserError if the run in `folder` is complete."""
+    if is_complete(folder):
         raise UserError(f"resume={folder.name}: this run has finished; nothing is left to do. Start a new run.")
 
 
@@ -84,7 +91,7 @@ def lock_run(folder: Path) -> Iterator[None]:
     """Lock the run in `folder` until the block ends or this process dies; raises UserError if another process has it."""
     if folder.is_symlink():
         raise UserError(f"{folder} is a symbolic link: expected a folder of the run itself, in output_dir.")
-    make_folder(folder)
+    ensure_writable_dir(folder)
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=1)  # not 0: `try_lock` takes the lock for a moment
@@ -118,9 +125,14 @@ def has_checkpoint(folder: Path) -> bool:
     return (folder / CHECKPOINT).exists() or (folder / PREVIOUS_CHECKPOINT).exists()
 
 
-def mark_finished(folder: Path) -> None:
-    """Note that the run in `folder` has no work left."""
+def mark_complete(folder: Path) -> None:
+    """Note that the run in `folder` is complete."""
     create(folder / FINISHED).close()
+
+
+def mark_diverged(folder: Path) -> None:
+    """Note that the training in `folder` has diverged."""
+    create(folder / DIVERGED).close()
 
 
 def create(path: Path) -> BinaryIO:

@@ -15,14 +15,13 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from mnist_exp.config import bind, bind_data, digest, resolve
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import GROUPS, keep_ids, key_of, parse
-from mnist_exp.tracking.base import RunRecord
-from mnist_exp.tracking.colors import COLORS
+from mnist_exp.overrides import GROUPS, key_of, parse
+from mnist_exp.settings import Settings, Trial, from_composed
+from mnist_exp.tracking.base import COLORS, RunRecord
 from mnist_exp.tracking.definition import Job
 
-Returns = Mapping[int, JobReturn]
+JobResults = Mapping[int, JobReturn]
 
 
 class Composer:
@@ -31,17 +30,17 @@ class Composer:
     Hydra takes a fifth of a second for each job, too long to find a mistake in the last of hundreds.
     """
 
-    def __init__(self, loader: ConfigLoader, composed: DictConfig, check: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, loader: ConfigLoader, composed: DictConfig, check: Callable[[Settings], None]) -> None:
         self._loader, self._composed, self._check = loader, composed, check
         self._bases: dict[tuple[str, ...], DictConfig] = {}
+        self._trial = Trial()
 
     def job(self, number: int, overrides: Sequence[str]) -> Job:
-        """Return a job, composed and validated; raises UserError."""
-        config = resolve(self._compose(list(overrides)))
-        bind(config)
-        bind_data(config)
-        self._check(config)
-        return Job(number, list(overrides), digest(config))
+        """Return a job, composed and checked; raises UserError."""
+        settings = from_composed(self._compose(list(overrides)))
+        self._trial.check(settings, read_data=True)
+        self._check(settings)
+        return Job(number, list(overrides), settings.digest)
 
     def parse(self, overrides: list[str]) -> list[Override]:
         """Return overrides as parsed by Hydra, with globs resolved against conf/."""
@@ -97,11 +96,6 @@ class Composer:
         return added
 
     def _compose(self, overrides: list[str]) -> DictConfig:
-        config = self._compose_fast(overrides)
-        keep_ids(config, overrides)
-        return config
-
-    def _compose_fast(self, overrides: list[str]) -> DictConfig:
         plain = {override: parsed for override in overrides if (parsed := _plain_value(override))}
         rest = tuple(override for override in overrides if override not in plain)
         if rest not in self._bases:
@@ -118,7 +112,7 @@ class Composer:
 @cache
 def _plain_value(override: str) -> Override | None:
     """Return a parsed override if it only sets a key to a value, else None."""
-    (parsed,) = parse([override])
+    parsed = parse(override)
     key = parsed.key_or_group
     is_change = not (parsed.is_add() or parsed.is_force_add() or parsed.is_delete() or parsed.is_sweep_override())
     return parsed if is_change and parsed.package is None and key not in GROUPS and "/" not in key else None
@@ -150,7 +144,7 @@ def job_colors(jobs: Sequence[Job]) -> dict[int, str]:
     return {number: COLORS[positions[arm] % len(COLORS)] for number, arm in arms.items()}
 
 
-def by_job(children: Iterable[RunRecord]) -> dict[int, RunRecord]:
+def latest_run_per_job(children: Iterable[RunRecord]) -> dict[int, RunRecord]:
     """Return the run of each job: the finished one, else the newest."""
     ordered = sorted(children, key=lambda child: (child.status == "FINISHED", child.started))
     return {child.job: child for child in ordered if child.job is not None}
@@ -163,12 +157,12 @@ def common_data(children: Iterable[RunRecord], varied: Sequence[str]) -> str | N
     return name if is_common and re.fullmatch(r"\w+", name := names.pop()) else None
 
 
-def return_value(returned: JobReturn | None) -> Any:
+def result_of(result: JobReturn | None) -> Any:
     """Return the value or the exception that a launcher reports for a job.
 
     Hydra's public `return_value` raises the exception. tests/sweep/test_jobs.py fails if the private attribute changes.
     """
-    return returned._return_value if returned else None
+    return result._return_value if result else None  # noqa: SLF001  # see above
 
 
 def failed(error: Exception) -> JobReturn:
@@ -178,7 +172,7 @@ def failed(error: Exception) -> JobReturn:
     return result
 
 
-def failure_reason(returned: JobReturn | None) -> str:
+def failure_reason(result: JobReturn | None) -> str:
     """Return, in one line, the reason that a launcher reports for a failure, empty if there is none."""
-    value = return_value(returned)
+    value = result_of(result)
     return str(value).splitlines()[0] if isinstance(value, BaseException) and str(value) else ""

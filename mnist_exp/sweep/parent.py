@@ -1,4 +1,4 @@
-"""The parent run of a sweep: define it, resume it, conclude it."""
+"""The parent run of a sweep: define it, resume it, finalize it."""
 
 import shlex
 import time
@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 
 from mnist_exp.errors import ResumableError, UserError
-from mnist_exp.overrides import command, key_of, location_overrides, quoted
+from mnist_exp.overrides import command, key_of, quoted
+from mnist_exp.settings import Settings
 from mnist_exp.signals import Interrupted, defer_signals
 from mnist_exp.storage import run_dir
-from mnist_exp.sweep.jobs import by_job, common_data, failure_reason, job_colors
+from mnist_exp.sweep.jobs import common_data, failure_reason, job_colors, latest_run_per_job
 from mnist_exp.sweep.summary import describe_sweep, job_table, results_csv, sweep_metrics
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import PROCESS_DIED, RunInfo, RunRecord, Store, Tracker
@@ -33,24 +33,24 @@ class Parent:
         tracker: Of the parent's own run.
         output_dir: The folder of all runs.
         definition: The sweep's definition; a search appends its jobs.
-        varied: The keys that differ between jobs.
-        locations: The overrides of locations on the command line, which every job receives.
+        swept_keys: The keys that differ between jobs.
+        path_overrides: The overrides of locations on the command line, which every job receives.
         resume_command: The command that resumes the sweep.
         force: Whether to skip the checks for changes and for running jobs.
         in_search: Whether a search proposes the jobs.
-        returns: The reports of the launcher, by job.
+        results: The reports of the launcher, by job.
     """
 
     store: Store
     tracker: Tracker
     output_dir: Path
     definition: Definition
-    varied: list[str]
-    locations: list[str]
+    swept_keys: list[str]
+    path_overrides: list[str]
     resume_command: str
     force: bool
     in_search: bool = False
-    returns: dict[int, JobReturn] = field(default_factory=dict)
+    results: dict[int, JobReturn] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -66,41 +66,34 @@ class Parent:
         self.tracker.log_text(self.definition.as_json(), "sweep.json")
         self.tracker.set_tags({SWEEP_JOBS: str(self.definition.total)})
         self.tracker.log_params(sweep_params(self.definition))
-
-    def confirm(self) -> None:
-        """Raise ResumableError unless the store has the definition: jobs that it does not know would be lost to `compare`."""
         self.tracker.flush()
-        if self.tracker.is_recording:
-            _, stored = self.store.find_sweep(self.tracker.run_id, finished_too=True)
-            if stored.as_json() != self.definition.as_json():
-                raise ResumableError("The store has not recorded the definition of the sweep, so no job was started. Try again.")
 
     def missing(self, jobs: Sequence[Job]) -> dict[int, list[str]]:
         """Return the overrides of those of `jobs` that have not finished; each resumes its last checkpoint if it has one."""
         children = self.children()
-        runs, colors = by_job(children), job_colors(self.definition.jobs)
-        data = None if self.force else common_data(children, self.varied)
+        runs, colors = latest_run_per_job(children), job_colors(self.definition.jobs)
+        data = None if self.force else common_data(children, self.swept_keys)
         missing = {}
         for job in jobs:
-            child, returned = runs.get(job.number), self.returns.get(job.number)
-            if child.is_done if child else returned and returned.status == JobStatus.COMPLETED:
+            child, result = runs.get(job.number), self.results.get(job.number)
+            if child.is_done if child else result and result.status == JobStatus.COMPLETED:
                 continue
             overrides = job.overrides
             if child and run_dir.has_checkpoint(self.output_dir / child.run_id):
                 overrides = [f"resume={child.run_id}"]
             elif child:
                 self.store.delete(child.run_id)
-            context = JobContext(self.tracker.run_id, job.number, colors[job.number], self.varied, data, self.in_search)
-            missing[job.number] = [*overrides, *self.locations, context.as_override()]
+            context = JobContext(self.tracker.run_id, job.number, colors[job.number], self.swept_keys, data, self.in_search)
+            missing[job.number] = [*overrides, *self.path_overrides, context.as_override()]
         return missing
 
-    def mark_dead(self, numbers: Sequence[int]) -> None:
+    def mark_killed(self, numbers: Sequence[int]) -> None:
         """Set the runs of jobs that are still RUNNING to KILLED; the launcher has returned without them."""
-        for number, child in by_job(self.children()).items():
+        for number, child in latest_run_per_job(self.children()).items():
             if number in numbers and child.status in ("RUNNING", "KILLED"):
-                self.store.mark_killed(child.run_id, failure_reason(self.returns[number]) or PROCESS_DIED)
+                self.store.mark_killed(child.run_id, failure_reason(self.results[number]) or PROCESS_DIED)
 
-    def wait_for_orphans(self) -> None:
+    def wait_for_running_jobs(self) -> None:
         """Wait for jobs of a killed parent, which end by themselves; raises UserError if one does not."""
         deadline = time.monotonic() + ORPHAN_PATIENCE
         while True:
@@ -116,13 +109,13 @@ class Parent:
                 )
             time.sleep(1)
 
-    def conclude(self) -> list[dict[str, str]]:
+    def finalize(self) -> list[dict[str, str]]:
         """Record the results of all jobs; return them as the rows of a table."""
         self.store.reap(self.output_dir)
         children = self.children()
-        rows = job_table(self.definition.jobs, children, self.returns)
+        rows = job_table(self.definition.jobs, children, self.results)
         if rows:
-            self.tracker.log_text(results_csv(self.definition.jobs, children, self.returns), "results.csv")
+            self.tracker.log_text(results_csv(self.definition.jobs, children, self.results), "results.csv")
             self.tracker.log_results(sweep_metrics(rows, children))
             sweep_id, resume = self.tracker.run_id, self.resume_command
             self.tracker.set_description(describe_sweep(rows, children, self.store, sweep_id, resume, self.definition))
@@ -133,31 +126,31 @@ class Parent:
 def open_parent(
     store: Store,
     definition: Definition,
-    config: dict[str, Any],
+    settings: Settings,
     *,
     sweep_id: str | None,
     stored: Definition | None,
-    varied: list[str],
+    swept_keys: list[str],
     locations: list[str],
-    flags: Sequence[str],
+    selecting_overrides: Sequence[str],
 ) -> Iterator[Parent]:
     """Start the parent's run, or resume the run `sweep_id`.
 
     Args:
         store: The store.
         definition: The sweep's definition.
-        config: The resolved configuration of the command line.
+        settings: The settings of the command line.
         sweep_id: The id of a sweep to resume or to extend.
         stored: Its definition, as read before.
-        varied: The keys that differ between jobs.
+        swept_keys: The keys that differ between jobs.
         locations: The overrides of locations on the command line.
-        flags: The overrides that select the sweeper.
+        selecting_overrides: The overrides that select the sweeper.
     """
-    output_dir = run_dir.make_folder(Path(config["output_dir"]))
+    output_dir = run_dir.ensure_writable_dir(settings.output_dir)
     process_tags = provenance.process_tags(output_dir)
     tags = provenance.git_tags() | definition.software | process_tags
     tags |= {OVERRIDES: " ".join(definition.overrides), SWEEP_JOBS: str(definition.total)}
-    info = RunInfo(f"sweep {' by '.join(varied) or 'of one'}", command("run", "-m", *flags, *definition.overrides), tags)
+    info = RunInfo(f"sweep {' by '.join(swept_keys) or 'of one'}", command("run", "-m", *selecting_overrides, *definition.overrides), tags)
     with ExitStack() as lock, ExitStack() as running:  # the lock outlasts the final status
         if sweep_id:
             lock.enter_context(run_dir.lock_run(output_dir / sweep_id))
@@ -166,10 +159,10 @@ def open_parent(
             raise UserError(f"Sweep {sweep_id} was changed by another process since it was read. Repeat the command.")
         with defer_signals():  # a sweep that has started must get a final status
             tracker = running.enter_context(store.start(info, sweep_id))
-        resume_command = command("run", "-m", *flags, f"sweep.resume={tracker.run_id}", *location_overrides(config))
+        resume_command = command("run", "-m", *selecting_overrides, f"sweep.resume={tracker.run_id}")
         lock.enter_context(_resume_advice(resume_command))
-        force = config["sweep"]["force"]
-        parent = Parent(store, tracker, output_dir, definition, varied, locations, resume_command, force)
+        force = settings.sweep.force
+        parent = Parent(store, tracker, output_dir, definition, swept_keys, locations, resume_command, force)
         if sweep_id:
             tracker.set_tags(process_tags | {ANSWER: ""})  # an answer from fewer jobs no longer holds
         else:
@@ -188,7 +181,7 @@ def _resume_advice(resume_command: str) -> Iterator[None]:
         raise
 
 
-def refuse_other_output_dir(parent: RunRecord, output_dir: Path, locations: Sequence[str], key: str) -> None:
+def check_output_dir(parent: RunRecord, output_dir: Path, locations: Sequence[str], key: str) -> None:
     """Raise UserError if the sweep's checkpoints are in another folder, unless the command line names output_dir.
 
     The tag alone is never trusted: anyone who can write to the store could redirect a sweep with it.
@@ -202,7 +195,7 @@ def refuse_other_output_dir(parent: RunRecord, output_dir: Path, locations: Sequ
         )
 
 
-def refuse_changed_definition(stored: Definition, current: Definition, key: str) -> None:
+def check_definition(stored: Definition, current: Definition, key: str) -> None:
     """Raise UserError if a sweep would not be resumed or extended as it was started.
 
     Args:
@@ -210,10 +203,10 @@ def refuse_changed_definition(stored: Definition, current: Definition, key: str)
         current: The same jobs as composed now, with the sweeper, overrides and software of the present command.
         key: The key that asks for it, sweep.resume or sweep.extend.
     """
-    before = stored.software
-    changed = [f"{key} was {before.get(key)}, is {value}" for key, value in current.software.items() if before.get(key) != value]
+    environment = provenance.differences(stored.software, current.software)
+    changed = [environment] if environment else []
     if current.sweeper != stored.sweeper:
-        changed.append(f"the sweeper was {stored.sweeper.lower()}: hydra/sweeper={stored.sweeper.lower()}")
+        changed.append(f"the sweeper was {stored.sweeper}: hydra/sweeper={stored.sweeper}")
     if current.overrides and current.overrides != stored.overrides:
         changed.append(f"the command line was {' '.join(stored.overrides)}, is {' '.join(current.overrides)}")
     for old, new in zip(stored.jobs, current.jobs, strict=True):

@@ -1,4 +1,4 @@
-"""Hydra's sweeper for searches: Optuna proposes jobs from the results of earlier ones, and prunes those that perform badly."""
+"""Searches: Optuna proposes jobs from the results of earlier ones, and prunes those that perform badly."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import IntervalSweep
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
 
 from mnist_exp.errors import UserError
-from mnist_exp.sweep.grid import GridSweeper
-from mnist_exp.sweep.jobs import by_job
+from mnist_exp.metrics import OBJECTIVE
+from mnist_exp.settings import Settings
+from mnist_exp.sweep.grid import GridSweep
+from mnist_exp.sweep.jobs import latest_run_per_job
 from mnist_exp.sweep.parent import Parent
-from mnist_exp.sweep.summary import RANKED_BY
 from mnist_exp.sweep.workers import cores
 from mnist_exp.tracking.definition import Definition, Job
 from mnist_exp.tracking.tags import PRUNED
@@ -23,45 +26,58 @@ STUDY = "search"
 DATABASE = "optuna.db"  # in the sweep's folder
 
 
-class OptunaSweeper(GridSweeper):
+class SearchSweep(GridSweep):
     """Searches the values that the command line leaves open: choice(...), range(...), interval(...), tag(log, interval(...)).
 
     The study is in the parent's output folder, where `sweep.resume` finds it. TPE proposes the trials (Bergstra et al. 2011). A
     trial is pruned if its validation accuracy is below the median at the same step.
 
     Args:
+        context: As for `GridSweep`.
+        task: As for `GridSweep`.
+        composed: As for `GridSweep`.
+        params: As for `GridSweep`.
         n_trials: The number of jobs.
-        at_once: The number of jobs that are proposed together and then run in parallel; null: one for each core.
-        params: Values by key, as on the command line, for presets.
+        n_parallel: The number of jobs that are proposed together and then run in parallel; None: one for each core.
     """
 
-    flags = ("hydra/sweeper=optuna",)
+    selecting_overrides = ("hydra/sweeper=optuna",)
+    name = "optuna"
 
-    def __init__(self, n_trials: int, at_once: int | None, params: dict[str, str] | None = None) -> None:
-        super().__init__(params)
-        if n_trials < 1 or (at_once is not None and at_once < 1):
-            raise UserError(f"hydra.sweeper: n_trials={n_trials}, at_once={at_once} is invalid: expected integers >= 1.")
-        self.n_trials, self.at_once = n_trials, at_once
+    def __init__(
+        self,
+        context: HydraContext,
+        task: TaskFunction,
+        composed: DictConfig,
+        params: dict[str, str],
+        n_trials: int,
+        n_parallel: int | None,
+    ) -> None:
+        for key, value in {"n_trials": n_trials, "at_once": n_parallel}.items():
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise UserError.invalid(f"hydra.sweeper.{key}", value, "an integer >= 1")
+        self.n_trials, self.n_parallel = n_trials, n_parallel
+        super().__init__(context, task, composed, params)
 
     def total(self, jobs: list[Job]) -> int:
         return self.n_trials
 
-    def resumed(self, stored: Definition) -> Definition:
+    def resume(self, stored: Definition) -> Definition:
         """Return the stored definition; the command line may change the number of jobs."""
         changed = any(override.startswith("hydra.sweeper.n_trials=") for override in self.composed.hydra.overrides.hydra)
         return replace(stored, total=self.n_trials) if changed else stored
 
-    def check(self, config: dict[str, Any]) -> None:
+    def check(self, settings: Settings) -> None:
         """Raise UserError if the search could see the test set."""
-        if not config["data"].get("validation_size"):
+        if not settings.data.get("validation_size"):
             raise UserError("A search must not see the test set: add data=mnist_tuning, which validates on training images.")
 
     def define(self, overrides: list[str]) -> list[Job]:
         """Return no job: Optuna proposes them during the sweep."""
-        self.check(self.run_config)
+        self.check(self.settings)
         return []
 
-    def varied(self, definition: Definition) -> list[str]:
+    def swept_keys(self, definition: Definition) -> list[str]:
         """Return the keys that are searched."""
         return [key for key, value in self._space(definition.overrides).items() if not isinstance(value, str)]
 
@@ -70,16 +86,15 @@ class OptunaSweeper(GridSweeper):
         definition = parent.definition
         if definition.jobs and not (parent.folder / DATABASE).exists():
             raise UserError(f"The study of this search is not in {parent.folder}: set output_dir to the folder it started with.")
-        study = open_study(parent.folder, self.run_config["seed"])
+        study = open_study(parent.folder, self.settings.seed)
         parent.in_search = True
         space = self._space(definition.overrides)
         jobs = list(definition.jobs)
         while True:
             self.launch_missing(parent, jobs)
             tell_study(study, parent)
-            missing = min(self.at_once or cores(), definition.total - len(definition.jobs))
-            failed = not all(child.is_done for child in parent.children())
-            if missing <= 0 or (failed and self.run_config["sweep"]["on_failure"] == "stop"):
+            missing = min(self.n_parallel or cores(), definition.total - len(definition.jobs))
+            if missing <= 0:
                 return
             jobs = []
             for _ in range(missing):
@@ -156,11 +171,11 @@ def tell_study(study: "Study", parent: Parent) -> None:
     """Report the results of the jobs that have ended to the study."""
     from optuna.trial import TrialState
 
-    children = by_job(parent.children())
+    children = latest_run_per_job(parent.children())
     for trial in study.get_trials(states=[TrialState.RUNNING]):
         child = children.get(trial.number)
-        if child and child.status == "FINISHED" and RANKED_BY in child.metrics:
-            study.tell(trial.number, child.metrics[RANKED_BY])
+        if child and child.status == "FINISHED" and OBJECTIVE in child.metrics:
+            study.tell(trial.number, child.metrics[OBJECTIVE])
         elif child and PRUNED in child.tags:
             study.tell(trial.number, state=TrialState.PRUNED)
         elif child:
@@ -182,9 +197,9 @@ def make_pruning_callback(folder: Path, number: int) -> Callable[[int, Mapping[s
     trial = optuna.trial.Trial(study, frozen._trial_id)
 
     def should_prune(examples_seen: int, metrics: Mapping[str, float]) -> bool:
-        if RANKED_BY not in metrics or frozen.state.is_finished():  # finished: the job failed and is repeated
+        if OBJECTIVE not in metrics or frozen.state.is_finished():  # finished: the job failed and is repeated
             return False
-        trial.report(metrics[RANKED_BY], examples_seen)
+        trial.report(metrics[OBJECTIVE], examples_seen)
         return trial.should_prune()
 
     return should_prune

@@ -6,18 +6,18 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
+import pandas as pd
 from hydra.core.utils import JobStatus
 
-from mnist_exp.metrics import format_metric
-from mnist_exp.overrides import key_of
-from mnist_exp.sweep.jobs import Returns, by_job, failure_reason, return_value
+from mnist_exp.metrics import OBJECTIVE, format_metric
+from mnist_exp.overrides import key_of, text_of
+from mnist_exp.sweep.jobs import JobResults, failure_reason, latest_run_per_job, result_of
 from mnist_exp.tracking.base import RunRecord, Store
 from mnist_exp.tracking.definition import Definition, Job
-from mnist_exp.tracking.tags import ERROR, PRUNED, SWEEP
+from mnist_exp.tracking.tags import ARM, ERROR, PRUNED
 
-TOTAL = "time/total_seconds"
-RANKED_BY = "val/accuracy"  # never a metric of the test set
 SHOWN = ("val/accuracy", "test/accuracy", "test/loss", "time/total_seconds")
 ROWS_SHOWN = 50  # MLflow truncates descriptions after 8,000 characters
 BEST_SHOWN = 3
@@ -41,52 +41,31 @@ class Progress:
     def read(self) -> tuple[int, int, str]:
         """Read the jobs that ended since the last call; return jobs finished, jobs failed, and the best result."""
         children = self.store.children(self.sweep_id, ended_after=self.until - MAX_CLOCK_SKEW if self.until else 1)
-        for number, child in by_job(children).items():
-            self.ended[number] = child.status, child.metrics.get(RANKED_BY)
+        for number, child in latest_run_per_job(children).items():
+            self.ended[number] = child.status, child.metrics.get(OBJECTIVE)
             self.until = max(self.until, child.ended or 0)
         statuses = Counter(status for status, _ in self.ended.values())
         best = [accuracy for status, accuracy in self.ended.values() if status == "FINISHED" and accuracy is not None]
-        shown = format_metric(RANKED_BY, max(best)) if best else "-"
+        shown = format_metric(OBJECTIVE, max(best)) if best else "-"
         return statuses["FINISHED"], statuses["FAILED"] + statuses["KILLED"], shown
 
 
 def preview(definition: Definition, sweep_id: str | None, store: Store) -> tuple[list[dict[str, str]], list[str]]:
-    """Return the jobs of a sweep that has not started, as the rows of a table, and notes on their number and time.
+    """Return the jobs of a sweep that has not started, as the rows of a table, and notes.
 
     Args:
         definition: The sweep's definition.
         sweep_id: The id of a sweep to resume, whose finished jobs are skipped.
-        store: The store; it is read if it exists, and not changed.
+        store: The store; it is read if a sweep is resumed.
     """
-    runs = store.finished_runs()
-    done = by_job(run for run in runs if sweep_id and run.tags.get(SWEEP) == sweep_id)
+    done = latest_run_per_job(run for run in store.children(sweep_id) if run.is_done) if sweep_id else {}
     plan = {job.number: "skip: finished" if job.number in done else "run" for job in definition.jobs}
     rows = [{"job": str(job.number), "plan": plan[job.number], "overrides": " ".join(job.overrides)} for job in definition.jobs]
     left = definition.total - len(done)
     notes = [f"{definition.total} jobs, {left} to run." if left < definition.total else f"{definition.total} jobs."]
     if len(definition.jobs) < definition.total:
         notes.append("The search proposes its jobs while it runs.")
-    timed = [run for run in runs if TOTAL in run.metrics]
-    seconds = [run.metrics[TOTAL] for run in [run for run in timed if SWEEP in run.tags] or timed]
-    if seconds:
-        each = statistics.median(seconds)
-        notes.append(
-            f"Roughly {_duration(left * each)} of work: {left} x {_duration(each)}, the median of {len(seconds)} earlier runs of "
-            "any recipe and data set. Divide it by the number of parallel jobs."
-        )
     return rows, [*notes, "Nothing was recorded: sweep.dry_run=true."]
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.1f} s"
-        if seconds < 10
-        else f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
 
 
 @dataclass(frozen=True)
@@ -95,7 +74,7 @@ class RankedArm:
 
     Args:
         overrides: The overrides that the jobs share.
-        mean: The mean of RANKED_BY over the finished jobs.
+        mean: The mean of OBJECTIVE over the finished jobs.
         count: The number of finished jobs.
     """
 
@@ -106,31 +85,31 @@ class RankedArm:
 
 def rank_arms(jobs: Iterable[Job], children: Iterable[RunRecord]) -> list[RankedArm]:
     """Return the arms with finished jobs that have a validation accuracy, the best first; equal ones in the sweep's order."""
-    finished, arms = by_job(children), defaultdict[tuple[str, ...], list[float]](list)
+    finished, arms = latest_run_per_job(children), defaultdict[tuple[str, ...], list[float]](list)
     for job in jobs:
         child = finished.get(job.number)
-        if child and child.status == "FINISHED" and RANKED_BY in child.metrics:
-            arms[tuple(item for item in job.overrides if key_of(item) != "seed")].append(child.metrics[RANKED_BY])
+        if child and child.status == "FINISHED" and OBJECTIVE in child.metrics:
+            arms[tuple(item for item in job.overrides if key_of(item) != "seed")].append(child.metrics[OBJECTIVE])
     ranked = [RankedArm(overrides, statistics.mean(values), len(values)) for overrides, values in arms.items()]
     return sorted(ranked, key=lambda arm: arm.mean, reverse=True)
 
 
 def job_table(
-    jobs: list[Job], children: list[RunRecord], returns: Returns, form: Callable[[str, float], str] = format_metric
+    jobs: list[Job], children: list[RunRecord], results: JobResults, form: Callable[[str, float], str] = format_metric
 ) -> list[dict[str, str]]:
     """Return a row for each job: number, name, status, metrics, run, error.
 
     Args:
         jobs: The jobs.
         children: The runs of the jobs.
-        returns: The reports of the launcher.
+        results: The reports of the launcher.
         form: Returns the text of a metric, called with its name and value.
     """
-    latest = by_job(children)
+    latest = latest_run_per_job(children)
     rows = []
     for job in jobs:
-        child, returned = latest.get(job.number), returns.get(job.number)
-        value, error = return_value(returned), failure_reason(returned)
+        child, returned = latest.get(job.number), results.get(job.number)
+        value, error = result_of(returned), failure_reason(returned)
         if child:
             status = "PRUNED" if PRUNED in child.tags else child.status
             error = (error or child.tags.get(ERROR, "")) if status != "FINISHED" else ""
@@ -138,7 +117,7 @@ def job_table(
             status = "FINISHED"
         else:
             status = "NOT STARTED" if returned is None or returned.status == JobStatus.UNKNOWN else "FAILED"
-        metrics = child.metrics if child else {RANKED_BY: value} if isinstance(value, float) else {}
+        metrics = child.metrics if child else {OBJECTIVE: value} if isinstance(value, float) else {}
         name = child.name if child else " ".join(job.overrides)
         rows.append(
             {"job": str(job.number), "name": name, "status": status}
@@ -148,14 +127,31 @@ def job_table(
     return rows
 
 
-def results_csv(jobs: list[Job], children: list[RunRecord], returns: Returns) -> str:
+def results_csv(jobs: list[Job], children: list[RunRecord], results: JobResults) -> str:
     """Return the table of the jobs as comma-separated values, metrics as recorded."""
-    rows = job_table(jobs, children, returns, lambda name, value: repr(value))
+    rows = job_table(jobs, children, results, lambda name, value: repr(value))
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys())
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def frame_of(jobs: Iterable[Job], children: Iterable[RunRecord]) -> pd.DataFrame:
+    """Return the runs of jobs as a data frame, as `mnist_exp.api.frame` describes it."""
+    overrides = {job.number: {key_of(item): text_of(item) for item in job.overrides} for job in jobs}
+    rows: list[dict[str, Any]] = [
+        {"run": record.run_id, "job": record.job, "status": record.status, "arm": record.tags.get(ARM, ""), "data": record.data}
+        | overrides.get(record.job or 0, {})
+        | record.metrics
+        for record in sorted(children, key=lambda record: record.job or 0)
+    ]
+    table = pd.DataFrame(rows)
+    for key in dict.fromkeys(key for values in overrides.values() for key in values if key in table):
+        numbers = pd.to_numeric(table[key], errors="coerce")
+        if numbers.notna().equals(table[key].notna()):
+            table[key] = numbers
+    return table
 
 
 def sweep_metrics(rows: list[dict[str, str]], children: list[RunRecord]) -> dict[str, float]:
@@ -168,9 +164,9 @@ def sweep_metrics(rows: list[dict[str, str]], children: list[RunRecord]) -> dict
     statuses = Counter(row["status"] for row in rows)
     finished, failed = statuses["FINISHED"], statuses["FAILED"] + statuses["KILLED"]
     best = [
-        child.metrics[RANKED_BY]
-        for child in by_job(children).values()
-        if child.status == "FINISHED" and RANKED_BY in child.metrics
+        child.metrics[OBJECTIVE]
+        for child in latest_run_per_job(children).values()
+        if child.status == "FINISHED" and OBJECTIVE in child.metrics
     ]
     counts = {"sweep/jobs_finished": float(finished), "sweep/jobs_failed": float(failed)}
     return counts | ({"sweep/best_val_accuracy": max(best)} if best else {})
@@ -195,16 +191,16 @@ def describe_sweep(
         definition: The sweep's definition, with its plan and its extensions.
     """
     counts = ", ".join(f"{count} {status}" for status, count in Counter(row["status"] for row in rows).most_common())
-    latest = by_job(children).values()
-    scored = [child for child in latest if child.status == "FINISHED" and RANKED_BY in child.metrics]
+    latest = latest_run_per_job(children).values()
+    scored = [child for child in latest if child.status == "FINISHED" and OBJECTIVE in child.metrics]
     lines = [f"{len(rows)} jobs: {counts}."]
     if scored:
-        highest = max(child.metrics[RANKED_BY] for child in scored)
-        best = [child for child in sorted(scored, key=lambda child: child.job or 0) if child.metrics[RANKED_BY] == highest]
+        highest = max(child.metrics[OBJECTIVE] for child in scored)
+        best = [child for child in sorted(scored, key=lambda child: child.job or 0) if child.metrics[OBJECTIVE] == highest]
         links = ", ".join(f"[{child.name}]({store.link(child.run_id)})" for child in best[:BEST_SHOWN])
         more = f" and {len(best) - BEST_SHOWN} more" if len(best) > BEST_SHOWN else ""
         tied = f"{len(best)} tie: " if len(best) > 1 else ""
-        lines.append(f"Best by {RANKED_BY}, {format_metric(RANKED_BY, highest)}: {tied}{links}{more}.")
+        lines.append(f"Best by {OBJECTIVE}, {format_metric(OBJECTIVE, highest)}: {tied}{links}{more}.")
     finished = sum(row["status"] == "FINISHED" for row in rows)
     if finished and (curves := store.link_curves(sweep_id, finished)):
         lines += ["", f"[Curves by arm]({curves}), each the mean over its runs."]

@@ -1,4 +1,4 @@
-"""Hydra's launcher for this machine: one worker process for each core, each with its share of the threads.
+"""Jobs in parallel on this machine: one worker process for each core, each with its share of the threads.
 
 All are forked from one server process, which imports their modules once, while the sweep is still being composed.
 """
@@ -18,19 +18,18 @@ from typing import Any
 import cloudpickle  # type: ignore[import-untyped]  # has no annotations
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
-from hydra.plugins.launcher import Launcher
+from hydra.core.utils import JobReturn, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from mnist_exp.cli import safe_output
-from mnist_exp.errors import PrunedError, UserError
+from mnist_exp.errors import UserError
 from mnist_exp.signals import Interrupted
-from mnist_exp.sweep.jobs import return_value
+from mnist_exp.sweep.jobs import failed, result_of
 
 SERVER_DIED = 255  # the exit code that multiprocessing reports if the server has died
 GRACE = 60.0  # seconds for a worker to record the end of its job
-FORKS = multiprocessing.get_context("forkserver")
+CONTEXT = multiprocessing.get_context("forkserver")
 # The imports of a job, which the server preloads; torch imports its dynamo with any optimizer. Preloading is only faster:
 # multiprocessing ignores a name that cannot be imported. Not run.py: a worker imports it as its main module.
 PRELOADED = ["mnist_exp.sweep.search", "mnist_exp.experiment.runner", "torch._dynamo"]
@@ -43,30 +42,27 @@ class WorkerDiedError(Exception):
     """A worker process was killed."""
 
 
-class WorkersLauncher(Launcher):
+class WorkerPool:
     """Runs jobs in worker processes, which run one job after the other and are replaced if they die.
 
     Args:
-        processes: The number of jobs at once; null: one for each core that this process may use.
+        context: Hydra's context.
+        task: The function that runs a job.
+        config: The composed configuration, with Hydra's node.
+        processes: The number of jobs at once; None: one for each core that this process may use.
     """
 
-    stops_on_failure = True
-
-    def __init__(self, processes: int | None = None) -> None:
+    def __init__(self, context: HydraContext, task: TaskFunction, config: DictConfig, processes: int | None) -> None:
         if processes is not None and processes < 1:
-            raise UserError(f"hydra.launcher.processes={processes} is invalid: expected an integer >= 1, or null for all cores.")
-        self.processes = processes
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Receive Hydra's objects."""
-        self.context, self.task_function, self.config = hydra_context, task_function, config
-        threads = cores() // (self.processes or cores())  # the same for a job that is resumed alone
+            raise UserError.invalid("hydra.launcher.processes", processes, "an integer >= 1, or null for all cores")
+        self.context, self.task_function, self.config, self.processes = context, task, config, processes
+        threads = cores() // (processes or cores())  # the same for a job that is resumed alone
         self.environment = {"OMP_NUM_THREADS": str(max(1, threads)), "MLFLOW_DISABLE_TELEMETRY": "true"}  # imports read it
 
     def warm_up(self) -> None:
         """Start the server of the workers, which begins its imports, unless it runs."""
         uses_mlflow = str(self.config.tracking.get("_target_", "")).endswith("MLflowStore")
-        FORKS.set_forkserver_preload(PRELOADED + PRELOADED_FOR_MLFLOW if uses_mlflow else PRELOADED)
+        CONTEXT.set_forkserver_preload(PRELOADED + PRELOADED_FOR_MLFLOW if uses_mlflow else PRELOADED)
         handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # closing the terminal must not end the server first
         try:
             with environment(self.environment):
@@ -75,12 +71,11 @@ class WorkersLauncher(Launcher):
             signal.signal(signal.SIGHUP, handler)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs; jobs that `sweep.on_failure=stop` prevents from starting are returned as UNKNOWN."""
+        """Run the jobs."""
         setup_globals()
         count = min(self.processes or cores(), len(job_overrides))
         ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         payload = cloudpickle.dumps((self.context, self.config, self.task_function, Singleton.get_state(), ignores_hangup))
-        stop_on_failure = self.config.sweep.on_failure == "stop"
         waiting = deque(enumerate(map(list, job_overrides), initial_job_idx))
         results = {number: JobReturn() for number, _ in waiting}
         workers: list[Worker] = []
@@ -97,12 +92,9 @@ class WorkersLauncher(Launcher):
                     result = worker.receive()
                     if result is None:
                         workers.remove(worker)
-                        result = worker.died()
+                        result = worker.crash_result()
                     if number is not None:
                         results[number] = result
-                        failed = result.status == JobStatus.FAILED and not isinstance(return_value(result), PrunedError)
-                        if failed and stop_on_failure:
-                            waiting.clear()
         except Interrupted as interrupted:  # the jobs record the same signal
             for worker in workers:
                 worker.stop(interrupted.signum)
@@ -145,8 +137,8 @@ class Worker:
     connection: "Connection[Any, Any]"
 
     def __init__(self, payload: bytes) -> None:
-        self.connection, theirs = FORKS.Pipe()
-        self.process = FORKS.Process(target=work, args=(theirs, payload))
+        self.connection, theirs = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=worker_main, args=(theirs, payload))
         self.job: int | None = None
         self.process.start()
         theirs.close()
@@ -166,7 +158,7 @@ class Worker:
             return None
         return result
 
-    def died(self) -> JobReturn:
+    def crash_result(self) -> JobReturn:
         """Return the result of a job whose worker died."""
         self.process.join()
         code = self.process.exitcode or 0
@@ -174,10 +166,7 @@ class Worker:
             with suppress(ProcessLookupError):  # the worker may be alive, and would run the job a second time
                 os.kill(self.process.pid, signal.SIGKILL)
         how = signal.Signals(-code).name if code < 0 else f"status {code}"
-        result = JobReturn()
-        result.return_value = WorkerDiedError(f"its process died ({how}); the machine may have run out of memory")
-        result.status = JobStatus.FAILED
-        return result
+        return failed(WorkerDiedError(f"its process died ({how}); the machine may have run out of memory"))
 
     def stop(self, signum: int = signal.SIGTERM) -> None:
         """End the process; its job receives the signal. Later calls do nothing."""
@@ -195,11 +184,11 @@ class Worker:
             self.process.join()
 
 
-def work(connection: "Connection[Any, Any]", payload: bytes) -> None:
+def worker_main(connection: "Connection[Any, Any]", payload: bytes) -> None:
     """Run the jobs from `connection` until it is closed or the parent dies."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=_end_with_parent, args=(parent.sentinel,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(parent.sentinel,), daemon=True).start()
     context, config, task_function, state, ignores_hangup = cloudpickle.loads(payload)
     signal.signal(signal.SIGHUP, signal.SIG_IGN if ignores_hangup else signal.SIG_DFL)  # not the server's
     with safe_output(), suppress(EOFError, ConnectionError, KeyboardInterrupt):  # the sweep has ended
@@ -222,7 +211,7 @@ def work(connection: "Connection[Any, Any]", payload: bytes) -> None:
             connection.send_bytes(_serialize(result))
 
 
-def _end_with_parent(sentinel: int) -> None:
+def _exit_with_parent(sentinel: int) -> None:
     """End this process when its parent dies."""
     wait([sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
@@ -235,5 +224,5 @@ def _serialize(result: JobReturn) -> bytes:
         cloudpickle.loads(dumped)
         return dumped
     except Exception:  # an exception may contain any object
-        result.return_value = WorkerDiedError(str(return_value(result)))
+        result.return_value = WorkerDiedError(str(result_of(result)))
         return bytes(cloudpickle.dumps(result))

@@ -8,18 +8,21 @@ from typing import Any, Protocol, Self
 from uuid import uuid4
 
 from mnist_exp.errors import ResumableError, UserError
+from mnist_exp.settings import Recipe
 from mnist_exp.tracking.definition import Definition
 from mnist_exp.tracking.tags import COMMIT, DATA, JOB, PRUNED
 
+# The colors of arms in charts and figures, which color-blind people can distinguish (Okabe and Ito, 2008).
+COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 OUTCOME = "outcome.json"  # the artifact with the history and the mistakes of a run
-PROCESS_DIED = "its process died"  # a reason that a better known one may replace
+PROCESS_DIED = "the process exited"  # a reason that a better known one may replace
 
 
-class StoreAwayError(UserError):
+class StoreUnavailableError(UserError):
     """The store does not answer."""
 
 
-class StoreGoneError(ResumableError):
+class StoreLostError(ResumableError):
     """The store did not answer before the end of the run, or refuses a record."""
 
 
@@ -114,15 +117,6 @@ class RunRecord:
     def is_done(self) -> bool:
         """Whether no work is left: the run has finished, or a search has pruned it."""
         return self.status == "FINISHED" or PRUNED in self.tags
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A run's resolved configuration, the option of each group, and the overrides of its command line."""
-
-    config: dict[str, Any]
-    choices: dict[str, str]
-    overrides: list[str]
 
 
 @dataclass(frozen=True)
@@ -228,14 +222,19 @@ class Store(Protocol):
         Only locks below `output_dir` are examined. For runs of other folders only the process id counts.
         """
 
-    def resolve_id(self, text: str) -> str:
-        """Return the id of the run that starts with `text`; raises UserError if there is none, or several."""
+    def resolve_id(self, text: str, *, finished: bool = False) -> str:
+        """Return the id of a run, given its start, in any experiment; or that of the newest run of this one, given `latest`.
+
+        Args:
+            text: At least 6 hexadecimal digits, or `latest`.
+            finished: Whether `latest` must have finished.
+
+        Raises:
+            UserError: There is no such run, or there are several.
+        """
 
     def read(self, run_id: str) -> StoredRun:
         """Return a run with its recipe; raises UserError if the store lacks a part."""
-
-    def finished_runs(self) -> list[RunRecord]:
-        """Return the finished runs of the experiment, without creating the store if it does not exist."""
 
     def find_sweep(self, sweep: str, *, finished_too: bool) -> tuple[RunRecord, Definition]:
         """Return the parent and the definition of a sweep, by id or `latest`; raises UserError."""
@@ -300,14 +299,11 @@ class NullStore:
     def reap(self, output_dir: Path) -> list[RunRecord]:
         return []
 
-    def resolve_id(self, text: str) -> str:
+    def resolve_id(self, text: str, *, finished: bool = False) -> str:
         return text
 
     def read(self, run_id: str) -> StoredRun:
         raise UserError("tracking=none stores no runs: set MLFLOW_TRACKING_URI to the store that does.")
-
-    def finished_runs(self) -> list[RunRecord]:
-        return []
 
     def find_sweep(self, sweep: str, *, finished_too: bool) -> tuple[RunRecord, Definition]:
         raise UserError("tracking=none stores no sweeps: set MLFLOW_TRACKING_URI to the store that does.")

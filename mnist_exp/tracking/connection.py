@@ -1,100 +1,75 @@
-"""Connects to an MLflow store, and tells a store that is away from one that refuses."""
+"""Connects to an MLflow store, and tells a store that is unreachable from one that refuses."""
 
 import logging
-import os
-import re
 import shlex
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
+from typing import TypeVar
 
+import mlflow
 from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.entities import Experiment
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import absolute_path, default_store
-from mnist_exp.redaction import has_credentials
+from mnist_exp.paths import absolute_store
 from mnist_exp.signals import defer_signals
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.base import StoreAwayError, StoreGoneError
+from mnist_exp.tracking.base import StoreUnavailableError, StoreLostError
 from mnist_exp.tracking.views import MARKS, VIEW_PREFIX, VIEWS, View, current_key, describe_experiment, view_tags
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Experiment
 
 Result = TypeVar("Result")
 REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "BAD_REQUEST", "PERMISSION_DENIED")
-SETTINGS = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the default of 7 waits four minutes for a dead server
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds; the default of 120 outlasts the time that a worker has to end
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would cut through the progress bars
-}
 
 
-def absolute_uri(uri: str) -> str:
-    """Return `uri` with a relative SQLite path made absolute; raises UserError if it is not supported."""
-    user_part = uri.rpartition("@")[0].partition("://")[2]
-    if re.search(r"[\s\"'<>\\^`{|}]", user_part):  # also: `redact` could miss its end. The message must not show it.
-        raise UserError(
-            "tracking.uri (MLFLOW_TRACKING_URI) is invalid: expected a user name and a password with special characters "
-            "percent-encoded, such as %20 for a space."
+def check_uri(uri: str) -> str:
+    """Return an address with a relative SQLite path made absolute; raises UserError if it is not supported."""
+    if not uri.startswith(("sqlite:///", "http://", "https://")):
+        raise UserError.invalid(
+            "tracking.uri",
+            uri,
+            "sqlite:////absolute/path.db, or http(s)://host:port of an MLflow server",
+            "Set it with tracking.uri=... or MLFLOW_TRACKING_URI. Unset both for the default, or use tracking=none.",
         )
-    if uri.startswith("sqlite:///"):
-        return absolute_path(uri)
-    if urlsplit(uri).scheme in ("http", "https"):
-        return uri.rstrip("/")
-    raise UserError(
-        f"tracking.uri={uri} (MLFLOW_TRACKING_URI) is invalid: expected sqlite:////absolute/path.db, or http(s)://host:port of "
-        "an MLflow server. Unset MLFLOW_TRACKING_URI for the default, or use tracking=none."
-    )
+    return absolute_store(uri)
 
 
-def connect(uri: str, experiment: str) -> tuple["MlflowClient", str]:
+def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     """Return a client of the store at `uri` and the id of `experiment`; create the database and the experiment if missing.
 
     A lock file next to a SQLite database prevents several first runs from creating it at once.
 
     Raises:
-        StoreAwayError: The store does not answer.
+        StoreUnavailableError: The store does not answer.
         UserError: The store cannot be used, with the remedy.
     """
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
     for noisy in ("urllib3", "mlflow.store.db.utils"):  # they log every failed attempt; the last one raises an error anyway
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    import mlflow
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
     try:
         if not uri.startswith("sqlite:"):
-            return _open_experiment(mlflow, uri, experiment, artifact_location=None)
+            return _open_experiment(uri, experiment, artifact_location=None)
         database = Path(uri.removeprefix("sqlite:///"))
         with FileLock(f"{database}.lock"):
-            return _open_experiment(mlflow, uri, experiment, (database.parent / "mlartifacts").as_uri())
+            return _open_experiment(uri, experiment, (database.parent / "mlartifacts").as_uri())
     except UserError:
         raise
     except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
         if "out-of-date database schema" in str(error):
             raise UserError(_upgrade_advice(uri)) from error
-        raise StoreAwayError(
+        raise StoreUnavailableError(
             f"tracking.uri={uri} (MLFLOW_TRACKING_URI) cannot be opened: {first_line(error)}\n"
             "Expected a SQLite file in a writable folder, or a tracking server that answers. Start the server, choose another "
             "store, or use tracking=none."
         ) from error
 
 
-def _open_experiment(mlflow: Any, uri: str, experiment: str, artifact_location: str | None) -> tuple["MlflowClient", str]:
-    from mlflow.exceptions import MlflowException
-
+def _open_experiment(uri: str, experiment: str, artifact_location: str | None) -> tuple[MlflowClient, str]:
     mlflow.set_tracking_uri(uri)
-    client = mlflow.MlflowClient(uri)
+    client = MlflowClient(uri)
     found = client.get_experiment_by_name(experiment)
     if found is not None and found.lifecycle_stage == "deleted":
         raise UserError(
@@ -117,7 +92,7 @@ def _open_experiment(mlflow: Any, uri: str, experiment: str, artifact_location: 
     return client, experiment_id
 
 
-def save_views(client: "MlflowClient", experiment: "Experiment", added: Mapping[str, View]) -> dict[str, str]:
+def save_views(client: MlflowClient, experiment: Experiment, added: Mapping[str, View]) -> dict[str, str]:
     """Bring the saved views of an experiment up to date, and return its tags; added: views of single sweeps, by key."""
     changed, surplus = view_tags(experiment.tags, added)
     for name in surplus:
@@ -127,7 +102,7 @@ def save_views(client: "MlflowClient", experiment: "Experiment", added: Mapping[
     return {**experiment.tags, **changed}
 
 
-def view_keys(client: "MlflowClient", experiment_id: str) -> dict[str, str]:
+def view_keys(client: MlflowClient, experiment_id: str) -> dict[str, str]:
     """Return the keys under which an experiment holds our saved views, by their usual keys; without those that a user deleted."""
     tags = client.get_experiment(experiment_id).tags
     keys = {key: current_key(tags, key, view) for key, view in VIEWS.items()}
@@ -135,10 +110,10 @@ def view_keys(client: "MlflowClient", experiment_id: str) -> dict[str, str]:
 
 
 def retry(operation: Callable[[], Result], uri: str, patience: float) -> Result:
-    """Return the result of `operation`, repeated for up to `patience` seconds while the store at `uri` is away.
+    """Return the result of `operation`, repeated for up to `patience` seconds while the store at `uri` is unreachable.
 
     Raises:
-        StoreGoneError: The store refuses, or is still away.
+        StoreLostError: The store refuses, or is still unreachable.
     """
     deadline = time.monotonic() + patience
     while True:
@@ -149,7 +124,7 @@ def retry(operation: Callable[[], Result], uri: str, patience: float) -> Result:
             raise
         except Exception as error:  # servers, databases and disks raise exceptions of their own
             if is_refusal(error) or time.monotonic() > deadline:
-                raise StoreGoneError(f"{uri} failed: {first_line(error)}") from error
+                raise StoreLostError(f"{uri} failed: {first_line(error)}") from error
         time.sleep(1)
 
 
@@ -163,31 +138,19 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def store_variable(uri: str) -> str:
-    """Return the assignment that precedes a shell command about the store at `uri`.
-
-    It is empty for the default store, and for an address with credentials, which no message may contain.
-    """
-    return "" if uri == default_store() or has_credentials(uri) else f"MLFLOW_TRACKING_URI={shlex.quote(uri)} "
-
-
-def restore_command(client: "MlflowClient", uri: str, experiment_id: str, run_id: str) -> str:
+def restore_command(client: MlflowClient, uri: str, experiment_id: str, run_id: str) -> str:
     """Return the command that restores a deleted run, or its experiment if that was deleted."""
-    from mlflow.exceptions import MlflowException
-
     with suppress(MlflowException):
         if client.get_experiment(experiment_id).lifecycle_stage == "deleted":
             return _restore_experiment(uri, experiment_id)
-    return f"{store_variable(uri)}mlflow runs restore --run-id {run_id}"
+    return f"MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow runs restore --run-id {run_id}"
 
 
 def _restore_experiment(uri: str, experiment_id: str) -> str:
-    return f"{store_variable(uri)}mlflow experiments restore --experiment-id {experiment_id}"
+    return f"MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow experiments restore --experiment-id {experiment_id}"
 
 
 def _upgrade_advice(uri: str) -> str:
-    import mlflow
-
     path = uri.removeprefix("sqlite:///")
     backup = shlex.join(["cp", path, f"{path}.backup"])
     return (

@@ -6,9 +6,10 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import JOB_KEY, check_stored, key_of, quoted, text_of
-from mnist_exp.redaction import redact_all
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,6 @@ class JobContext:
 
 def parse_job_context(values: str | dict[str, Any]) -> JobContext:
     """Return a context from the value of its override, or from its stored fields; raises UserError."""
-    from pydantic import TypeAdapter, ValidationError
-
     adapter = TypeAdapter(JobContext)
     try:
         context = adapter.validate_json(values) if isinstance(values, str) else adapter.validate_python(values)
@@ -144,8 +143,8 @@ class Definition:
         return list(dict.fromkeys([*self.overrides, *jobs, *added]))
 
     def as_json(self) -> str:
-        """Return the definition as text, with credentials masked."""
-        return json.dumps(redact_all(asdict(self)), indent=1)
+        """Return the definition as text."""
+        return json.dumps(asdict(self), indent=1)
 
 
 def storable(name: str) -> str:
@@ -173,8 +172,6 @@ def parse_definition(text: str | bytes, source: str) -> Definition | None:
     Raises:
         UserError: An override is not allowed in a store.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     try:
         definition = TypeAdapter(Definition).validate_json(text)
     except ValidationError:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from mnist_exp import PACKAGE
+from mnist_exp.paths import PACKAGE
 
 if TYPE_CHECKING:
     from torch import Tensor

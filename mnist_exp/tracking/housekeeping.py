@@ -7,8 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from mlflow.entities import LoggedModel
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import EVALUATION, metric_of
@@ -17,9 +21,6 @@ from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import RunRecord
 from mnist_exp.tracking.connection import first_line
 from mnist_exp.tracking.mlflow_store import MLflowStore
-
-if TYPE_CHECKING:
-    from mlflow.entities import LoggedModel
 
 DAY = 86_400_000  # ms
 ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
@@ -100,15 +101,13 @@ def _best(records: Iterable[RunRecord], count: int, metric: str) -> set[str]:
 def _is_resumable(record: RunRecord, output_dir: Path) -> bool:
     """Return whether a run that has not finished may have a checkpoint: in its folder, or in a folder out of reach."""
     folder = output_dir / record.run_id
-    if record.is_done or run_dir.is_finished(folder):
+    if record.is_done or run_dir.is_complete(folder):
         return False
     return run_dir.has_checkpoint(folder) or record.tags.get(tag.OUTPUT_DIR) not in (None, str(output_dir.absolute()))
 
 
 def _registered(store: MLflowStore) -> set[str | None]:
     """Return the ids of the runs whose models are in the registry; raises UserError if it cannot be read."""
-    from mlflow.exceptions import MlflowException
-
     found: set[str | None] = set()
     token: str | None = ""
     try:
@@ -150,12 +149,12 @@ def delete(store: MLflowStore, record: RunRecord, output_dir: Path) -> str | Non
     return None
 
 
-def logged_models(store: MLflowStore, record: RunRecord) -> "list[LoggedModel]":
+def logged_models(store: MLflowStore, record: RunRecord) -> list[LoggedModel]:
     """Return the models that a run has recorded."""
     return list(store.client.search_logged_models([record.experiment_id], f"source_run_id='{record.run_id}'"))
 
 
-def _places(record: RunRecord, models: "Sequence[LoggedModel]") -> list[tuple[str, str]]:
+def _places(record: RunRecord, models: Sequence[LoggedModel]) -> list[tuple[str, str]]:
     """Return the addresses of all files of a run, each with the id that it must contain."""
     return [(record.artifacts, record.run_id), *((model.artifact_location, model.model_id) for model in models)]
 
@@ -180,8 +179,6 @@ def _local_path(address: str) -> Path | None:
 
 
 def _delete_artifacts(address: str) -> None:
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
     repository: Any = get_artifact_repository(address)
     repository.delete_artifacts()
 

@@ -10,27 +10,29 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.entities import Metric, Run, RunTag
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
+
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import check_stored, command
-from mnist_exp.redaction import redact, redact_all, without_credentials
+from mnist_exp.overrides import command
+from mnist_exp.settings import ID, read_recipe
 from mnist_exp.signals import defer_signals
 from mnist_exp.storage import run_dir
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.base import OUTCOME, PROCESS_DIED, Answer, Recipe, RunInfo, RunRecord, StoreAwayError, StoredRun
-from mnist_exp.tracking.connection import Result, absolute_uri, connect, first_line, is_refusal, retry, save_views
+from mnist_exp.tracking.base import OUTCOME, PROCESS_DIED, Answer, RunInfo, RunRecord, StoredRun, StoreUnavailableError
+from mnist_exp.tracking.connection import Result, check_uri, connect, first_line, is_refusal, retry, save_views
 from mnist_exp.tracking.definition import Definition, parse_definition
 from mnist_exp.tracking.mlflow_tracker import MLflowTracker, terminate
 from mnist_exp.tracking.views import artifact_path, current_key, curves_key, curves_view, run_path, view_path
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
-
 RUN_ID = re.compile("[0-9a-f]{32}")
-PROCESS_LEFT = "its process no longer works on it"
+PROCESS_LEFT = "the process released its lock"
 
 
 class MLflowStore:
@@ -39,13 +41,13 @@ class MLflowStore:
     Args:
         uri: `sqlite:///` and the path of a database file, or the http(s) address of a tracking server.
         experiment: The name of the experiment.
-        patience: Seconds to wait for a store that is away, at the end of a run and before a job of a sweep.
+        patience: Seconds to wait for a store that is unreachable, at the end of a run and before a job of a sweep.
     """
 
-    client: "MlflowClient"
+    client: MlflowClient
 
     def __init__(self, uri: str, experiment: str, patience: float = 120.0) -> None:
-        self.uri = absolute_uri(uri)
+        self.uri = check_uri(uri)
         self.experiment = experiment
         self.patience = patience
 
@@ -54,7 +56,7 @@ class MLflowStore:
         while not hasattr(self, "client"):
             try:
                 self.client, self.experiment_id = connect(self.uri, self.experiment)
-            except StoreAwayError:
+            except StoreUnavailableError:
                 if time.monotonic() >= deadline:
                     raise
                 time.sleep(1)
@@ -66,9 +68,16 @@ class MLflowStore:
         tags = {**info.tags, tag.COMMAND_TYPE: "LOCAL", tag.COMMAND: info.command}
         tags |= {tag.PARENT: info.parent} if info.parent else {}
         tags |= {tag.COLOR: info.color} if info.color else {}
-        name, tags = redact(info.name), redact_all(tags)
-        run = _project_run(self.client, self.experiment_id, name, tags)
-        run = run or self.client.create_run(self.experiment_id, run_name=name, tags=tags)
+        try:
+            run = _project_run(self.client, self.experiment_id, info.name, tags)
+            run = run or self.client.create_run(self.experiment_id, run_name=info.name, tags=tags)
+        except (MlflowException, SQLAlchemyError, OSError) as error:  # not repeated: the store may have created the run
+            raise UserError(
+                f"{self.uri} cannot start a run: {first_line(error)}",
+                key="tracking.uri",
+                value=self.uri,
+                remedy="Make sure that the server answers and that its disk has space, or use another tracking.uri.",
+            ) from error
         if not RUN_ID.fullmatch(run.info.run_id):  # it becomes the name of a folder
             raise UserError(f"{self.uri} created a run with the id {run.info.run_id!r}, expected 32 hexadecimal digits.")
         return MLflowTracker(self.client, self.uri, run, self.patience)
@@ -76,7 +85,7 @@ class MLflowStore:
     def _retry(self, operation: Callable[[], Result]) -> Result:
         return retry(operation, self.uri, self.patience)
 
-    def _reopen(self, run_id: str) -> "Run":
+    def _reopen(self, run_id: str) -> Run:
         run = self.get_run(run_id)
         self.experiment_id = run.info.experiment_id
         for key in {tag.ERROR, tag.PRUNED} & run.data.tags.keys():  # they describe an end that no longer holds
@@ -85,10 +94,8 @@ class MLflowStore:
         return run
 
     @defer_signals()
-    def get_run(self, run_id: str) -> "Run":
+    def get_run(self, run_id: str) -> Run:
         """Return a run in MLflow's form; raises UserError if the store has none of that id."""
-        from mlflow.exceptions import MlflowException
-
         self.open()
         try:
             return self.client.get_run(run_id)
@@ -101,16 +108,17 @@ class MLflowStore:
             ) from error
 
     @defer_signals()
-    def runs(self, query: str = "") -> list[RunRecord]:
-        """Return the runs for which MLflow's filter `query` holds, the newest first.
+    def runs(self, query: str = "", *, everywhere: bool = False) -> list[RunRecord]:
+        """Return the runs of this experiment, or of all, for which MLflow's filter `query` holds, the newest first.
 
         A run whose id does not have MLflow's form is left out, because ids become the names of folders.
         """
         self.open()
+        experiments = [item.experiment_id for item in self.client.search_experiments()] if everywhere else [self.experiment_id]
         runs: list[Run] = []
         token: str | None = ""
         while token is not None:
-            page = self.client.search_runs([self.experiment_id], query, max_results=1000, page_token=token or None)
+            page = self.client.search_runs(experiments, query, max_results=1000, page_token=token or None)
             runs += page
             token = page.token
         return [record_of(run) for run in runs if RUN_ID.fullmatch(run.info.run_id)]
@@ -128,7 +136,7 @@ class MLflowStore:
             run = self.client.get_run(run_id)
             is_running = bool(run.info.status == "RUNNING")  # it may have ended in the meantime
             if is_running or run.data.tags.get(tag.ERROR) in (PROCESS_DIED, PROCESS_LEFT):
-                self.client.set_tag(run_id, tag.ERROR, redact(reason))
+                self.client.set_tag(run_id, tag.ERROR, reason)
             if is_running:
                 terminate(self.client, run_id, "KILLED")
             return is_running
@@ -145,36 +153,32 @@ class MLflowStore:
         return reaped
 
     def read(self, run_id: str) -> StoredRun:
-        from pydantic import TypeAdapter, ValidationError
-
         run = self.get_run(run_id)
         if tag.SWEEP_JOBS in run.data.tags:
             raise UserError(f"Run {run_id} is a sweep: choose one of its jobs, which `{command('runs', 'list')}` shows.")
         try:
-            recipe = TypeAdapter(Recipe).validate_json(download(self.client, run_id, "recipe.json"))
-        except (OSError, ValidationError) as error:
+            recipe = read_recipe(download(self.client, run_id, "recipe.json"), f"recipe.json of run {run_id}")
+        except OSError as error:
             raise UserError(f"Run {run_id} has no readable recipe.json: {first_line(error)}") from error
-        check_stored(recipe.overrides, f"recipe.json of run {run_id}")
         histories = {key: self.client.get_metric_history(run_id, key) for key in run.data.metrics}
         points = {key: {point.step: point.value for point in history} for key, history in histories.items()}
         return StoredRun(record_of(run), recipe, points)
 
-    def resolve_id(self, text: str) -> str:
+    def resolve_id(self, text: str, *, finished: bool = False) -> str:
         if RUN_ID.fullmatch(text):
             return text
-        prefix = text.lower() if re.fullmatch("[0-9a-fA-F]{6,32}", text) else None
-        found = self.runs(f"attributes.run_id LIKE '{prefix}%'") if prefix else []
-        if len(found) == 1:
+        if text == "latest":
+            found = [run for run in self.runs("attributes.status = 'FINISHED'" if finished else "") if tag.SWEEP_JOBS not in run.tags]
+        else:
+            prefix = text.lower() if re.fullmatch(ID, text.lower()) else None
+            found = self.runs(f"attributes.run_id LIKE '{prefix}%'", everywhere=True) if prefix else []
+        if len(found) == 1 or (found and text == "latest"):
             return found[0].run_id
         raise _unresolved(text, self.uri, found)
 
-    def finished_runs(self) -> list[RunRecord]:
-        if self.uri.startswith("sqlite:///") and not Path(self.uri.removeprefix("sqlite:///")).exists():
-            return []
-        return self.runs("attributes.status = 'FINISHED'")
-
     def find_sweep(self, sweep: str, *, finished_too: bool) -> tuple[RunRecord, Definition]:
-        sweeps = self.runs(f"tags.{tag.SWEEP_JOBS} LIKE '%'")
+        query = f"tags.{tag.SWEEP_JOBS} LIKE '%'"
+        sweeps = self.runs(query, everywhere=sweep != "latest")
         allowed = [record for record in sweeps if finished_too or record.status != "FINISHED"]
         wanted = allowed if sweep == "latest" else [record for record in sweeps if record.run_id.startswith(sweep)]
         if sweep != "latest" and len(wanted) > 1:
@@ -182,6 +186,7 @@ class MLflowStore:
             raise UserError(f"{sweep} is ambiguous: it is the start of the sweeps {ids}. Type more digits.")
         for record in sorted(wanted, key=lambda record: record.started, reverse=True):
             if (definition := self._definition(record)) is not None:
+                self.experiment_id = record.experiment_id
                 return record, definition
         if wanted:
             raise UserError(
@@ -204,9 +209,6 @@ class MLflowStore:
             return list(zip(records, pool.map(_outcome, records), strict=True))
 
     def publish(self, run_id: str, answer: Answer) -> str:
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
-
         name = answer.report.name
         try:
             address = f"{_publish(self.client, run_id, answer)}/{name}"
@@ -221,11 +223,9 @@ class MLflowStore:
 
     def page(self, run_id: str) -> str | None:
         path = run_path(self.experiment_id, run_id)
-        return f"{without_credentials(self.uri)}{path}" if self.uri.startswith("http") else None
+        return f"{self.uri}{path}" if self.uri.startswith("http") else None
 
     def link_curves(self, sweep_id: str, finished: int) -> str:
-        from mlflow.exceptions import MlflowException
-
         key, view = curves_key(sweep_id), curves_view(sweep_id, finished)
         try:
             tags = save_views(self.client, self.client.get_experiment(self.experiment_id), {key: view})
@@ -234,10 +234,8 @@ class MLflowStore:
         return view_path(self.experiment_id, current_key(tags, key, view)).removeprefix("/")
 
 
-def download(client: "MlflowClient", run_id: str, path: str) -> bytes:
+def download(client: MlflowClient, run_id: str, path: str) -> bytes:
     """Return the content of an artifact; raises OSError if it cannot be read."""
-    from mlflow.exceptions import MlflowException
-
     try:
         with TemporaryDirectory() as folder:
             return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
@@ -245,10 +243,8 @@ def download(client: "MlflowClient", run_id: str, path: str) -> bytes:
         raise OSError(str(error)) from error
 
 
-def _publish(client: "MlflowClient", run_id: str, answer: Answer) -> str:
+def _publish(client: MlflowClient, run_id: str, answer: Answer) -> str:
     """Add an answer to the parent of a sweep; return the address of the run's artifacts."""
-    from mlflow.entities import Metric, RunTag
-
     for path in (answer.report, answer.picture):
         client.log_artifact(run_id, str(path))
     run, now = client.get_run(run_id), int(time.time() * 1000)
@@ -258,16 +254,14 @@ def _publish(client: "MlflowClient", run_id: str, answer: Answer) -> str:
         f"**Answer** {answer.headline} See `{answer.report.name}` under Artifacts for the full report.\n"
         f"![Differences from the baseline with 95 % intervals]({artifact_path(run_id, answer.picture.name)})\n\n{rest}"
     )
-    tags = [RunTag(tag.ANSWER, redact(answer.headline)), RunTag(tag.DESCRIPTION, redact(description))]
+    tags = [RunTag(tag.ANSWER, answer.headline), RunTag(tag.DESCRIPTION, description)]
     client.log_batch(run_id, [Metric(key, value, now, 0) for key, value in answer.metrics.items()], tags=tags)
     return str(run.info.artifact_uri)
 
 
-def _project_run(client: "MlflowClient", experiment_id: str, name: str, tags: Mapping[str, str]) -> "Run | None":
+def _project_run(client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str]) -> Run | None:
     """Return the run that `mlflow run` has created for this process, if it belongs to this experiment."""
     from mlflow.entities import RunTag
-    from mlflow.exceptions import MlflowException
-
     run_id = os.environ.pop("MLFLOW_RUN_ID", None)
     if run_id is None:
         return None
@@ -282,7 +276,7 @@ def _project_run(client: "MlflowClient", experiment_id: str, name: str, tags: Ma
     return run
 
 
-def record_of(run: "Run") -> RunRecord:
+def record_of(run: Run) -> RunRecord:
     """Return a run of MLflow's form as a record."""
     info, data = run.info, run.data
     inputs = run.inputs.dataset_inputs if run.inputs else []
@@ -300,14 +294,14 @@ def _unresolved(text: str, uri: str, found: list[RunRecord]) -> UserError:
         listed = "".join(f"\n{record.run_id}  {record.name} ({record.status})" for record in found[:10])
         return UserError(f"{text} is ambiguous: it is the start of {len(found)} ids. Type more digits of one of them:{listed}")
     return UserError(
-        f"There is no run {text} in {uri}: expected an id, or its first 6 or more hexadecimal digits. "
-        f"`{command('runs', 'list')}` lists the runs; set MLFLOW_TRACKING_URI or tracking.uri to their store."
+        f"There is no run {text} in {uri}: expected latest, an id, or its first 6 or more hexadecimal digits.",
+        key="id",
+        value=text,
+        remedy=f"`{command('runs', 'list')}` lists the runs; set MLFLOW_TRACKING_URI or --tracking-uri to their store.",
     )
 
 
 def _outcome(record: RunRecord) -> Any:
-    from mlflow.artifacts import download_artifacts
-
     with TemporaryDirectory() as folder:
         try:
             return json.loads(Path(download_artifacts(f"{record.artifacts}/{OUTCOME}", dst_path=folder)).read_text())

@@ -1,4 +1,4 @@
-"""Writes one run into an MLflow store. Records wait while the store is away: no training ends because of it."""
+"""Writes one run into an MLflow store. Records wait while the store is unreachable: no training ends because of it."""
 
 import json
 import time
@@ -8,25 +8,35 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
+
+from mlflow import MlflowClient
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModelInput,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+)
+from PIL import Image
 
 from mnist_exp.errors import PrunedError
 from mnist_exp.overrides import command
-from mnist_exp.redaction import redact, without_credentials
 from mnist_exp.signals import defer_signals
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.base import DatasetInfo, StoreGoneError
-from mnist_exp.tracking.connection import first_line, is_refusal, restore_command, store_variable
+from mnist_exp.tracking.base import DatasetInfo, StoreLostError
+from mnist_exp.tracking.connection import first_line, is_refusal, restore_command
 from mnist_exp.tracking.views import model_name, run_path
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
 
 BATCH_LIMIT = 1000  # metrics in one request to MLflow
 # The context of the data set that metrics are measured on, by the first part of their names.
 MEASURED_ON = {"test": "test", "val": "validation", "evaluate": "evaluate"}
-RETRY_AFTER = 10.0  # seconds between two attempts to reach a store that is away
+RETRY_AFTER = 10.0  # seconds between two attempts to reach a store that is unreachable
 
 
 class Outbox:
@@ -37,7 +47,7 @@ class Outbox:
         self._next_attempt = 0.0
 
     def add(self, operation: Callable[[], object], *, send: bool = True) -> None:
-        """Append an operation and send all, at once or, while the store is away, every `RETRY_AFTER` seconds."""
+        """Append an operation and send all, at once or, while the store is unreachable, every `RETRY_AFTER` seconds."""
         self._waiting.append(operation)
         if send and time.monotonic() >= self._next_attempt and self.send():
             self._next_attempt = time.monotonic() + RETRY_AFTER
@@ -61,12 +71,12 @@ class MLflowTracker:
         client: Of the store.
         uri: The address of the store, for messages.
         run: The run as stored. A resumed run sends the metrics again that it already has; they are skipped.
-        patience: Seconds to wait, at the end, for a store that is away.
+        patience: Seconds to wait, at the end, for a store that is unreachable.
     """
 
     is_recording = True
 
-    def __init__(self, client: "MlflowClient", uri: str, run: "Run", patience: float) -> None:
+    def __init__(self, client: MlflowClient, uri: str, run: Run, patience: float) -> None:
         self.client, self.uri, self.patience = client, uri, patience
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
         histories = {key: client.get_metric_history(self.run_id, key) for key in run.data.metrics}
@@ -89,7 +99,7 @@ class MLflowTracker:
             self.set_tags({tag.PRUNED: str(error), tag.ERROR: str(error)})
         elif error is not None:
             self.log_text("".join(traceback.format_exception(error)), "traceback.txt")
-            message = redact(str(error)).strip() or type(error).__name__  # masked before it is cut
+            message = str(error).strip() or type(error).__name__
             self.set_tags({tag.ERROR: message.splitlines()[0][:250]})
         self._queue_metrics()
         self._outbox.add(partial(terminate, self.client, self.run_id, status), send=False)
@@ -97,51 +107,41 @@ class MLflowTracker:
         while failure := self._outbox.send():
             if is_refusal(failure):
                 restore = restore_command(self.client, self.uri, self.experiment_id, self.run_id)
-                raise StoreGoneError(
+                raise StoreLostError(
                     f"{self.uri} refuses the records of run {self.run_id}: {first_line(failure)}\n"
                     f"The files on the disk are kept. If the run was deleted, restore it with `{restore}`."
                 ) from error
             if time.monotonic() > deadline:
-                raise StoreGoneError(
+                raise StoreLostError(
                     f"{self.uri} no longer accepts the records of run {self.run_id}: {first_line(failure)}\n"
                     "Nothing is lost: the files on the disk are kept."
                 ) from error
             time.sleep(1)
 
     def log_params(self, params: Mapping[str, object]) -> None:
-        from mlflow.entities import Param
-
         # MLflow refuses a second value, which a parent of a sweep may have after a resume.
-        entities = [Param(key, redact(str(value))) for key, value in params.items() if key not in self._params]
+        entities = [Param(key, str(value)) for key, value in params.items() if key not in self._params]
         self._params |= params.keys()
         self._outbox.add(lambda: self.client.log_batch(self.run_id, params=entities))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        entities = [RunTag(key, redact(value)) for key, value in tags.items()]
+        entities = [RunTag(key, value) for key, value in tags.items()]
         self._outbox.add(lambda: self.client.log_batch(self.run_id, tags=entities))
 
     def set_description(self, description: str) -> None:
         self.set_tags({tag.DESCRIPTION: description})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        from mlflow.entities import Metric
-
         now = int(time.time() * 1000)
         new = {(key, step): Metric(key, value, now, step) for key, value in metrics.items() if (key, step) not in self._logged}
         self._logged |= new
         self._metrics += new.values()
 
     def use_model(self, model_id: str) -> None:
-        from mlflow.entities import LoggedModelInput
-
         self._model_id = model_id
         self._outbox.add(lambda: self.client.log_inputs(self.run_id, models=[LoggedModelInput(model_id)]))
 
     def log_results(self, metrics: Mapping[str, float]) -> None:
-        from mlflow.entities import Metric
-
         now = int(time.time() * 1000)
         # The UI compares runs by bars where every run has one value, at step 0, and draws lonely points otherwise.
         points = [
@@ -154,8 +154,6 @@ class MLflowTracker:
 
     def _linked(self, point: Any) -> Any:
         """Return a metric with the model and the data set that it belongs to; the run keeps each point once."""
-        from mlflow.entities import Metric
-
         name = self._contexts.get(MEASURED_ON.get(point.key.partition("/")[0], ""))
         return Metric(
             point.key,
@@ -180,14 +178,12 @@ class MLflowTracker:
         self._metrics = []
 
     def log_text(self, text: str, path: str) -> None:
-        self._outbox.add(lambda: self.client.log_text(self.run_id, redact(text), path))
+        self._outbox.add(lambda: self.client.log_text(self.run_id, text, path))
 
     def log_file(self, file: Path, folder: str | None = None) -> None:
         self._outbox.add(lambda: self.client.log_artifact(self.run_id, str(file), folder))
 
     def log_image(self, file: Path, key: str) -> None:
-        from PIL import Image
-
         def send() -> None:
             with Image.open(file) as image:
                 self.client.log_image(self.run_id, image.convert("RGB"), key=key, step=0, synchronous=True)
@@ -195,8 +191,6 @@ class MLflowTracker:
         self._outbox.add(send)
 
     def log_dataset(self, dataset: DatasetInfo) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
         name = f"{dataset.name}-{dataset.split}"
         self._contexts[dataset.context] = name
         if name in self._datasets:  # MLflow may refuse to record one twice
@@ -206,7 +200,7 @@ class MLflowTracker:
             name=name,
             digest=dataset.digest,
             source_type="local",
-            source=json.dumps({"uri": redact(dataset.source)}),
+            source=json.dumps({"uri": dataset.source}),
             schema=json.dumps({"images": f"uint8 (n, {', '.join(map(str, dataset.shape))})", "labels": "int64 (n,)"}),
             profile=json.dumps({"num_rows": dataset.size, "epoch_size": dataset.epoch_size}),
         )
@@ -218,8 +212,6 @@ class MLflowTracker:
 
     def _log_model(self, folder: Path, name: str) -> None:
         """Record the model in `folder`; continue a record that an earlier, interrupted attempt has left."""
-        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
-
         run = self.client.get_run(self.run_id)
         stored = self.client.search_logged_models([self.experiment_id], f"source_run_id='{self.run_id}'")
         model = next(iter(stored), None) or self.client.create_logged_model(
@@ -235,18 +227,18 @@ class MLflowTracker:
 
     def ui_command(self) -> str:
         if self.uri.startswith("http"):
-            return f"{without_credentials(self.uri)}{run_path(self.experiment_id, self.run_id)}"
-        return f"{store_variable(self.uri)}{command('ui', self.run_id)}"
+            return f"{self.uri}{run_path(self.experiment_id, self.run_id)}"
+        return command("ui", self.run_id)
 
     def use_commands(self) -> dict[str, str]:
-        model, store = ("--model", self.run_id[:8]), store_variable(self.uri)
+        model = ("--model", self.run_id[:8])
         return {
-            "Classify a picture with it": f"{store}{command('predict', *model)} FILE",
-            "Draw digits for it": f"{store}{command('draw', *model)}",
+            "Classify a picture with it": command("predict", *model, "FILE"),
+            "Draw digits for it": command("draw", *model),
         }
 
 
-def terminate(client: "MlflowClient", run_id: str, status: str) -> None:
+def terminate(client: MlflowClient, run_id: str, status: str) -> None:
     """Set the final status of a run, not before its start: clocks can be set back."""
     started = client.get_run(run_id).info.start_time
     client.set_terminated(run_id, status, max(started, int(time.time() * 1000)))

@@ -8,18 +8,23 @@ import copy
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
+import numpy as np
+import torch
+import yaml
+from mlflow.artifacts import download_artifacts
+from mlflow.models import ModelSignature
+from mlflow.types import Schema, TensorSpec
+from torch import nn
+
 from mnist_exp.errors import UserError
-from mnist_exp.redaction import redact_all
+from mnist_exp.settings import Settings
 from mnist_exp.storage.manifest import read_text_file, verify_manifest, write_manifest
 from mnist_exp.storage.run_dir import disk_error, remove_folder, sync
 from mnist_exp.tracking import graph_cache
 from mnist_exp.tracking.connection import first_line
-
-if TYPE_CHECKING:
-    from torch import nn
 
 WEIGHTS = "weights.pt"
 GRAPH = "data/model.pt2"  # MLflow's name
@@ -45,28 +50,26 @@ MLMODEL_KEYS = {
 }  # fmt: skip
 
 
-def save_model(folder: Path, model: "nn.Module", example: Any, config: dict[str, Any]) -> None:
+def save_model(folder: Path, model: nn.Module, example: Any, settings: Settings) -> None:
     """Export a model to `folder`, which appears once all files are on the disk.
 
     Args:
         folder: The folder; an earlier export is replaced.
         model: Maps images (n, channels, side, side) to logits (n, classes).
         example: A uint8 array (2, channels, side, side).
-        config: The resolved configuration with the `shape` of the data; credentials are masked.
+        settings: The settings, with the `shape` of the data.
 
     Raises:
         UserError: The disk refuses.
     """
-    import torch
-
     tmp_path = folder.with_name(f"{folder.name}.partial")
-    model_node = {key: value for key, value in config["model"].items() if key != "dropout"}  # not in the graph
-    architecture = json.dumps([model_node, config["shape"]])
+    model_node = {key: value for key, value in settings.model.items() if key != "dropout"}  # not in the graph
+    architecture = json.dumps([model_node, settings.shape])
     try:
         remove_folder(tmp_path)
         _write_graph(tmp_path, model, example, architecture)
         torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, tmp_path / WEIGHTS)
-        write_manifest(tmp_path, redact_all(config))
+        write_manifest(tmp_path, settings.model_dump(mode="json"))
         for path in (*tmp_path.rglob("*"), tmp_path):
             sync(path)
         remove_folder(folder)
@@ -77,7 +80,7 @@ def save_model(folder: Path, model: "nn.Module", example: Any, config: dict[str,
         raise disk_error(folder, error) from error
 
 
-def _write_graph(folder: Path, model: "nn.Module", example: Any, architecture: str) -> None:
+def _write_graph(folder: Path, model: nn.Module, example: Any, architecture: str) -> None:
     """Write the MLflow model. Only the first model of an architecture is traced; later ones take its graph from the cache."""
     key = graph_cache.cache_key(architecture, example.tobytes())
     with graph_cache.lock_graph(key) as file:
@@ -86,8 +89,6 @@ def _write_graph(folder: Path, model: "nn.Module", example: Any, architecture: s
             _trace(model, example, folder)
             graph_cache.write_files(file, {name: (folder / name).read_bytes() for name in FILES - {WEIGHTS}})
             return
-    import yaml
-
     files[GRAPH] = graph_cache.with_weights(files[GRAPH], model.state_dict())
     description = yaml.safe_load(files["MLmodel"])
     description |= {"model_uuid": uuid4().hex, "utc_time_created": str(datetime.now(UTC).replace(tzinfo=None))}
@@ -97,12 +98,8 @@ def _write_graph(folder: Path, model: "nn.Module", example: Any, architecture: s
         (folder / name).write_bytes(content)
 
 
-def _trace(model: "nn.Module", example: Any, folder: Path) -> None:
-    import mlflow.pytorch
-    import numpy as np
-    import torch
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
+def _trace(model: nn.Module, example: Any, folder: Path) -> None:
+    import mlflow.pytorch  # takes seconds, for the first model of an architecture only
 
     with torch.no_grad():
         classes = model(torch.from_numpy(example).to(next(model.parameters()).device)).shape[1]
@@ -120,8 +117,6 @@ def _trace(model: "nn.Module", example: Any, folder: Path) -> None:
 
 def download_model(uri: str) -> Path:
     """Return the folder of the model at `uri`, a path or MLflow's `models:/<model id>`; raises UserError."""
-    from mlflow.artifacts import download_artifacts
-
     try:
         return Path(uri) if Path(uri).is_dir() else Path(download_artifacts(uri))
     except Exception as error:  # stores and disks raise exceptions of their own
@@ -130,8 +125,6 @@ def download_model(uri: str) -> Path:
 
 def verify_model(folder: Path) -> dict[str, Any]:
     """Return the configuration of the exported model in `folder`; raises UserError if any file is not as we write it."""
-    import yaml
-
     config = verify_manifest(folder, FILES)
     try:
         mlmodel = yaml.safe_load(read_text_file(folder / "MLmodel"))

@@ -11,14 +11,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from mnist_exp import CHECKOUT, PACKAGE
-from mnist_exp.redaction import redact, without_credentials
+from mnist_exp.paths import CHECKOUT, PACKAGE, without_credentials
 from mnist_exp.tracking.tags import BRANCH, COMMIT, DIRTY, HOST, OUTPUT_DIR, PID, REPOSITORY, USER
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ MAX_LISTED = 1_000  # files
 
 def command_line() -> str:
     """Return the shell command that started this process."""
-    return shlex.join(map(redact, [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]))
+    return shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
 
 
 def user() -> str:
@@ -69,6 +68,11 @@ def software() -> dict[str, str]:
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(path.read_bytes())
     return {"code": digest.hexdigest()[:12], "torch": importlib.metadata.version("torch")}
+
+
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Return in words which of the present values differ from earlier ones, empty without a difference."""
+    return "; ".join(f"{name} was {before.get(name)}, is {value}" for name, value in now.items() if before.get(name) != value)
 
 
 class Uncommitted(NamedTuple):

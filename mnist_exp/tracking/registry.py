@@ -3,20 +3,18 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import command
-from mnist_exp.redaction import redact
 from mnist_exp.tracking.base import RunRecord
 from mnist_exp.tracking.connection import first_line
 from mnist_exp.tracking.housekeeping import logged_models
 from mnist_exp.tracking.mlflow_store import MLflowStore, record_of
 from mnist_exp.tracking.model_export import download_model, verify_model
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
 
 PROMOTION = "promotion"  # tag of a version: incomplete until the alias points to it, then complete
 
@@ -44,8 +42,6 @@ def find_model(store: MLflowStore, text: str) -> ModelSource:
     Raises:
         UserError: There is no such model.
     """
-    from mlflow.exceptions import MlflowException
-
     if text and Path(text).is_dir():
         return ModelSource(text, f"folder {text}")
     if not re.fullmatch("latest|[0-9a-fA-F]{6,32}|models:/.+", text):
@@ -69,34 +65,32 @@ def find_model(store: MLflowStore, text: str) -> ModelSource:
             return ModelSource(text, name, version.model_id, version.run_id)
         return ModelSource(text, name)
     except MlflowException as error:
-        raise UserError(f"model {text} is not in {redact(store.uri)}: {first_line(error)}") from error
+        raise UserError(f"model {text} is not in {store.uri}: {first_line(error)}") from error
 
 
 def _of_run(store: MLflowStore, text: str) -> ModelSource:
     """Return the model of a run, or of the newest run that has one: a single run, or without any a job of a sweep."""
     if text == "latest":
-        records = sorted(store.finished_runs(), key=lambda record: record.job is not None)  # keeps the order by time
+        records = sorted(store.runs("attributes.status = 'FINISHED'"), key=lambda record: record.job is not None)  # keeps the order by time
     else:
         records = [record_of(store.get_run(store.resolve_id(text)))]
     for record in records:
         if models := logged_models(store, record):
             title = f"run {record.run_id[:8]}, {record.name}" + (f" on {record.data}" if record.data else "")
             return ModelSource(f"models:/{models[0].model_id}", title, models[0].model_id, record.run_id)
-    problem = f"{redact(store.uri)} has no finished run with a model" if text == "latest" else "the run has no model"
+    problem = f"{store.uri} has no finished run with a model" if text == "latest" else "the run has no model"
     raise UserError(f"model {text}: {problem}. Train one with `{command('run')}`, or set MLFLOW_TRACKING_URI to its store.")
 
 
-def find_champion(store: MLflowStore, name: str, alias: str) -> "ModelVersion | None":
+def find_champion(store: MLflowStore, name: str, alias: str) -> ModelVersion | None:
     """Return the version of a registered model that an alias points to, None without one."""
-    from mlflow.exceptions import MlflowException
-
     store.open()
     try:
         return store.client.get_model_version_by_alias(name, alias)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the model, or its alias
             return None
-        raise UserError(f"{name}@{alias} cannot be read from {redact(store.uri)}: {first_line(error)}") from error
+        raise UserError(f"{name}@{alias} cannot be read from {store.uri}: {first_line(error)}") from error
 
 
 def verified_model(store: MLflowStore, record: RunRecord) -> ModelSource:
@@ -113,7 +107,7 @@ def register(
     alias: str,
     reason: str,
     tags: dict[str, str],
-    before: "ModelVersion | None",
+    before: ModelVersion | None,
 ) -> str:
     """Register a verified model and point the alias to it; return the number of the new version.
 
@@ -131,8 +125,6 @@ def register(
     Raises:
         UserError: The alias was moved in the meantime, or the store refuses.
     """
-    from mlflow.exceptions import MlflowException
-
     client = store.client
     try:
         _create_name(client, name)
@@ -149,14 +141,12 @@ def register(
         client.set_registered_model_alias(name, alias, version.version)
         client.set_model_version_tag(name, version.version, PROMOTION, "complete")
     except MlflowException as error:
-        raise UserError(f"{name} cannot be registered in {redact(store.uri)}: {first_line(error)}") from error
+        raise UserError(f"{name} cannot be registered in {store.uri}: {first_line(error)}") from error
     return str(version.version)
 
 
-def _create_name(client: "MlflowClient", name: str) -> None:
+def _create_name(client: MlflowClient, name: str) -> None:
     """Create a registered model unless it exists."""
-    from mlflow.exceptions import MlflowException
-
     try:
         client.create_registered_model(name)
     except MlflowException as error:

@@ -1,18 +1,25 @@
-"""The rows of tables of runs."""
+"""Runs as the rows of tables, and the differences between two runs."""
 
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from mnist_exp.config import did_you_mean
 from mnist_exp.errors import UserError
-from mnist_exp.metrics import format_metric, metric_of
+from mnist_exp.metrics import OBJECTIVE, format_metric, metric_of
+from mnist_exp.settings import did_you_mean, walk
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.base import RunRecord
+from mnist_exp.tracking.base import RunRecord, StoredRun
+from mnist_exp.tracking.mlflow_store import MLflowStore, download
 
-METRICS = ("val/accuracy", "test/accuracy")
+METRICS = (OBJECTIVE, "test/accuracy")
+CODE = {tag.COMMIT: "commit", tag.BRANCH: "branch", tag.DIRTY: "uncommitted changes", "code": "digest of the package"}
+MACHINE = ("python", "os", "cpu", "cpu.cores", "threads", "gpu")
+PATCH, PACKAGES = "provenance/uncommitted.diff", "provenance/packages.txt"
+
+Section = dict[str, tuple[str, str]]  # the values of both runs by name; a missing one is empty
 
 
-def choose(records: Sequence[RunRecord], data: str | None, last: int | None) -> list[RunRecord]:
+def filter_runs(records: Sequence[RunRecord], data: str | None, last: int | None) -> list[RunRecord]:
     """Return the chosen runs and the sweeps of chosen jobs, in the order of `records`.
 
     Args:
@@ -32,16 +39,16 @@ def choose(records: Sequence[RunRecord], data: str | None, last: int | None) -> 
     return [record for record in records if record.run_id in ids]
 
 
-def tree(records: Sequence[RunRecord]) -> list[dict[str, str]]:
+def run_tree(records: Sequence[RunRecord]) -> list[dict[str, str]]:
     """Return runs, the newest first, as the rows of a table: the newest last, and jobs below their sweep."""
     children = [record for record in records if tag.SWEEP in record.tags]
     rows = []
     for record in reversed(records):
         if tag.SWEEP in record.tags:
             continue
-        rows.append(row(record.name, record))
+        rows.append(run_row(record.name, record))
         jobs = [child for child in children if child.tags[tag.SWEEP] == record.run_id]
-        rows += [row(f"  {child.name}", child) for child in sorted(jobs, key=lambda child: child.job or 0)]
+        rows += [run_row(f"  {child.name}", child) for child in sorted(jobs, key=lambda child: child.job or 0)]
     return rows
 
 
@@ -53,10 +60,10 @@ def ranking(records: Sequence[RunRecord], metric: str) -> list[dict[str, str]]:
         raise UserError(f"--sort {metric} is invalid{hint}: expected one of {', '.join(sorted(known))}.")
     found = [record for record in records if metric in record.metrics]
     found.sort(key=lambda record: record.metrics[metric], reverse=metric_of(metric).higher_is_better is not False)
-    return [row(record.name, record, (metric, *(other for other in METRICS if other != metric))) for record in found]
+    return [run_row(record.name, record, (metric, *(other for other in METRICS if other != metric))) for record in found]
 
 
-def row(name: str, record: RunRecord, metrics: Sequence[str] = METRICS) -> dict[str, str]:
+def run_row(name: str, record: RunRecord, metrics: Sequence[str] = METRICS) -> dict[str, str]:
     """Return a run as the row of a table.
 
     Args:
@@ -68,7 +75,7 @@ def row(name: str, record: RunRecord, metrics: Sequence[str] = METRICS) -> dict[
     return {"run": record.run_id, "name": name, "status": record.status, **shown}
 
 
-def overview(record: RunRecord) -> dict[str, str]:
+def run_details(record: RunRecord) -> dict[str, str]:
     """Return the origin and the status of a run by name, without empty values."""
     values = {
         "run": record.run_id,
@@ -81,3 +88,56 @@ def overview(record: RunRecord) -> dict[str, str]:
         "commit": record.commit + (" and uncommitted changes" if record.tags.get(tag.DIRTY) == "true" else ""),
     }
     return {name: text for name, text in values.items() if text}
+
+
+def run_differences(store: MLflowStore, first_id: str, second_id: str) -> dict[str, Section]:
+    """Return only the values in which two runs differ, by section; a section without differences is empty.
+
+    Args:
+        store: The store of both runs.
+        first_id: The id of a run.
+        second_id: The id of another run.
+
+    Raises:
+        UserError: A run does not exist, is a sweep, or has no readable recipe.
+    """
+    runs = [store.read(run_id) for run_id in (first_id, second_id)]
+    first, second = (_comparable(store, run) for run in runs)
+    return {section: _differing(first[section], second[section]) for section in first}
+
+
+def _comparable(store: MLflowStore, run: StoredRun) -> dict[str, dict[str, str]]:
+    record = run.record
+    tags = record.tags
+    return {
+        "configuration": {key: str(value) for key, value in walk(run.recipe.settings.model_dump(mode="json")) if not isinstance(value, dict | list)},
+        "code": {name: tags[key] for key, name in CODE.items() if key in tags} | _changed_files(_text(store, run, PATCH)),
+        "packages": dict(line.split("==", 1) for line in _text(store, run, PACKAGES).splitlines() if "==" in line),
+        "machine": {key: tags[key] for key in MACHINE if key in tags},
+        "data": {"name": record.data} | {f"digest of {split}": digest for split, digest in record.digests.items()},
+        "metrics": {name: format_metric(name, value) for name, value in sorted(record.metrics.items())},
+    }
+
+
+def _text(store: MLflowStore, run: StoredRun, path: str) -> str:
+    """Return a text file of a run, empty if it has none."""
+    try:
+        return download(store.client, run.record.run_id, path).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _changed_files(patch: str) -> dict[str, str]:
+    """Return the number of added and removed lines of each file in a patch, and git's digest of its new content."""
+    files = {}
+    for part in re.split(r"^diff --git ", patch, flags=re.MULTILINE)[1:]:
+        name = part.splitlines()[0].rpartition(" b/")[2]
+        added, removed = (len(re.findall(rf"^\{sign}(?!\{sign})", part, flags=re.MULTILINE)) for sign in "+-")
+        blob = re.search(r"^index \w+\.\.(\w{1,10})", part, flags=re.MULTILINE)
+        files[name] = f"+{added} -{removed} lines" + (f", {blob[1]}" if blob else "")
+    return files
+
+
+def _differing(first: Mapping[str, str], second: Mapping[str, str]) -> Section:
+    keys = dict.fromkeys([*first, *second])
+    return {key: (first.get(key, ""), second.get(key, "")) for key in keys if first.get(key) != second.get(key)}

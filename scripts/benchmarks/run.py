@@ -30,7 +30,7 @@ from mlflow import MlflowClient
 from rich.console import Console
 from rich.table import Table
 
-from mnist_exp import CONF
+from mnist_exp.paths import CONF
 from mnist_exp.config import build, resolve
 from mnist_exp.learning.datasets import MNIST_FILES, MNIST_SHAPE
 from mnist_exp.learning.training import choose_precision, fit, keep_freed_memory, prepare_phases

@@ -30,7 +30,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from playwright.sync_api import sync_playwright
 
-from mnist_exp import CONF
+from mnist_exp.paths import CONF
 from mnist_exp.config import build, resolve
 from mnist_exp.learning.datasets import MNIST_SHAPE
 from mnist_exp.tracking.base import RunInfo

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mnist_exp import CHECKOUT
+from mnist_exp.paths import CHECKOUT
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from conftest import CommandLine
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from mnist_exp import CHECKOUT
+from mnist_exp.paths import CHECKOUT
 from mnist_exp.config import build
 from mnist_exp.learning.datasets import load_digits
 from mnist_exp.learning.evaluation import evaluate

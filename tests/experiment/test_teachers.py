@@ -5,7 +5,7 @@ import torch
 from conftest import CommandLine, finished
 from hydra import compose, initialize_config_dir
 
-from mnist_exp import CONF
+from mnist_exp.paths import CONF
 from mnist_exp.config import build, resolve
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.teachers import ensemble

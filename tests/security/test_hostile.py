@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
-from mnist_exp import CONF
+from mnist_exp.paths import CONF
 from mnist_exp.config import resolve
 from mnist_exp.errors import UserError
 from mnist_exp.learning.datasets import load_mnist

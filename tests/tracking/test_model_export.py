@@ -12,7 +12,7 @@ import yaml
 from conftest import Bomb
 from hydra import compose, initialize_config_dir
 
-from mnist_exp import CONF
+from mnist_exp.paths import CONF
 from mnist_exp.config import build, resolve
 from mnist_exp.errors import UserError
 from mnist_exp.learning.datasets import MNIST_SHAPE

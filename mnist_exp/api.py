@@ -1,0 +1,65 @@
+"""The commands from Python: train a run, load its model, and read a sweep as a data frame. Nothing is printed.
+
+Mistakes raise `mnist_exp.errors.UserError`, whose fields `key`, `value`, `expected` and `remedy` say what to change.
+"""
+
+from mnist_exp.cli import open_store
+from mnist_exp.errors import UserError
+from mnist_exp.experiment.repeat import request
+from mnist_exp.experiment.runner import RunResult, run
+from mnist_exp.overrides import is_location, remember_locations, section_of
+from mnist_exp.serving import Classifier
+from mnist_exp.serving.classifier import load_from
+from mnist_exp.settings import Recipe, compose_recipe
+from mnist_exp.sweep.summary import frame_of
+
+import pandas as pd
+
+__all__ = ["frame", "load", "train"]
+
+
+def train(*overrides: str) -> RunResult:
+    """Train, score and record one run: `train("optimizer=adam", "seed=1")`.
+
+    Args:
+        overrides: The overrides, as on the command line.
+
+    Returns:
+        The id (`run_id`), the last value of each metric (`metrics`), the reports (`history`) and the trained `model` of the run.
+
+    Raises:
+        UserError: The configuration, the data or the store cannot be used, or the training diverges.
+    """
+    remember_locations([override for override in overrides if is_location(override)], None)
+    if repeated := [override for override in overrides if section_of(override) in ("resume", "rerun", "sweep")]:
+        raise UserError(f"train trains a new run: {repeated[0]} is for the command line.", key=repeated[0])
+    recipe = compose_recipe(*overrides)
+    kept = [override for override in overrides if not is_location(override)]
+    return run(request(Recipe(recipe.settings, recipe.choices, kept), quiet=True))
+
+
+def load(model: str = "latest") -> Classifier:
+    """Return a trained model: the id of a run or its start, `latest`, `models:/NAME@ALIAS`, `models:/ID`, or a folder.
+
+    Raises:
+        UserError: There is no such model, or it cannot be used.
+    """
+    return load_from(open_store(), model)
+
+
+def frame(sweep: str = "latest") -> pd.DataFrame:
+    """Return the runs of a sweep, one per row.
+
+    Args:
+        sweep: The id of a sweep, its start, or `latest`.
+
+    Returns:
+        The columns `run`, `job`, `status`, `arm` and `data`; one column for each key that the jobs set, such as `seed` or
+        `model`, with numbers where all values are; and one for each metric, as recorded. Missing values are NaN.
+
+    Raises:
+        UserError: There is no such sweep.
+    """
+    store = open_store()
+    parent, definition = store.find_sweep(sweep, finished_too=True)
+    return frame_of(definition.jobs, store.children(parent.run_id))

@@ -1,0 +1,118 @@
+"""The request of a run: new, resumed from a checkpoint, or repeated from its record."""
+
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from mnist_exp.errors import UserError
+from mnist_exp.experiment.runner import MakeShouldPrune, RunRequest, RunResult, run
+from mnist_exp.metrics import metric_of
+from mnist_exp.overrides import command, is_location, key_of
+from mnist_exp.paths import HOME
+from mnist_exp.settings import Recipe, Settings, build, defaults_of_newer_keys
+from mnist_exp.storage import checkpoint, run_dir
+from mnist_exp.tracking import provenance
+from mnist_exp.tracking.base import Store
+from mnist_exp.tracking.definition import JobContext, parse_job_context
+
+
+def request(recipe: Recipe, job: JobContext | None = None, **options: Any) -> RunRequest:
+    """Return the request of a run; options: further fields of `RunRequest`."""
+    repeat = command("run", *recipe.overrides) if job else provenance.command_line()
+    return RunRequest(recipe, repeat, job=job, **options)
+
+
+def resume(
+    settings: Settings, overrides: list[str], job: JobContext | None = None, make_should_prune: MakeShouldPrune | None = None
+) -> RunResult:
+    """Resume the run `settings.resume` from its last intact checkpoint, with the recipe that it contains.
+
+    Args:
+        settings: The settings of the command line.
+        overrides: Its overrides.
+        job: The context of a job of a sweep.
+        make_should_prune: As in `RunRequest`.
+
+    Raises:
+        UserError: The run has finished, has no intact checkpoint, or the command line changes its recipe.
+    """
+    assert settings.resume
+    check_no_changes("resume", settings.resume, overrides)
+    folder = run_dir.find_run(settings.output_dir, settings.resume)
+    with run_dir.lock_run(folder):  # before reading: another process may be about to finish the run
+        run_dir.check_unfinished(folder)
+        saved = checkpoint.load_latest_intact(folder)
+        if saved.run_id != folder.name:
+            raise UserError(f"{folder} contains the checkpoint of run {saved.run_id}: expected a folder named like its run.")
+        if job is None:
+            state = saved.state or {"examples_seen": 0, "steps": 0, "phase": next(iter(saved.recipe.settings.phases))}
+            print(
+                f"Resuming run {saved.run_id} after step {state['steps']} of phase {state['phase']}, {state['examples_seen']:,} "
+                "examples in all."
+            )
+            if saved.job:  # it still belongs to its sweep
+                job = replace(parse_job_context(saved.job), data=None, in_search=False)
+        threads = saved.software.get("threads", "")
+        stored = with_present_locations(saved.recipe, settings, resume=settings.resume)
+        threads_then = int(threads) if threads.isdecimal() else None
+        return run(request(stored, job, checkpoint=saved, threads=threads_then, make_should_prune=make_should_prune))
+
+
+def rerun(settings: Settings, overrides: list[str], job: JobContext | None = None) -> RunResult:
+    """Repeat the stored run `settings.rerun`; raises UserError if it has not finished, or a metric differs."""
+    assert settings.rerun
+    check_no_changes("rerun", settings.rerun, overrides)
+    store: Store = build(settings.tracking, "tracking")
+    original = store.read(store.resolve_id(settings.rerun, finished=True))
+    before, run_id = original.record.tags, original.record.run_id
+    if original.record.status != "FINISHED":
+        raise UserError(f"rerun={run_id}: the run is {original.record.status}, expected a FINISHED run.", key="rerun", value=run_id)
+    now = provenance.software() | provenance.git_tags()
+    changed = provenance.differences(before, now)
+    if changed:
+        print(f"The environment differs from the original run's: {changed}.", file=sys.stderr)
+    result = run(
+        request(
+            with_present_locations(original.recipe, settings, rerun=run_id),
+            job,
+            digests=original.record.digests,
+            threads=int(before["threads"]) if before.get("threads", "").isdecimal() else None,
+        )
+    )
+    compared = {name: points for name, points in original.points.items() if not metric_of(name).is_measured_time}
+    differing = sorted(name for name, points in compared.items() if points != result.points.get(name))
+    if differing:
+        raise UserError(f"Run {result.run_id} differs from run {run_id} in {', '.join(differing)}.")
+    print(f"Run {result.run_id} is identical to run {run_id} in every metric except the measured times.")
+    return result
+
+
+def with_present_locations(stored: Recipe, settings: Settings, **changes: str) -> Recipe:
+    """Return a stored recipe with all locations taken from the present settings, and say which newer keys get their defaults.
+
+    Args:
+        stored: The recipe of a checkpoint or a store.
+        settings: The settings of this command line.
+        changes: Further changes of the settings.
+    """
+    for key, value in defaults_of_newer_keys(stored.settings).items():
+        print(f"The stored recipe is older than the key {key}: its default {value} applies.", file=sys.stderr)
+    places = {"root": os.environ.get("MNIST_ROOT"), "default_root": str(HOME / "data")} | settings.data
+    data = stored.settings.data | {name: places[name] for name in ("root", "default_root") if name in stored.settings.data}
+    present = {name: getattr(settings, name) for name in ("output_dir", "tracking", "sweep", "plan")}
+    cleared: dict[str, Any] = {"resume": None, "rerun": None}
+    return replace(stored, settings=stored.settings.model_copy(update=present | cleared | changes | {"data": data}))
+
+
+def check_no_changes(key: str, value: str, overrides: Iterable[str]) -> None:
+    """Raise UserError if overrides change more than locations, while the run brings its own recipe."""
+    changed = [override for override in overrides if not is_location(override) and key_of(override) not in ("resume", "rerun")]
+    if changed:
+        raise UserError(
+            f"{key}={value} uses the run's own recipe: {' '.join(changed)} cannot change it.",
+            key=changed[0],
+            expected="at most the locations output_dir, tracking and data.root",
+            remedy="Start a new run for another recipe.",
+        )

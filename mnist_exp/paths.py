@@ -1,0 +1,57 @@
+"""Where things are: the configuration, and the locations of runs, data and the store that the user typed."""
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+NAME = "mnist_exp"  # of the package, the experiment and the default store
+PACKAGE = Path(__file__).resolve().parent
+# The repository that this package is used from; None for an installed copy, which brings its own conf/ along.
+CHECKOUT = PACKAGE.parent if (PACKAGE.parent / "conf" / "config.yaml").is_file() else None
+CONF = (CHECKOUT or PACKAGE) / "conf"
+HOME = CHECKOUT or Path.cwd()  # where runs, the default store and downloaded data go
+DEFAULT_STORE = f"sqlite:///{HOME / 'mlflow.db'}"
+
+# The keys of locations, which the command line and the environment set but no store, with the option of commands without keys.
+LOCATIONS = {
+    "tracking.uri": "--tracking-uri",
+    "tracking.experiment": "--experiment",
+    "output_dir": "--output-dir",
+    "data.root": "--data-root",
+    "data.default_root": None,
+    "tracking": None,
+}
+CONFIG_DIR = "--config-dir"
+typed: dict[str, str] = {}  # the locations that this command line names, by key, and its --config-dir; set once by each command
+
+# user@ or user:password@ after http(s)://. A password may contain slashes and @, so it extends to the last @ of the word.
+_USER_PART = re.compile(r"(https?://)([^/\s\"'@:]*)(?::([^\s\"']*))?@")
+
+
+def config_dirs() -> list[Path]:
+    """Return the folders with the files of options: conf/ and that of --config-dir."""
+    return [CONF, *(Path(typed[name]).absolute() for name in (CONFIG_DIR,) if name in typed)]
+
+
+def without_credentials(text: str) -> str:
+    """Return text without the user and the password of the http(s) addresses in it."""
+    return _USER_PART.sub(r"\1", text)
+
+
+def take_credentials(text: str) -> str:
+    """Return text, such as an address or an override, without the user and the password of the tracking server in it.
+
+    They become MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of this process and its children, so that no later code,
+    record or stack trace contains them.
+    """
+    if found := _USER_PART.search(text):
+        for name, value in (("USERNAME", found[2]), ("PASSWORD", found[3])):
+            os.environ[f"MLFLOW_TRACKING_{name}"] = unquote(value or "")
+    return without_credentials(text)
+
+
+def absolute_store(uri: str) -> str:
+    """Return the address of a store with the path of a SQLite file made absolute."""
+    path = uri.removeprefix("sqlite:///")
+    return uri.rstrip("/") if path == uri else f"sqlite:///{Path(path).absolute()}"

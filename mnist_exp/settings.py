@@ -1,0 +1,493 @@
+"""The typed configuration: check it once, where it enters, and build its nodes."""
+
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+from pydantic_core import PydanticCustomError
+
+from mnist_exp.errors import Count, MissingDataError, Positive, UserError
+from mnist_exp.overrides import GROUPS, PARTS, check_stored
+from mnist_exp.paths import CONF, CONFIG_DIR, HOME, LOCATIONS, NAME, config_dirs, take_credentials
+
+if TYPE_CHECKING:
+    from mnist_exp.learning.data import Dataset
+
+OmegaConf.register_new_resolver("root", lambda path: str(HOME / path), replace=True)
+OmegaConf.register_new_resolver("scaled", lambda value, at, to: value * to / at, replace=True)
+
+TRIAL_STEPS = 1000  # of the schedules that are built to check their arguments
+ID = "[0-9a-f]{6,32}"  # an id of a run, or its first digits
+# Keys that do not affect a run's outcome.
+NEUTRAL = ("output_dir", "tracking", "parameter_limit", "save_every", "resume", "rerun", "sweep", "plan", "shape")
+CHECKED = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+EXPECTED = {  # the values that pydantic expects, by the type of its error
+    "missing": "a value",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "keys and values",
+    "greater_than": "a number > {gt}",
+    "greater_than_equal": "a number >= {ge}",
+    "less_than": "a number < {lt}",
+    "less_than_equal": "a number <= {le}",
+    "finite_number": "a finite number",
+}
+
+
+def _node(value: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(value.get("_target_"), str):
+        raise PydanticCustomError("expected", "an option of its group in conf/, with the key _target_")
+    return value
+
+
+def _run_id(latest: bool) -> Callable[[Any], Any]:
+    """Return the check of the id of a run; latest: whether the word `latest` may stand for it."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            raise PydanticCustomError("expected", "an id in quotes if it looks like a number, typed as \"KEY='ID'\"")
+        if not (isinstance(value, str) and re.fullmatch(f"latest|{ID}" if latest else ID, value)):
+            word = "latest, or " if latest else ""
+            raise PydanticCustomError("expected", word + "the id of a run, or at least its first 6 hexadecimal digits")
+        return value
+
+    return check
+
+
+Node = Annotated[dict[str, Any], AfterValidator(_node)]  # a call: `_target_` and its arguments
+RunId = Annotated[str, BeforeValidator(_run_id(latest=False))]
+RunOrLatest = Annotated[str, BeforeValidator(_run_id(latest=True))]
+
+
+class SweepSettings(BaseModel):
+    """The keys of `sweep`, as conf/config.yaml describes them."""
+
+    model_config = CHECKED
+    resume: RunOrLatest | None = None
+    extend: RunOrLatest | None = None
+    dry_run: bool = False
+    force: bool = False
+
+
+class PlanSettings(BaseModel):
+    """The keys of `plan`, as conf/config.yaml describes them."""
+
+    model_config = CHECKED
+    factor: str | None = None
+    baseline: str | int | float | None = None
+    metric: str | None = None
+    margin: Positive | None = None
+    seeds: Annotated[int, Field(ge=2)] | None = None
+
+
+class Settings(BaseModel):
+    """A resolved configuration, as conf/config.yaml describes it. A stored one may lack newer keys: their defaults apply.
+
+    Args:
+        shape: The arguments that every model takes from the data; a run adds them to the configuration that it stores.
+    """
+
+    model_config = CHECKED
+    seed: Annotated[int, Field(ge=0)]
+    batch_size: Count
+    data: Node
+    model: Node
+    phases: dict[str, Node]
+    tracking: Node
+    optimizer: Node | None = None
+    scheduler: Node | None = None
+    augmentation: Node | None = None
+    teacher: Node | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    output_dir: Annotated[Path, Field(min_length=1)] = HOME / "outputs"
+    parameter_limit: Count | None = 25_000
+    save_every: Count | None = None
+    resume: RunOrLatest | None = None
+    rerun: RunOrLatest | None = None
+    sweep: SweepSettings = SweepSettings()
+    plan: PlanSettings = PlanSettings()
+    shape: dict[Literal["classes", "side", "in_channels"], Count] | None = None
+
+    @property
+    def digest(self) -> str:
+        """A short hash of what affects the outcome of a run."""
+        recipe = self.model_dump(mode="json", exclude=set(NEUTRAL))
+        places = {key.removeprefix("data.") for key in LOCATIONS}
+        recipe["data"] = {key: value for key, value in recipe["data"].items() if key not in places}
+        return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def phase_parts(self) -> dict[str, dict[str, tuple[str, Any]]]:
+        """The key and the node of each part of each phase, by phase; a node of the top level under its key there."""
+        shared = {part: getattr(self, part) for part in PARTS}
+        return {
+            name: {
+                part: (part if phase.get(part) == shared[part] else f"phases.{name}.{part}", phase.get(part)) for part in PARTS
+            }
+            for name, phase in self.phases.items()
+        }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run's settings, the option of each group, and the overrides of its command line.
+
+    Args:
+        settings: The settings.
+        choices: The option of each group.
+        overrides: The overrides, without locations.
+    """
+
+    settings: Settings
+    choices: dict[str, str] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+
+    def as_json(self) -> str:
+        """Return the recipe as text, which `read_recipe` reads."""
+        config = self.settings.model_dump(mode="json")
+        return json.dumps({"config": config, "choices": self.choices, "overrides": self.overrides})
+
+
+def from_composed(composed: DictConfig) -> Settings:
+    """Return the settings of a composed configuration, resolved and checked; raises UserError."""
+    try:
+        config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, dict)
+    config.pop("hydra", None)
+    tracking = config.get("tracking")
+    if isinstance(tracking, dict) and isinstance(tracking.get("uri"), str):  # from conf/local, or a preset
+        tracking["uri"] = take_credentials(tracking["uri"])
+    return _checked(json.dumps(config))
+
+
+def compose_recipe(*overrides: str) -> Recipe:
+    """Compose the default configuration as the command line does, with conf/local and the environment; raises UserError."""
+    folders = ",".join(f"file://{folder}" for folder in config_dirs()[1:])
+    search = [f"hydra.searchpath=[{folders}]"] if folders else []
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("config", [*overrides, *search], return_hydra_config=True)
+    return Recipe(from_composed(composed), choices_of(composed.hydra), list(overrides))
+
+
+def choices_of(hydra: DictConfig) -> dict[str, str]:
+    """Return the option of each group of a composed configuration, given its node `hydra`."""
+    return {group: option for group, option in hydra.runtime.choices.items() if option and not group.startswith("hydra/")}
+
+
+def read_recipe(text: str | bytes, source: str) -> Recipe:
+    """Return a recipe from a store or a checkpoint, which anyone who can write there can change.
+
+    Its configuration is plain JSON without `${`, may call only what files of conf/ name, and its overrides set the recipe only.
+
+    Raises:
+        UserError: The recipe is not as `Recipe.as_json` writes it, or names what it must not.
+    """
+    try:
+        content = json.loads(text)
+        config, choices, overrides = json.dumps(content["config"]), content["choices"], content["overrides"]
+        texts = [*choices.keys(), *choices.values(), *overrides]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{source} contains no readable recipe: {error}") from error
+    check_stored(overrides, source)
+    return Recipe(_checked(config), choices, overrides)
+
+
+def stored_node(group: str, node: Any, source: str) -> dict[str, Any]:
+    """Return a node of a group from a store, checked as `read_recipe` does; raises UserError."""
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise UserError(f"{source} contains no readable node {group}.")
+    _check_nodes({group: node})
+    return node
+
+
+def defaults_of_newer_keys(settings: Settings) -> dict[str, Any]:
+    """Return the keys that a stored configuration lacks, because it is older than they are, and the defaults that apply."""
+    missing = settings.model_dump(include=Settings.model_fields.keys() - settings.model_fields_set - {"shape", *PARTS})
+    for key, node in [("data", settings.data), ("model", settings.model), *settings.phases.items()]:
+        if node["_target_"].startswith(f"{NAME}."):  # each option of conf/ writes out the arguments of our own
+            parameters = inspect.signature(_target(node, key)).parameters.values()
+            defaults = {item.name: item.default for item in parameters if item.default is not inspect.Parameter.empty}
+            missing |= {f"{key}.{name}": value for name, value in defaults.items() if name not in node}
+    return missing
+
+
+def _checked(text: str) -> Settings:
+    try:
+        settings = Settings.model_validate_json(text)
+    except ValidationError as error:
+        raise explain(error, known=list(Settings.model_fields)) from error
+    for name, phase in settings.phases.items():
+        if not re.fullmatch(r"\w+", name) or name in Settings.model_fields or name == "total":
+            raise UserError.invalid(f"phases.{name}", "...", "as its name a word that is no key of the configuration")
+        for part in PARTS:
+            if not isinstance(phase.get(part), dict):
+                raise UserError.invalid(
+                    f"phases.{name}.{part}", phase.get(part), f"an option: +{part}@phases.{name}.{part}=OPTION"
+                )
+    _check_nodes(json.loads(text))
+    return settings
+
+
+def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of every node of a configuration, dicts and lists included."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        inner = f"{path}.{key}" if path else str(key)
+        yield inner, value
+        if isinstance(value, dict | list):
+            yield from walk(value, inner)
+
+
+def _check_nodes(config: Mapping[str, Any]) -> None:
+    """Raise UserError on a target that no file of its group names, or on text that Hydra would resolve again."""
+    for key, value in walk(config):
+        if isinstance(value, str) and "${" in value:
+            raise UserError.invalid(key, value, "a plain value, without ${...}")
+        if key.endswith("_target_") and value not in _targets(tuple(config_dirs())).get(_group(key), ()):
+            raise UserError.invalid(
+                key,
+                value,
+                f"a target that a file of conf/{_group(key)}/ names",
+                f"Write it into a file, conf/{_group(key)}/NAME.yaml, and choose {_group(key)}=NAME. If the file is in another "
+                f"folder, add {CONFIG_DIR} FOLDER.",
+            )
+
+
+def _group(key: str) -> str:
+    """Return the group of the node that a dotted key is part of: optimizer, for phases.train.optimizer._target_."""
+    first, *rest = key.split(".")
+    if first != "phases":
+        return first
+    return rest[1] if len(rest) > 2 and rest[1] in PARTS else "phase"
+
+
+@cache
+def _targets(folders: tuple[Path, ...]) -> dict[str, set[str]]:
+    """Return the targets that the files of each group name."""
+    found: dict[str, set[str]] = {}
+    for file in (file for folder in folders for file in folder.rglob("*.yaml")):
+        group = file.parent.name
+        with file.open() as text:
+            content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}  # noqa: S506  # a safe one, in C
+        prefix = "phases.any." if group == "phase" else f"{group}." if group in GROUPS | {"tracking"} - {"experiment", "arm"} else ""
+        for key, value in walk(content):
+            if key.endswith("_target_"):
+                found.setdefault(_group(prefix + key), set()).add(value)
+    return found
+
+
+def build(node: Mapping[str, Any], key: str, **arguments: Any) -> Any:
+    """Check the arguments of the node `key` against the annotations of its target, and call it; raises UserError.
+
+    Args:
+        node: The node.
+        key: Its key, for messages.
+        arguments: Further arguments of the call.
+    """
+    check_arguments(node, key, *arguments)
+    try:
+        return instantiate(dict(node), _convert_="all", **arguments)
+    except Exception as error:  # Hydra wraps any exception of a constructor in its InstantiationException
+        raise not_built(node, key, error.__cause__ or error) from error
+
+
+def call(function: Callable[..., Any], node: Mapping[str, Any], key: str, *values: Any, **named: Any) -> Any:
+    """Call what `build` has made of a node with `_partial_`; raises UserError."""
+    try:
+        return function(*values, **named)
+    except Exception as error:  # torch and extensions raise exceptions of any kind
+        raise not_built(node, key, error) from error
+
+
+def not_built(node: Mapping[str, Any], key: str, error: BaseException) -> UserError:
+    """Return the error for a node whose target has raised `error`."""
+    if isinstance(error, UserError):
+        return error if not error.key else type(error).invalid(f"{key}.{error.key}", error.value, error.expected, error.remedy)
+    arguments = ", ".join(f"{name}={value}" for name, value in node.items() if name[0] != "_" and not isinstance(value, dict))
+    return UserError(
+        f"{key} cannot be built: {node['_target_']} refuses {arguments or 'its arguments'}: {error}.",
+        key=key,
+        value=dict(node),
+        remedy=f"Change an argument with {key}.ARGUMENT=VALUE.",
+    )
+
+
+def check_arguments(node: Mapping[str, Any], key: str, *given: str) -> None:
+    """Raise UserError unless the target of a node accepts its arguments, by name and by annotation.
+
+    Args:
+        node: The node.
+        key: Its key, for messages.
+        given: Names of further arguments, which the caller provides.
+    """
+    target = _target(node, key)
+    arguments = {name: value for name, value in node.items() if name not in ("_target_", "_partial_")}
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):  # written in C
+        return
+    if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for name in arguments.keys() - parameters.keys():
+            raise _unknown(f"{key}.{name}", [item for item in parameters if item not in given and item != "self"])
+    for name, value in arguments.items():
+        if isinstance(value, dict) and "_target_" in value:
+            check_arguments(value, f"{key}.{name}")
+    try:
+        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+        plain = {name: value for name, value in arguments.items() if not _has_target(value)}
+        fields: dict[str, Any] = {f"field_{name}": (hints.get(name, Any), Field(alias=name)) for name in plain}
+        model = create_model("Arguments", __config__=CHECKED, **fields)
+    except (NameError, TypeError, PydanticUserError, PydanticSchemaGenerationError):  # annotations of others may mean anything
+        return
+    try:
+        model.model_validate_json(json.dumps(plain))
+    except ValidationError as error:
+        raise explain(error, key) from error
+
+
+def _target(node: Mapping[str, Any], key: str) -> Any:
+    module, _, name = str(node["_target_"]).rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError.invalid(
+            f"{key}._target_", node["_target_"], "a class or function that can be imported", f"{error}. Install its package."
+        ) from error
+
+
+def _has_target(value: Any) -> bool:
+    return isinstance(value, dict | list) and any(key.endswith("_target_") for key, _ in walk(value))
+
+
+def explain(error: ValidationError, prefix: str = "", known: list[str] | None = None) -> UserError:
+    """Return pydantic's first error as the message for the user.
+
+    Args:
+        error: The error.
+        prefix: The key of the node that was checked.
+        known: The keys of the whole configuration, for one that is unknown.
+    """
+    first = error.errors(include_url=False)[0]
+    parts = [str(part) for part in first["loc"]]
+    names = [part for part in parts if re.fullmatch(r"\w+", part) and part not in ("str", "int", "float")]  # not branches of unions
+    key = ".".join([*([prefix] if prefix else []), *names])
+    if first["type"] == "extra_forbidden":
+        model = {"sweep": SweepSettings, "plan": PlanSettings}.get(parts[0]) if len(parts) > 1 else None
+        return _unknown(key, list(model.model_fields) if model else known or [])
+    if first["type"] == "missing":
+        return UserError(f"{key} is missing.", key=key, expected="a value", remedy=f"Set it, or do not delete it (~{key}).")
+    expected = EXPECTED.get(first["type"], first["msg"].removeprefix("Input should be ")).format(**first.get("ctx", {}))
+    return UserError.invalid(key, first["input"], expected, f"Set it with {key}=... on the command line.")
+
+
+def _unknown(key: str, known: list[str]) -> UserError:
+    prefix, _, name = key.rpartition(".")
+    hint = did_you_mean(name, known)
+    expected = f"one of {', '.join(sorted(known))}"
+    where = prefix or "the configuration"
+    return UserError(f"{key} is not a key of {where}{hint}: expected {expected}.", key=key, expected=expected)
+
+
+def did_you_mean(word: str, known: "Iterator[str] | list[str] | set[str]") -> str:
+    """Return ' (did you mean ...?)' with the known word closest to `word`, or an empty text."""
+    close = get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+class Trial:
+    """Builds the nodes of configurations before anything is loaded or trained, each distinct one once.
+
+    So all jobs of a sweep are checked in seconds.
+    """
+
+    def __init__(self) -> None:
+        self._results: dict[str, Any] = {}
+
+    def check(self, settings: Settings, *, read_data: bool = False) -> None:
+        """Check the arguments of every target of a configuration.
+
+        Args:
+            settings: The configuration.
+            read_data: Whether to read the images, which tell whether the model and the phases fit them. This is skipped if this
+                machine, such as the head of a cluster, lacks them.
+
+        Raises:
+            UserError: A target refuses its arguments, the model has too many parameters, or a value does not fit the images.
+        """
+        self._once(check_arguments, settings.tracking, "tracking")
+        self._once(check_arguments, settings.data, "data", "seed")
+        data = self._once(_read_data, settings.data) if read_data else None
+        self._once(_try_model, settings.model, data.shape if data else settings.shape, settings.parameter_limit)
+        for name, parts in settings.phase_parts.items():
+            (optimizer_key, optimizer), (scheduler_key, scheduler) = parts["optimizer"], parts["scheduler"]
+            self._once(_try_schedule, optimizer, optimizer_key, scheduler, scheduler_key)
+            for part, given in (("augmentation", ()), ("teacher", ("data", "output_dir"))):
+                self._once(check_arguments, *reversed(parts[part]), *given)
+            phase = self._once(build, settings.phases[name], f"phases.{name}")
+            if data:
+                _check_split(name, phase, data)
+
+    def _once(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        text = json.dumps([function.__name__, *arguments], sort_keys=True)
+        if text not in self._results:
+            self._results[text] = function(*arguments)
+        return self._results[text]
+
+
+def _read_data(node: dict[str, Any]) -> "Dataset | None":
+    """Return a data set, None if this machine lacks its images."""
+    try:
+        data: Dataset = build(node, "data", seed=0)
+    except MissingDataError:
+        return None
+    return None if data.warning else data  # others that take its place tell nothing
+
+
+def _check_split(name: str, phase: Any, data: "Dataset") -> None:
+    from mnist_exp.learning.training import check_split  # imports torch, which takes seconds that other commands do not need
+
+    check_split(name, phase.split, phase.batch_size, {split: part.epoch_size for split, part in data.splits.items()})
+
+
+def _try_model(node: dict[str, Any], shape: dict[str, int] | None, limit: int | None) -> None:
+    import torch
+
+    from mnist_exp.learning.models import count_parameters
+
+    check_arguments(node, "model", "classes", "side", "in_channels")
+    if shape is not None:
+        with torch.device("meta"):  # before memory is allocated
+            count_parameters(build(node, "model", **shape), limit)
+
+
+def _try_schedule(optimizer: dict[str, Any], optimizer_key: str, scheduler: dict[str, Any], scheduler_key: str) -> None:
+    import torch
+
+    check_arguments(scheduler, scheduler_key, "optimizer", "total_steps")
+    layer = torch.nn.Conv2d(1, 1, 1)  # has both kinds of parameters that optimizers distinguish
+    built = call(build(optimizer, optimizer_key), optimizer, optimizer_key, layer.parameters())
+    call(build(scheduler, scheduler_key), scheduler, scheduler_key, built, total_steps=TRIAL_STEPS)
