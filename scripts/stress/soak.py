@@ -1,6 +1,6 @@
 """Make many short runs and observe the memory, the open files, the statuses and the database.
 
-    python tests/stress/soak.py [--runs 500] [--processes 1]
+    python scripts/stress/soak.py [--runs 500] [--processes 1]
 
 The real command line sweeps over seeds on `digits` into a new SQLite store. Every 10 seconds the script reads the memory and the
 open files of each process. At the end every run must be FINISHED, and the database must pass `PRAGMA integrity_check`. Neither

@@ -1,6 +1,6 @@
 """Kill runs at random moments, resume them, and compare them with a run that was never interrupted.
 
-    python tests/stress/kill_and_resume.py [--kills 50] [--seed 0] [--signals KILL]
+    python scripts/stress/kill_and_resume.py [--kills 50] [--seed 0] [--signals KILL]
 
 Each trial starts the real command line on `digits` and kills the process a random time after its run has started: while it
 records the start, in either phase, between them, while it writes a checkpoint or to MLflow, or at the end. It resumes the run,

@@ -1,6 +1,6 @@
 """Kill parallel sweeps with SIGKILL at random moments, resume them, and compare them with a sweep that was never interrupted.
 
-    python tests/stress/kill_sweeps.py [--kills 20] [--seed 0]
+    python scripts/stress/kill_sweeps.py [--kills 20] [--seed 0]
 
 Each trial starts the real command line with a sweep of four jobs on `digits`. A random time after a job has started, it kills the
 parent, a worker or all of them. It then resumes the sweep, which may be killed again, until the sweep finishes. The parent and
