@@ -5,12 +5,14 @@ float32 images in the same range of values.
 """
 
 import math
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor
 
-from mnist_exp.learning.arguments import is_number, is_sequence, require
+from mnist_exp.errors import Fraction, Positive, UserError
 
 
 class Unchanged:
@@ -30,16 +32,14 @@ class RandomAffine:
         translate: Largest shift on each axis, as a fraction of the side, 0 to below 1; uniform within +- translate.
 
     Raises:
-        ArgumentError: An argument is out of range.
+        UserError: The smallest factor of `scale` exceeds the largest.
     """
 
-    def __init__(self, degrees: float, scale: tuple[float, float], translate: float) -> None:
-        require(is_number(degrees, 0, 180), "degrees", degrees, "a number from 0 to 180")
-        is_range = is_sequence(scale) and len(scale) == 2 and all(is_number(factor, 1e-6) for factor in scale)
-        require(is_range and scale[0] <= scale[1], "scale", scale, "[smallest, largest], both > 0")
-        require(
-            is_number(translate, 0) and translate < 1, "translate", translate, "a number >= 0 and < 1, a fraction of the side"
-        )
+    def __init__(
+        self, degrees: Annotated[float, Interval(ge=0, le=180)], scale: tuple[Positive, Positive], translate: Fraction
+    ) -> None:
+        if scale[0] > scale[1]:
+            raise UserError.invalid("scale", scale, "[smallest, largest]")
         self.degrees = degrees
         self.scale = scale
         self.translate = translate

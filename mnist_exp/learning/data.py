@@ -1,10 +1,25 @@
-"""Labeled images in memory: a split yields batches, a data set names its splits."""
+"""Labeled images in memory: a split yields batches, a data set names its splits. Seeds decide their order.
 
+All randomness derives from (seed, phase, epoch, step), so that a resumed run equals one that never stopped.
+"""
+
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+
+def derive_seed(*parts: object) -> int:
+    """Return the 63-bit seed of `parts`, such as (seed, phase, epoch): equal parts, equal seeds."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+def generator(*parts: object) -> torch.Generator:
+    """Return a CPU generator seeded with `derive_seed(*parts)`."""
+    return torch.Generator().manual_seed(derive_seed(*parts))
 
 
 @dataclass(frozen=True)
@@ -14,7 +29,7 @@ class Split:
     Attributes:
         images: (n, channels, side, side) uint8.
         labels: (n,) int64, below the number of classes.
-        epoch_size: Images per epoch. Above n, an epoch passes over the images more than once, each time in a new order.
+        epoch_size: Images per epoch. If larger than n, an epoch reshuffles and repeats the images.
         digest: Hexadecimal hash of the images and labels.
     """
 
@@ -61,7 +76,7 @@ class Dataset:
         classes: Number of classes.
         splits: Splits by name. `test` is absent if the test set must not be read (`data=mnist_tuning`).
         validation: Name of the split that validates each phase, until a phase trains on it.
-        notice: Warning to show to the user, or None.
+        warning: Shown to the user, or None.
     """
 
     name: str
@@ -69,7 +84,7 @@ class Dataset:
     classes: int
     splits: dict[str, Split]
     validation: str
-    notice: str | None = None
+    warning: str | None = None
 
     def __post_init__(self) -> None:
         for name, split in self.splits.items():

@@ -11,12 +11,12 @@ class Targets(Protocol):
     """Map a batch of augmented images (n, channels, side, side) float32 and labels (n,) int64 to the targets of the loss.
 
     Attributes:
-        trained_on_validation: Whether networks behind the targets may have been trained on the split that validates. It
-            then cannot validate a network that is trained towards these targets.
+        saw_validation_split: Whether a network behind the targets may have been trained on the split that validates. The
+            val/ metrics of the student would leak, and are skipped.
     """
 
     @property
-    def trained_on_validation(self) -> bool: ...
+    def saw_validation_split(self) -> bool: ...
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return class indices (n,) int64 or probabilities (n, classes) float32."""
@@ -25,7 +25,7 @@ class Targets(Protocol):
 class Labels:
     """Train towards the labels."""
 
-    trained_on_validation = False
+    saw_validation_split = False
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return the labels (n,) int64."""
@@ -37,14 +37,14 @@ class Ensemble:
 
     Args:
         networks: At least one network, in evaluation mode and on the device of the images.
-        trained_on_validation: See `Targets`.
+        saw_validation_split: See `Targets`.
 
     Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015, section 2, at temperature 1, without the labels.
     """
 
-    def __init__(self, networks: Sequence[nn.Module], trained_on_validation: bool) -> None:
+    def __init__(self, networks: Sequence[nn.Module], saw_validation_split: bool) -> None:
         self.networks = networks
-        self.trained_on_validation = trained_on_validation
+        self.saw_validation_split = saw_validation_split
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def evaluate(model: nn.Module, split: Split) -> Evaluation:
     model.train(was_training)
     if not logits.isfinite().all():
         raise UserError(
-            "The model's logits are not finite: the training diverged. "
-            "Lower the learning rate (optimizer.lr, phases.*.optimizer.lr)."
+            "The model's logits are not finite: the training diverged.",
+            remedy="Lower the learning rate (optimizer.lr, phases.*.optimizer.lr).",
         )
     return Evaluation(logits.cpu(), split.labels.cpu())

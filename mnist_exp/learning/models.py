@@ -1,13 +1,12 @@
 """The network: three convolutional blocks, squeeze-excitation in the second, a hidden layer, one logit a class."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnist_exp.errors import ArgumentError, UserError
-from mnist_exp.learning.arguments import is_integer, is_number, is_sequence, require
+from mnist_exp.errors import Count, Fraction, UserError
 from mnist_exp.learning.fused import norm_pool_activate
 
 NEGATIVE_SLOPE = 0.1
@@ -19,10 +18,10 @@ class SqueezeExcite(nn.Module):
     Source: Hu et al., Squeeze-and-Excitation Networks, 2018, equations 2 to 4.
     """
 
-    def __init__(self, channels: int, reduction: int) -> None:
+    def __init__(self, channels: int, reduction: Count) -> None:
         super().__init__()
-        is_valid = is_integer(reduction, 1) and reduction <= channels
-        require(is_valid, "reduction", reduction, f"an integer from 1 to {channels}, the number of channels")
+        if reduction > channels:
+            raise UserError.invalid("reduction", reduction, f"an integer from 1 to {channels}, the number of channels")
         self.squeeze = nn.Linear(channels, channels // reduction)
         self.excite = nn.Linear(channels // reduction, channels)
 
@@ -99,7 +98,7 @@ class CNN(nn.Module):
 
     Args:
         channels: Channels of the three blocks.
-        depths: Convolutions in each block, at least 1.
+        depths: Convolutions in each block.
         kernel_sizes: Kernel size in each block, odd.
         separable: Whether the convolutions of the second and third block are depthwise separable.
         conv_bias: Whether the convolutions have a bias.
@@ -112,48 +111,41 @@ class CNN(nn.Module):
         se: Returns the second block's attention from its number of channels; None for no attention.
 
     Raises:
-        ArgumentError: An argument is invalid.
+        UserError: A kernel size is even, the images are too small, or `se` rejects its arguments.
     """
 
     def __init__(
         self,
-        channels: Sequence[int],
-        depths: Sequence[int],
-        kernel_sizes: Sequence[int],
+        channels: tuple[Count, Count, Count],
+        depths: tuple[Count, Count, Count],
+        kernel_sizes: tuple[Count, Count, Count],
         separable: bool,
         conv_bias: bool,
         mean_pool: bool,
-        hidden_features: int | None,
-        dropout: float,
+        hidden_features: Count | None,
+        dropout: Fraction,
         classes: int,
         side: int,
         in_channels: int,
         se: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        for name, value in {"channels": channels, "depths": depths, "kernel_sizes": kernel_sizes}.items():
-            require(_are_three_integers(value), name, value, "three integers >= 1")
-        require(all(size % 2 for size in kernel_sizes), "kernel_sizes", kernel_sizes, "three odd integers")
-        for name, switch in {"separable": separable, "conv_bias": conv_bias, "mean_pool": mean_pool}.items():
-            require(isinstance(switch, bool), name, switch, "true or false")
-        is_size = hidden_features is None or is_integer(hidden_features, 1)
-        require(is_size, "hidden_features", hidden_features, "an integer >= 1, or null for no hidden layer")
-        require(is_number(dropout, 0) and dropout < 1, "dropout", dropout, "a number >= 0 and < 1")
-        require(se is None or callable(se), "se", se, "a squeeze-excitation, or null")
-        require(side >= 8, "side", side, "images of at least 8 x 8 pixels, which three blocks can halve")
+        if not all(size % 2 for size in kernel_sizes):
+            raise UserError.invalid("kernel_sizes", kernel_sizes, "three odd integers")
+        if side < 8:
+            raise UserError.invalid("side", side, "images of at least 8 x 8 pixels, which three blocks can halve")
         try:
             attention = se(channels[1]) if se else None
-        except ArgumentError as error:
-            raise error.within("se") from error
-        inputs, attentions = (in_channels, *channels[:2]), (None, attention, None)
-        parts = zip(inputs, channels, depths, kernel_sizes, attentions, strict=True)
-        self.blocks = nn.Sequential(
+        except UserError as error:
+            raise UserError.invalid(f"se.{error.key}", error.value, error.expected) from error
+        self.blocks = nn.Sequential()
+        inputs = in_channels
+        for block, (outputs, depth, kernel_size) in enumerate(zip(channels, depths, kernel_sizes, strict=True)):
             # On a single channel, such as that of the images, a separable convolution could only learn one pattern, scaled.
-            *[
-                ConvBlock(i, o, depth, size, conv_bias, separable and block > 0, a)
-                for block, (i, o, depth, size, a) in enumerate(parts)
-            ]
-        )
+            is_separable = separable and block > 0
+            block_attention = attention if block == 1 else None
+            self.blocks.append(ConvBlock(inputs, outputs, depth, kernel_size, conv_bias, is_separable, block_attention))
+            inputs = outputs
         self.pool = nn.AdaptiveAvgPool2d(1) if mean_pool else nn.Identity()
         features = channels[2] * (1 if mean_pool else (side // 8) ** 2)  # each block halves the side
         self.hidden = nn.Linear(features, hidden_features) if hidden_features else None
@@ -169,16 +161,14 @@ class CNN(nn.Module):
         return logits
 
 
-def _are_three_integers(value: object) -> bool:
-    return is_sequence(value) and len(value) == 3 and all(is_integer(item, 1) for item in value)
-
-
 def count_parameters(model: nn.Module, limit: int | None) -> int:
     """Return the number of trainable parameters; raises UserError above `limit`, unless it is None."""
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if limit is not None and count > limit:
         raise UserError(
-            f"The model has {count:,} parameters: at most {limit:,} are allowed. "
-            "Lower model.channels or other sizes of the model, or raise parameter_limit (null: no limit)."
+            f"The model has {count:,} parameters: at most {limit:,} are allowed.",
+            key="parameter_limit",
+            value=limit,
+            remedy="Lower model.channels or other sizes of the model, or raise parameter_limit (null: no limit).",
         )
     return count

@@ -14,16 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mnist_exp.errors import ArgumentError, UserError
-from mnist_exp.learning.arguments import is_integer, is_number, require
-from mnist_exp.learning.data import Dataset
+from mnist_exp.errors import Count, Fraction, Positive, UserError
+from mnist_exp.learning.data import Dataset, derive_seed, generator
 from mnist_exp.learning.distillation import Targets
 from mnist_exp.learning.evaluation import evaluate
-from mnist_exp.learning.seeds import derive_seed, generator
 
 REPORTS_PER_EPOCH = 20
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-State = dict[str, Any]  # the phase, its steps so far, the examples seen, and the states of model, optimizer, scheduler and scaler
+TrainState = dict[str, Any]  # keys: phase, steps (in the phase), examples_seen, model, optimizer, scheduler, scaler
 
 
 @dataclass(frozen=True)
@@ -32,35 +30,25 @@ class PhaseConfig:
 
     Attributes:
         split: Name of the split to train on.
-        epochs: Number of epochs, at least 1.
-        batch_size: Images per step, at least 1.
+        epochs: Number of epochs.
+        batch_size: Images per step.
         optimizer: Takes the parameters.
         scheduler: Takes the optimizer and `total_steps`; advanced after every step.
         augmentation: Takes images (n, channels, side, side) uint8 and a generator, and returns float32 images.
         teacher: Takes the data set and the folder of all runs, and returns the targets.
         max_grad_norm: Limit of the norm of the whole gradient, or None for no limit.
-        label_smoothing: Share of each target that is spread over all classes, 0 to below 1 (Szegedy et al., 2016).
+        label_smoothing: Share of each target that is spread over all classes (Szegedy et al., 2016).
     """
 
     split: str
-    epochs: int
-    batch_size: int
+    epochs: Count
+    batch_size: Count
     optimizer: Callable[..., Optimizer]
     scheduler: Callable[..., LRScheduler]
     augmentation: Callable[[Tensor, torch.Generator], Tensor]
     teacher: Callable[[Dataset, Path], Targets]
-    max_grad_norm: float | None
-    label_smoothing: float
-
-    def __post_init__(self) -> None:
-        is_name = isinstance(self.split, str) and bool(self.split)
-        require(is_name, "split", self.split, "the name of a split of the data, such as train or finetune")
-        for name in ("epochs", "batch_size"):
-            require(is_integer(getattr(self, name), 1), name, getattr(self, name), "an integer >= 1")
-        is_limit = self.max_grad_norm is None or (is_number(self.max_grad_norm, 0) and self.max_grad_norm > 0)
-        require(is_limit, "max_grad_norm", self.max_grad_norm, "a number > 0, or null")
-        is_share = is_number(self.label_smoothing, 0) and self.label_smoothing < 1
-        require(is_share, "label_smoothing", self.label_smoothing, "a number >= 0 and < 1")
+    max_grad_norm: Positive | None
+    label_smoothing: Fraction
 
 
 @dataclass(frozen=True)
@@ -103,7 +91,7 @@ class Report:
     examples_seen: int
     seconds: float
     metrics: dict[str, float]
-    state: State | None = None
+    state: TrainState | None = None
 
 
 class NonFiniteLossError(UserError):
@@ -115,7 +103,8 @@ def choose_device(device: str) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     names = [name for name, is_available in available.items() if is_available]
     if device != "auto" and device not in names:
-        raise UserError(f"device={device} is invalid: expected {' or '.join(['auto', *names])} on this machine. Use device=auto.")
+        expected = f"{' or '.join(['auto', *names])} on this machine"
+        raise UserError.invalid("device", device, expected, "Use device=auto.")
     return torch.device(names[0] if device == "auto" else device)
 
 
@@ -134,8 +123,8 @@ def cpu_has_bf16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
-def keep_freed_memory() -> None:
-    """Make this process reuse freed memory (glibc only). Returning it to the system took a quarter of each step."""
+def disable_malloc_trim() -> None:
+    """Make glibc keep freed memory: trimming cost 25 % of a step."""
     trim_threshold, mmap_threshold = -1, -3  # parameters of mallopt
     with suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
@@ -153,7 +142,7 @@ def prepare_phases(model: nn.Module, phases: Mapping[str, PhaseConfig], data: Da
         output_dir: Folder of all runs, where a teacher finds its own.
 
     Raises:
-        UserError: A phase cannot use its split, or one of its parts rejects its arguments.
+        UserError: A phase cannot use its split, or one of its parts rejects its arguments or the number of steps.
     """
     prepared: list[Phase] = []
     trained_on: set[str] = set()
@@ -166,14 +155,14 @@ def prepare_phases(model: nn.Module, phases: Mapping[str, PhaseConfig], data: Da
             optimizer = config.optimizer(model.parameters())
             scheduler = config.scheduler(optimizer, total_steps=total_steps)
             targets = config.teacher(data, output_dir)
-        except ArgumentError as error:
-            raise error.within(f"phases.{name}") from error
         except (TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise UserError(
                 f"phases.{name} is invalid: its optimizer, scheduler or teacher rejects its arguments or the phase's "
-                f"{total_steps} steps: {error}. Their files in conf/ list the arguments."
+                f"{total_steps} steps: {error}.",
+                key=f"phases.{name}",
+                remedy="Their files in conf/ list the arguments.",
             ) from error
-        trained_on |= {config.split, data.validation} if targets.trained_on_validation else {config.split}
+        trained_on |= {config.split, data.validation} if targets.saw_validation_split else {config.split}
         validation = None if data.validation in trained_on else data.validation
         prepared.append(Phase(name, config, optimizer, scheduler, targets, steps_per_epoch, validation))
     return prepared
@@ -183,12 +172,11 @@ def check_split(name: str, split: str, batch_size: int, sizes: Mapping[str, int]
     """Raise UserError unless the phase `name` can train on a split; sizes: the images of an epoch of each split."""
     if split not in sizes or split == "test":
         allowed = " or ".join(known for known in sizes if known != "test")
-        raise UserError(f"phases.{name}.split={split} is invalid: expected {allowed} with this data.")
+        raise UserError.invalid(f"phases.{name}.split", split, f"{allowed} with this data")
     if batch_size > sizes[split]:
-        raise UserError(
-            f"phases.{name}.batch_size={batch_size} is invalid: expected at most {sizes[split]}, the size of an epoch of "
-            f"the split {split}. Lower phases.{name}.batch_size, or change data.finetune_fraction."
-        )
+        expected = f"at most {sizes[split]}, the size of an epoch of the split {split}"
+        remedy = f"Lower phases.{name}.batch_size, or change data.finetune_fraction."
+        raise UserError.invalid(f"phases.{name}.batch_size", batch_size, expected, remedy)
 
 
 def fit(
@@ -199,7 +187,7 @@ def fit(
     seed: int,
     precision: torch.dtype,
     save_every: int | None = None,
-    resume_from: State | None = None,
+    resume_from: TrainState | None = None,
 ) -> Iterator[Report]:
     """Train `model` through `phases`, and yield reports.
 
@@ -225,7 +213,7 @@ def fit(
     model.to(memory_format=torch.channels_last)
     names = [phase.name for phase in phases]
     if resume_from is not None and not _is_state_of(resume_from, names):
-        raise UserError("The checkpoint contains no state of this run's phases. Start a new run.")
+        raise UserError("The checkpoint contains no state of this run's phases.", remedy="Start a new run.")
     first = names.index(resume_from["phase"]) if resume_from else 0
     epochs_before, examples_seen = sum(phase.config.epochs for phase in phases[:first]), 0
     for phase in phases[first:]:
@@ -237,14 +225,14 @@ def fit(
         epochs_before, examples_seen = epochs_before + phase.config.epochs, trainer.examples_seen
 
 
-def _is_state_of(state: State, phases: list[str]) -> bool:
+def _is_state_of(state: TrainState, phases: list[str]) -> bool:
     counts = [state.get("steps"), state.get("examples_seen")]
     return state.get("phase") in phases and all(isinstance(count, int) and count >= 0 for count in counts)
 
 
 @dataclass
-class _Window:
-    """The steps between two reports. Their results stay on the device until they are read."""
+class _MetricBuffer:
+    """Metrics of the steps between two reports, kept on the device so that no step waits for it."""
 
     last_step: int = 0  # in the epoch, from 1
     learning_rate: float = 0.0  # of the last step
@@ -279,22 +267,22 @@ class _PhaseTrainer:
         phase, steps_per_epoch = self.phase, self.phase.steps_per_epoch
         report_steps = {round(steps_per_epoch * (i + 1) / REPORTS_PER_EPOCH) for i in range(REPORTS_PER_EPOCH)}
         self.model.train()
-        windows, window, started = [], _Window(), time.perf_counter()
+        buffers, buffer, started = [], _MetricBuffer(), time.perf_counter()
         first = self.steps % steps_per_epoch
         order = generator(self.seed, phase.name, epoch, "order")
         batches = self.data.splits[phase.config.split].batches(phase.config.batch_size, order, skip=first)
         for step, (images, labels) in enumerate(batches, start=first + 1):
-            window.last_step, window.learning_rate = step, phase.optimizer.param_groups[0]["lr"]
-            window.results.append(self.train_step(images, labels, (self.seed, phase.name, epoch, step)))
-            window.sizes.append(len(labels))
+            buffer.last_step, buffer.learning_rate = step, phase.optimizer.param_groups[0]["lr"]
+            buffer.results.append(self.train_step(images, labels, (self.seed, phase.name, epoch, step)))
+            buffer.sizes.append(len(labels))
             self.steps += 1
             is_checkpoint = step == steps_per_epoch or (self.save_every is not None and self.steps % self.save_every == 0)
             if is_checkpoint or step in report_steps:
-                windows.append(window)
-                window = _Window()
+                buffers.append(buffer)
+                buffer = _MetricBuffer()
                 if is_checkpoint or self.device.type == "cpu":  # reading a result waits for the device
-                    yield from self.report(epoch, windows, started, is_checkpoint)
-                    windows, started = [], time.perf_counter()
+                    yield from self.report(epoch, buffers, started, is_checkpoint)
+                    buffers, started = [], time.perf_counter()
 
     def train_step(self, images: Tensor, labels: Tensor, seed_parts: tuple[object, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Take one step, without waiting for the device except in fp16.
@@ -325,29 +313,29 @@ class _PhaseTrainer:
         self.phase.scheduler.step()
         return loss.detach(), (logits.argmax(1) == labels).float().mean(), grad_norm.detach()
 
-    def report(self, epoch: int, windows: list[_Window], started: float, is_checkpoint: bool) -> Iterator[Report]:
-        """Yield the reports of `windows`; at a checkpoint, the last contains the state and, after an epoch, the validation."""
-        results = [window.read() for window in windows]
-        seconds_per_example = (time.perf_counter() - started) / sum(sum(window.sizes) for window in windows)
-        for window, (losses, accuracies, grad_norms) in zip(windows, results, strict=True):
-            for step, loss in enumerate(losses, start=window.last_step - len(losses) + 1):
+    def report(self, epoch: int, buffers: list[_MetricBuffer], started: float, is_checkpoint: bool) -> Iterator[Report]:
+        """Yield the reports of `buffers`; at a checkpoint, the last contains the state and, after an epoch, the validation."""
+        results = [buffer.read() for buffer in buffers]
+        seconds_per_example = (time.perf_counter() - started) / sum(sum(buffer.sizes) for buffer in buffers)
+        for buffer, (losses, accuracies, grad_norms) in zip(buffers, results, strict=True):
+            for step, loss in enumerate(losses, start=buffer.last_step - len(losses) + 1):
                 if not abs(loss) < float("inf"):
-                    raise self.not_finite(f"loss became {loss}", epoch, step, window)
-            examples = sum(window.sizes)
+                    raise self.not_finite(f"loss became {loss}", epoch, step, buffer)
+            examples = sum(buffer.sizes)
             self.examples_seen += examples
             metrics = {
-                "epoch": self.epochs_before + epoch + window.last_step / self.phase.steps_per_epoch,
-                "train/loss": weighted_mean(losses, window.sizes),
-                "train/accuracy": weighted_mean(accuracies, window.sizes),
+                "epoch": self.epochs_before + epoch + buffer.last_step / self.phase.steps_per_epoch,
+                "train/loss": weighted_mean(losses, buffer.sizes),
+                "train/accuracy": weighted_mean(accuracies, buffer.sizes),
                 "train/grad_norm": sum(grad_norms) / len(grad_norms),
-                "train/lr": window.learning_rate,
+                "train/lr": buffer.learning_rate,
                 "train/examples_per_second": 1 / seconds_per_example,
             }
             state = None
-            if is_checkpoint and window is windows[-1]:
+            if is_checkpoint and buffer is buffers[-1]:
                 if not all(value.isfinite().all() for value in self.model.state_dict().values()):
-                    raise self.not_finite("weights became infinite or NaN", epoch, window.last_step, window)
-                if window.last_step == self.phase.steps_per_epoch:
+                    raise self.not_finite("weights became infinite or NaN", epoch, buffer.last_step, buffer)
+                if buffer.last_step == self.phase.steps_per_epoch:
                     metrics |= self.validate()
                 state = self.state()
             yield Report(self.phase.name, self.examples_seen, seconds_per_example * examples, metrics, state)
@@ -359,33 +347,34 @@ class _PhaseTrainer:
         evaluation = evaluate(self.model, self.data.splits[self.phase.validation])
         return {f"val/{name}": value for name, value in evaluation.metrics.items()}
 
-    def not_finite(self, problem: str, epoch: int, step: int, window: _Window) -> NonFiniteLossError:
+    def not_finite(self, problem: str, epoch: int, step: int, buffer: _MetricBuffer) -> NonFiniteLossError:
         """Return the error for a loss or weights that are not finite."""
         return NonFiniteLossError(
             f"The {problem} in phase {self.phase.name}, epoch {epoch + 1}, step {step} of {self.phase.steps_per_epoch}, "
-            f"at learning rate {window.learning_rate:g}: expected finite numbers. "
-            "Lower the learning rate (optimizer.lr) or the limit of the gradient (phases.*.max_grad_norm)."
+            f"at learning rate {buffer.learning_rate:g}: expected finite numbers.",
+            remedy="Lower the learning rate (optimizer.lr) or the limit of the gradient (phases.*.max_grad_norm).",
         )
 
-    def _stateful(self) -> dict[str, Any]:
+    def _modules(self) -> dict[str, Any]:
         optimizer, scheduler = self.phase.optimizer, self.phase.scheduler
         return {"model": self.model, "optimizer": optimizer, "scheduler": scheduler, "scaler": self.scaler}
 
-    def state(self) -> State:
+    def state(self) -> TrainState:
         """Return all that `restore` needs, without copies."""
-        states = {name: part.state_dict() for name, part in self._stateful().items()}
+        states = {name: part.state_dict() for name, part in self._modules().items()}
         return {"phase": self.phase.name, "steps": self.steps, "examples_seen": self.examples_seen, **states}
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: TrainState) -> None:
         """Load the state of a report; raises UserError if it belongs to another model or optimizer."""
         self.steps, self.examples_seen = state["steps"], state["examples_seen"]
         try:
-            for name, part in self._stateful().items():
+            for name, part in self._modules().items():
                 part.load_state_dict(state[name])
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
                 f"The checkpoint's state does not fit phase {self.phase.name} as this version builds it: "
-                f"{str(error).splitlines()[0]}. Resume with the version that wrote it, or start a new run."
+                f"{str(error).splitlines()[0]}.",
+                remedy="Resume with the version that wrote it, or start a new run.",
             ) from error
 
 

@@ -2,8 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mnist_exp.errors import UserError
 from mnist_exp.learning.augmentation import RandomAffine, Unchanged
-from mnist_exp.learning.seeds import generator
+from mnist_exp.learning.data import generator
 
 LIGHT = RandomAffine(degrees=5, scale=(0.98, 1.02), translate=0.03)
 
@@ -54,6 +55,12 @@ def test_the_generator_decides_everything() -> None:
     images = torch.rand(8, 1, 28, 28)
     assert LIGHT(images, generator(1)).equal(LIGHT(images, generator(1)))
     assert not LIGHT(images, generator(1)).equal(LIGHT(images, generator(2)))
+
+
+def test_a_range_in_the_wrong_order_is_named() -> None:
+    with pytest.raises(UserError) as error:
+        RandomAffine(degrees=0, scale=(1.1, 0.9), translate=0)
+    assert error.value.key == "scale"
 
 
 def test_none_changes_nothing() -> None:

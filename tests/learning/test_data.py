@@ -1,13 +1,17 @@
 import gzip
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from mnist_exp.errors import UserError
+from mnist_exp.learning.data import derive_seed, generator
 from mnist_exp.learning.datasets import MNIST_FILES, find_test_images, load_digits, load_mnist
-from mnist_exp.learning.seeds import derive_seed, generator
+
+NOWHERE = "/proc/nowhere"  # nothing can be downloaded into it
+load = partial(load_mnist, root=None, default_root=NOWHERE, fallback=None, finetune_fraction=0.02, validation_size=0, seed=0)
 
 
 @pytest.fixture
@@ -20,7 +24,7 @@ def copy(mnist_root: Path, tmp_path: Path) -> Path:
 
 
 def test_mnist_is_split_as_the_recipe_says(mnist_root: Path) -> None:
-    data = load_mnist(str(mnist_root), None, 0.02, 0, seed=0)
+    data = load(root=str(mnist_root))
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 58_800, "finetune": 1_200, "test": 10_000}
     assert data.splits["train"].images.shape == (58_800, 1, 28, 28)
     assert data.splits["train"].images.dtype == torch.uint8
@@ -30,7 +34,7 @@ def test_mnist_is_split_as_the_recipe_says(mnist_root: Path) -> None:
 
 
 def test_the_split_depends_on_the_seed_alone(mnist_root: Path) -> None:
-    first, repeated, other = (load_mnist(str(mnist_root), None, 0.02, 0, seed=seed) for seed in (0, 0, 1))
+    first, repeated, other = (load(root=str(mnist_root), seed=seed) for seed in (0, 0, 1))
     for name in ("train", "finetune"):
         assert first.splits[name].digest == repeated.splits[name].digest != other.splits[name].digest
     assert first.splits["test"].digest == other.splits["test"].digest
@@ -40,7 +44,7 @@ def test_tuning_never_reads_the_test_set(copy: Path) -> None:
     for name in MNIST_FILES:
         if name.startswith("t10k"):
             (copy / "MNIST" / "raw" / f"{name}.gz").write_bytes(b"not MNIST")
-    data = load_mnist(str(copy), None, 0.02, 5000, seed=0)
+    data = load(root=str(copy), validation_size=5000)
     assert {name: len(split) for name, split in data.splits.items()} == {
         "train": 53_900,
         "finetune": 1_100,
@@ -49,21 +53,12 @@ def test_tuning_never_reads_the_test_set(copy: Path) -> None:
     assert data.validation == "validation"
 
 
-def test_unpacked_files_are_read_too(copy: Path) -> None:
-    packed = load_mnist(str(copy), None, 0.02, 0, seed=0)
-    for name in MNIST_FILES:
-        path = copy / "MNIST" / "raw" / f"{name}.gz"
-        path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
-        path.unlink()
-    unpacked = load_mnist(str(copy), None, 0.02, 0, seed=0)
-    assert packed.splits["train"].digest == unpacked.splits["train"].digest
-
-
 def test_test_images_are_found_by_their_digest(copy: Path) -> None:
-    test = load_mnist(str(copy), None, 0.02, 0, seed=0).splits["test"]
+    test = load(root=str(copy)).splits["test"]
     digits = load_digits(0.5, seed=1).splits["test"]
     assert find_test_images("mnist", str(copy), test.digest).equal(test.images)
-    assert find_test_images("digits", str(copy), digits.digest).equal(digits.images)
+    assert find_test_images("digits", None, digits.digest).equal(digits.images)
+    assert find_test_images("mnist", None, test.digest) is None
     assert find_test_images("mnist", str(copy), digits.digest) is None
     assert find_test_images("mnist", str(copy / "nothing"), test.digest) is None
 
@@ -75,20 +70,40 @@ def test_a_damaged_file_is_named(copy: Path, damage: str) -> None:
     plain = bytearray(gzip.decompress(content))
     plain[-1] ^= 1
     path.write_bytes({"truncated": content[:-100], "flipped": gzip.compress(plain), "foreign": b"hello", "empty": b""}[damage])
-    with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte\.gz .*\n.*Delete the file"):
-        load_mnist(str(copy), "digits", 0.02, 0, seed=0)
+    with pytest.raises(UserError) as error:
+        load(default_root=str(copy), fallback="digits")
+    assert str(path) in str(error.value)
+    assert error.value.remedy
 
 
-def test_missing_without_fallback_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"MNIST_ROOT.*could not be downloaded"):
-        load_mnist("/proc/nowhere", None, 0.02, 0, seed=0)
+@pytest.mark.parametrize("fallback", ["digits", None])
+def test_a_root_that_does_not_exist_is_named(tmp_path: Path, fallback: str | None) -> None:
+    root = str(tmp_path / "nothing")
+    with pytest.raises(UserError) as error:
+        load(root=root, default_root=str(tmp_path), fallback=fallback)
+    assert (error.value.key, error.value.value) == ("root", root)
+    assert "MNIST_ROOT" in error.value.remedy
+    assert not Path(root).exists()
 
 
-def test_missing_with_fallback_says_so(tmp_path: Path) -> None:
-    data = load_mnist("/proc/nowhere", "digits", 0.02, 0, seed=0)
+@pytest.mark.parametrize("arguments", [{"root": "/proc", "fallback": "digits"}, {"default_root": NOWHERE}], ids=str)
+def test_missing_files_are_an_error_in_a_root_of_the_user_or_without_fallback(arguments: dict[str, str]) -> None:
+    with pytest.raises(UserError) as error:
+        load(**arguments)
+    assert "MNIST_ROOT" in error.value.remedy
+
+
+def test_digits_take_the_place_of_missing_files_with_a_warning() -> None:
+    data = load(fallback="digits")
     assert data.name == "digits"
-    assert data.notice is not None
-    assert "USING THE EMBEDDED digits" in data.notice
+    assert data.warning
+
+
+@pytest.mark.parametrize(("name", "value"), [("finetune_fraction", 0.0), ("finetune_fraction", 0.9999), ("subset", 2_000)])
+def test_a_size_that_does_not_fit_the_images_is_named(name: str, value: float) -> None:
+    with pytest.raises(UserError) as error:
+        load_digits(**({"finetune_fraction": 0.02, "seed": 0} | {name: value}))
+    assert (error.value.key, error.value.value) == (name, value)
 
 
 def test_digits_take_as_many_steps_as_mnist() -> None:

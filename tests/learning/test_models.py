@@ -1,15 +1,17 @@
 import copy
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from mnist_exp.settings import build
 from torch import Tensor, nn
 
-from mnist_exp.config import build
 from mnist_exp.errors import UserError
 from mnist_exp.learning.datasets import MNIST_SHAPE
 from mnist_exp.learning.fused import norm_pool_activate
-from mnist_exp.learning.models import CNN, count_parameters
+from mnist_exp.learning.models import CNN, SqueezeExcite, count_parameters
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("se_cnn", 19_674), ("plain_cnn", 19_526), ("plain_cnn_matched", 19_717)])
@@ -71,11 +73,32 @@ def test_scaling_is_part_of_the_model(composed) -> None:
     torch.testing.assert_close(inputs[0], images.float() / 255)
 
 
+def cnn(**changes: Any) -> CNN:
+    sizes = {"channels": (8, 16, 20), "depths": (1, 1, 1), "kernel_sizes": (3, 3, 3), "hidden_features": 120}
+    switches = {"separable": False, "conv_bias": True, "mean_pool": False, "dropout": 0.1}
+    return CNN(**(sizes | switches | MNIST_SHAPE | changes))
+
+
 def test_too_large_a_model_is_refused() -> None:
-    model = CNN([8, 16, 20], [1, 1, 1], [3, 3, 3], False, True, False, 120, 0.1, **MNIST_SHAPE)
-    with pytest.raises(UserError, match=r"25,000 are allowed.*model\.channels.*parameter_limit"):
+    model = cnn()
+    with pytest.raises(UserError) as error:
         count_parameters(model, 25_000)
+    assert (error.value.key, error.value.value) == ("parameter_limit", 25_000)
     assert count_parameters(model, None) == count_parameters(model, 30_000) > 25_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"kernel_sizes": (3, 2, 3)}, "kernel_sizes"),
+        ({"side": 7}, "side"),
+        ({"se": partial(SqueezeExcite, reduction=17)}, "se.reduction"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(UserError) as error:
+        cnn(**changes)
+    assert error.value.key == key
 
 
 def test_squeeze_excitation_attends(composed) -> None:

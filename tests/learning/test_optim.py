@@ -1,9 +1,7 @@
 import pytest
 import torch
-from hydra.utils import instantiate
+from mnist_exp.settings import build
 from torch import nn
-
-from mnist_exp.config import build
 
 STEPS = 115
 
@@ -28,7 +26,7 @@ def test_muon_orthogonalizes_convolutions_and_leaves_the_others_to_adamw(compose
 
 def rates(node: dict, base: float) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=base, momentum=0.9)
-    scheduler = instantiate(node)(optimizer, total_steps=STEPS)
+    scheduler = build(node, "scheduler")(optimizer, total_steps=STEPS)
     seen = []
     for _ in range(STEPS):
         seen.append(optimizer.param_groups[0]["lr"])
@@ -50,7 +48,8 @@ def test_one_cycle_starts_at_02_peaks_at_04_and_ends_near_0(composed) -> None:
 def test_each_group_of_parameters_peaks_at_its_own_rate(composed) -> None:
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.1, 0.02)]
     optimizer = torch.optim.SGD(groups)
-    scheduler = instantiate(composed("optimizer=muon")["phases"]["train"]["scheduler"])(optimizer, total_steps=STEPS)
+    node = composed("optimizer=muon")["phases"]["train"]["scheduler"]
+    scheduler = build(node, "scheduler")(optimizer, total_steps=STEPS)
     seen = []
     for _ in range(STEPS):
         seen.append([group["lr"] for group in optimizer.param_groups])

@@ -1,5 +1,6 @@
 import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import finished
+from mnist_exp.settings import build
 from torch import Tensor, nn
 
-from mnist_exp.config import build
 from mnist_exp.errors import UserError
-from mnist_exp.learning.data import Dataset
+from mnist_exp.learning.data import Dataset, derive_seed
 from mnist_exp.learning.datasets import MNIST_SHAPE, load_digits
 from mnist_exp.learning.distillation import Labels
 from mnist_exp.learning.evaluation import evaluate
-from mnist_exp.learning.seeds import derive_seed
 from mnist_exp.learning.training import (
     NonFiniteLossError,
     Phase,
@@ -158,8 +158,9 @@ def test_steps_do_not_wait_for_the_gpu(composed, short_digits) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(composed, short_digits) -> None:
-    with pytest.raises(NonFiniteLossError, match=r"(nan|inf).* in phase train, epoch \d+, step \d+ of 3.*optimizer\.lr"):
+    with pytest.raises(NonFiniteLossError) as error:
         train(composed("optimizer.lr=1e29", "scheduler=constant", "phases.train.epochs=20"), short_digits)
+    assert "optimizer.lr" in error.value.remedy
 
 
 def test_weights_that_are_not_finite_never_reach_a_checkpoint(composed, short_digits) -> None:
@@ -167,9 +168,9 @@ def test_weights_that_are_not_finite_never_reach_a_checkpoint(composed, short_di
     model = build(config["model"], "model", **MNIST_SHAPE)
     phases = prepare_phases(model, {"finetune": build(config["phases"]["finetune"], "")}, short_digits, Path())
     phases[0].scheduler.step = lambda: model.output.weight.data.fill_(float("nan"))  # after the last step's finite loss
-    with pytest.raises(NonFiniteLossError, match=r"weights became .* in phase finetune, epoch 1, step 1 of 1"):
+    with pytest.raises(NonFiniteLossError):
         list(fit(model, phases, short_digits, seed=0, precision=torch.float32))
-    with pytest.raises(UserError, match="logits are not finite"):
+    with pytest.raises(UserError):
         evaluate(model, short_digits.splits["test"])
 
 
@@ -191,15 +192,31 @@ def test_precisions_learn(composed, precision: str, short_digits) -> None:
 
 def test_a_phase_on_a_split_that_is_not_there(composed, short_digits) -> None:
     for split in ("test", "nothing"):
-        with pytest.raises(UserError, match=rf"phases\.train\.split={split} is invalid: expected train or finetune"):
+        with pytest.raises(UserError) as error:
             train(composed(f"phases.train.split={split}"), short_digits)
+        assert (error.value.key, error.value.value) == ("phases.train.split", split)
+
+
+def test_a_batch_larger_than_an_epoch_is_named(composed, short_digits) -> None:
+    with pytest.raises(UserError) as error:
+        train(composed("phases.finetune.batch_size=129"), short_digits)
+    assert (error.value.key, error.value.value) == ("phases.finetune.batch_size", 129)
+
+
+def test_a_part_that_rejects_its_arguments_names_its_phase(composed, short_digits) -> None:
+    config = build(composed()["phases"]["train"], "")
+    phases = {"train": config, "more": replace(config, optimizer=partial(torch.optim.SGD, lr=-1))}
+    with pytest.raises(UserError) as error:
+        prepare_phases(nn.Linear(1, 1), phases, short_digits, Path())
+    assert error.value.key == "phases.more"
 
 
 def test_a_device_that_is_not_there() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(UserError, match=r"device=cuda is invalid: expected auto or .*cpu on this machine"):
+    with pytest.raises(UserError) as error:
         choose_device("cuda")
+    assert (error.value.key, error.value.value) == ("device", "cuda")
     assert choose_device("auto").type in ("cpu", "mps")
 
 
