@@ -1,10 +1,12 @@
-"""Terminal output: warnings, progress bars and tables."""
+"""Terminal output: warnings, progress and tables. Text from users and stores is shown as plain text, never as markup."""
 
+import math
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from types import TracebackType
 from typing import Self
 
@@ -15,53 +17,50 @@ from rich.table import Table
 from rich.text import Text
 
 from mnist_exp.metrics import format_metric
-from mnist_exp.redaction import redact
 
 SHORT_ID = 8  # characters
+SHORT_TEXT = 24  # characters a line: a column of text that is narrower makes room by omitting optional columns
 OPTIONAL = ("time/total_seconds", "test/loss")  # columns of a sweep's table that a narrow terminal omits
-LONGEST_PART = 24  # characters of a word or a path that a narrow table keeps on one line
-BETWEEN_NUMBERS = r"(?<= )(?=\()|(?<=/ )|(?<= to )"  # the positions in a cell at which a line may end
-BETWEEN_WORDS = r"(?<=\S )|(?<=\n)"
-WITHIN_WORDS = r"(?<=\w[/=])(?=\S)"
-NUMBER = re.compile(r"[-+(]?\d|- ?/|\(")
+NUMBER = re.compile(r"([-+]?\d[\d,.]*(e[-+]?\d+)?%?( \S+)?|-|)$")  # with a unit, missing, or empty
 
 
 def plain(text: str) -> Text:
-    """Return a text without markup, credentials and control characters; rich wraps lines before `SafeOutput` sees them."""
-    return Text(_clean(text), overflow="fold")
-
-
-def _clean(text: str) -> str:
-    return "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in redact(text))
+    """Return a text without markup and control characters."""
+    return Text("".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text))
 
 
 class Display:
-    """A progress bar for each phase, with loss, accuracy and examples per second; a context manager for training.
+    """The progress of training and its results; a context manager for training.
+
+    A terminal shows a progress bar for each phase. Without one, a line is printed at the end of each epoch.
 
     Args:
         totals: The number of examples of each phase, by name.
+        epochs: The number of epochs of each phase, by name, in order.
         examples_seen: The examples of all phases that a resumed run has already seen.
         quiet: Show only warnings.
     """
 
-    def __init__(self, totals: Mapping[str, int], examples_seen: int, *, quiet: bool) -> None:
+    def __init__(self, totals: Mapping[str, int], epochs: Mapping[str, int], examples_seen: int, *, quiet: bool) -> None:
         self.console = Console()
         self.quiet = quiet
         self.progress = Progress(
-            TextColumn("{task.description:>10}"),
+            TextColumn("{task.description:>10}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("{task.fields[measured]}"),
             TimeRemainingColumn(compact=True),
             console=self.console,
-            disable=quiet,
+            disable=quiet or not self.console.is_terminal,
         )
+        self.epochs = epochs
+        self.epochs_before = dict(zip(epochs, accumulate(epochs.values(), initial=0), strict=False))
         self.examples_seen = examples_seen
         self.tasks = {}
         for name, total in totals.items():
             done = min(total, examples_seen)
             examples_seen -= done
-            self.tasks[name] = self.progress.add_task(name, total=total, completed=done, measured="")
+            self.tasks[name] = self.progress.add_task(plain(name).plain, total=total, completed=done, measured="")
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -71,13 +70,27 @@ class Display:
         self.progress.stop()
 
     def update(self, phase: str, examples_seen: int, metrics: Mapping[str, float]) -> None:
-        """Advance the bar of a phase."""
+        """Show the progress of a phase.
+
+        Args:
+            phase: The name of the phase.
+            examples_seen: The examples of all phases so far.
+            metrics: The values by name. `epoch` counts over all phases and is whole at the end of an epoch.
+        """
         loss, accuracy, speed = (
             format_metric(name, metrics[name]) for name in ("train/loss", "train/accuracy", "train/examples_per_second")
         )
         measured = f"loss {loss}  accuracy {accuracy}  {speed}"
         self.progress.update(self.tasks[phase], advance=examples_seen - self.examples_seen, measured=measured)
         self.examples_seen = examples_seen
+        epochs_seen = round(metrics["epoch"])
+        if self.quiet or self.console.is_terminal or not math.isclose(metrics["epoch"], epochs_seen):
+            return
+        epoch = epochs_seen - self.epochs_before[phase]
+        parts = [f"epoch {epoch} of {self.epochs[phase]}", f"loss {loss}", f"accuracy {accuracy}"]
+        if (name := "val/accuracy") in metrics:
+            parts.append(f"{name} {format_metric(name, metrics[name])}")
+        show_lines([f"{phase}: {', '.join([*parts, speed])}"])
 
     def warn(self, message: str) -> None:
         """Show a prominent warning."""
@@ -85,16 +98,17 @@ class Display:
 
     def results(self, rows: Mapping[str, str], ui_command: str | None, use_commands: Mapping[str, str]) -> None:
         """Show the results, the command that opens the run in the UI, and those that use its model, by purpose."""
-        if self.quiet:
-            return
-        self.console.print(_pairs(self.console, rows))
-        _show_ui_command(self.console, ui_command)
-        for purpose, line in use_commands.items():
-            self.console.print(f"{purpose}: {line}", markup=False, highlight=False, soft_wrap=True)
+        if not self.quiet:
+            show_pairs("Results", rows)
+            _show_ui_command(ui_command)
+            show_lines([f"{purpose}: {line}" for purpose, line in use_commands.items()])
 
 
 class SweepDisplay:
-    """A progress bar for a sweep, and the table of its jobs."""
+    """The progress of a sweep, and the table of its jobs.
+
+    A terminal shows a progress bar. Without one, a line is printed when further jobs have ended.
+    """
 
     def __init__(self, jobs: int) -> None:
         self.console = Console()
@@ -112,13 +126,19 @@ class SweepDisplay:
             ),
             TimeRemainingColumn(compact=True),
             console=self.console,
+            disable=not self.console.is_terminal,
         )
         bar = progress.add_task("", total=self.jobs, failed=0, best="-")
+        shown = (0, 0)
 
         def update() -> None:
+            nonlocal shown
             with suppress(Exception):  # the store may answer the next time
                 finished, failed, best = read()
                 progress.update(bar, completed=finished, failed=failed, best=best)
+                if not self.console.is_terminal and (finished, failed) != shown:
+                    show_lines([f"{finished} of {self.jobs} jobs finished, {failed} failed or stopped, best {best}"])
+                    shown = finished, failed
 
         def poll() -> None:
             pause = 2.0
@@ -139,55 +159,94 @@ class SweepDisplay:
 
     def results(self, rows: list[dict[str, str]], ui_command: str | None) -> None:
         """Show the table of all jobs, and the command that opens the sweep in the UI."""
-        show_table([{key: value for key, value in row.items() if key != "run"} for row in rows], self.console, OPTIONAL)
-        _show_ui_command(self.console, ui_command)
+        show_table([{key: value for key, value in row.items() if key != "run"} for row in rows], OPTIONAL)
+        _show_ui_command(ui_command)
 
 
-def _show_ui_command(console: Console, ui_command: str | None) -> None:
+def _show_ui_command(ui_command: str | None) -> None:
     if ui_command:
-        console.print(f"Open it in the MLflow UI: {ui_command}", markup=False, highlight=False, soft_wrap=True)
+        show_lines([f"Open it in the MLflow UI: {ui_command}"])
 
 
-def show_table(rows: list[dict[str, str]], console: Console | None = None, optional: Sequence[str] = ()) -> None:
-    """Show a table of runs without its empty columns, as wide as the terminal; unfinished runs are red.
+def show_table(rows: list[dict[str, str]], optional: Sequence[str] = ()) -> None:
+    """Show a table of runs without its empty columns; unfinished runs are red.
 
-    A narrow terminal shows the first 8 characters of ids, and cells on several lines, which never break a number.
+    If the table is wider than the terminal, ids are shortened, headings and intervals have lines of their own, and text is
+    wrapped. Numbers with their units stay whole.
 
     Args:
         rows: The cells by column. Texts of the column `error` come below the table.
-        console: The terminal.
         optional: The columns that a narrow terminal omits, the least important first.
     """
-    console = console or Console()
+    console = Console()
     if not rows:
         console.print("No runs.")
         return
-    # Before lines are broken: half of a secret would not be masked.
-    rows = [{key: _clean(text) for key, text in row.items()} for row in rows]
-    columns = [key for key in rows[0] if key != "error" and any(row[key] for row in rows)]
-    cells = [[row[key] for row in rows] for key in columns]
-    if _room(console, columns) < sum(_natural(column, cell) for column, cell in zip(columns, cells, strict=True)):
-        cells = [
-            [text[:SHORT_ID] for text in texts] if key == "run" else texts for key, texts in zip(columns, cells, strict=True)
-        ]
-    for key in optional:
-        narrowest = sum(_narrowest(column, cell) for column, cell in zip(columns, cells, strict=True))
-        if key in columns and narrowest > _room(console, columns):
-            del cells[columns.index(key)]
-            columns.remove(key)
+    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "error" and any(row[key] for row in rows)}
     styles = [None if row.get("status", "FINISHED") == "FINISHED" else "red" for row in rows]
-    console.print(_table(console, columns, cells, styles))
+    table = _table(columns, styles)
+    if not _fits(console, table):
+        columns = {
+            _stack_heading(key): [text[:SHORT_ID] if key == "run" else _stack(text) for text in texts]
+            for key, texts in columns.items()
+        }
+        for key in optional:
+            if not _fits(console, _table(columns, styles, SHORT_TEXT)):
+                columns.pop(_stack_heading(key), None)
+        table = _table(columns, styles)
+    console.print(table)
+    first = next(iter(rows[0]))
     for row in rows:
         if row.get("error"):
-            console.print(plain(f"{columns[0]} {row[columns[0]]}: {row['error']}"), style="red")
+            console.print(plain(f"{first} {row[first]}: {row['error']}"), style="red")
+
+
+def _stack(text: str) -> str:
+    """Return a value and its interval on lines of their own: +0.21 points (+0.10 to +0.32)."""
+    return text.replace(" (", "\n(").replace(" to ", " to\n") if text.endswith(")") else text
+
+
+def _stack_heading(heading: str) -> str:
+    return _stack(heading).replace("/", "/\n")
+
+
+def _table(columns: Mapping[str, Sequence[str]], styles: Sequence[str | None], longest: int | None = None) -> Table:
+    """Return a table in which only text is wrapped.
+
+    Args:
+        columns: The cells by heading.
+        styles: The style of each row.
+        longest: The most characters in a line of text, None for no limit.
+    """
+    table = Table()
+    for heading, texts in columns.items():
+        if all(map(NUMBER.match, texts)):
+            table.add_column(plain(heading), no_wrap=True, justify="right")
+        elif heading == "run":
+            table.add_column(plain(heading), no_wrap=True)
+        else:
+            table.add_column(plain(heading), overflow="fold", max_width=longest)
+    for texts, style in zip(zip(*columns.values(), strict=True), styles, strict=True):
+        table.add_row(*map(plain, texts), style=style)
+    return table
+
+
+def _fits(console: Console, table: Table) -> bool:
+    """Return whether a table needs no more lines than its cells have."""
+    return console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width
 
 
 def show_pairs(title: str, pairs: Mapping[str, str]) -> None:
     """Show names and values under a title."""
-    console = Console()
     if pairs:
+        table = Table(show_header=False)
+        table.add_column(overflow="fold")
+        table.add_column(overflow="fold")
+        for name, value in pairs.items():
+            table.add_row(plain(name), plain(value))
+        console = Console()
         console.print(plain(title), style="bold")
-        console.print(_pairs(console, pairs))
+        console.print(table)
 
 
 def show_lines(lines: Sequence[str], *, stderr: bool = False) -> None:
@@ -199,83 +258,16 @@ def show_lines(lines: Sequence[str], *, stderr: bool = False) -> None:
 
 def show_comparison(rows: list[dict[str, str]], headline: str, notes: list[str]) -> None:
     """Show the numbers of a comparison, its headline, and notes on its validity."""
-    console = Console()
     lines = []
     for row in rows:  # the name of a metric has a line of its own above its arms
         if row["metric"]:
             lines.append(dict.fromkeys(row, "") | {"arm": row["metric"]})
         lines.append(row | {"metric": "", "arm": f"  {row['arm']}"})
-    show_table(lines, console, ("effect", "p"))
+    show_table(lines, ("effect", "p"))
+    console = Console()
     console.print(plain(headline), style="bold")
     for note in notes:
         console.print(plain(f"- {note}"))
-
-
-def _pairs(console: Console, pairs: Mapping[str, str]) -> Table:
-    cells = [[_clean(text) for text in texts] for texts in (pairs, pairs.values())]
-    return _table(console, ["", ""], cells, [None] * len(pairs))
-
-
-def _table(console: Console, columns: Sequence[str], cells: Sequence[Sequence[str]], styles: Sequence[str | None]) -> Table:
-    """Return a table that fits the terminal if the longest unbreakable parts of its cells do."""
-    widths = [_natural(column, texts) for column, texts in zip(columns, cells, strict=True)]
-    for longest in (LONGEST_PART, SHORT_ID):  # break words only if the table does not fit otherwise
-        narrowest = [_narrowest(column, texts, longest) for column, texts in zip(columns, cells, strict=True)]
-        for _ in range(sum(widths) - _room(console, columns)):
-            spare = [width if width > least else 0 for width, least in zip(widths, narrowest, strict=True)]
-            if any(spare):
-                widths[spare.index(max(spare))] -= 1
-    table = Table(show_header=any(columns))
-    for column, width in zip(columns, widths, strict=True):
-        table.add_column(Text(_wrap(column, width)), width=width, overflow="fold")
-    for row, style in zip(zip(*cells, strict=True), styles, strict=True):
-        table.add_row(*(Text(_wrap(text, width), overflow="fold") for text, width in zip(row, widths, strict=True)), style=style)
-    return table
-
-
-def _room(console: Console, columns: Sequence[str]) -> int:
-    """Return the characters that a table leaves for the cells of a line: each column has two spaces and a border."""
-    return console.width - 3 * len(columns) - 1
-
-
-def _natural(column: str, texts: Sequence[str]) -> int:
-    return max(len(line) for text in (column, *texts) for line in text.split("\n"))
-
-
-def _narrowest(column: str, texts: Sequence[str], longest: int = LONGEST_PART) -> int:
-    """Return the width of the longest part that a column should not break; words count as at most `longest`."""
-    parts = [part.rstrip() for text in (column, *texts) for part in _parts(text)]
-    return max(len(part) if NUMBER.match(part) else min(len(part), longest) for part in parts)
-
-
-def _parts(text: str, between: str = f"{BETWEEN_WORDS}|{WITHIN_WORDS}") -> list[str]:
-    """Return the parts of a cell that should stay on one line: parts of words, or numbers with their units."""
-    return re.split(BETWEEN_NUMBERS if NUMBER.match(text) else between, text)
-
-
-def _wrap(text: str, width: int) -> str:
-    """Return a cell with line breaks between its parts, so that lines have at most `width` characters where possible."""
-    lines = [""]
-    words = _parts(text, BETWEEN_WORDS)
-    for part in (part for word in words for part in (_parts(word) if len(word.rstrip()) > width else [word])):
-        if lines[-1].strip() and len(lines[-1] + part.rstrip()) > width:
-            lines.append("")
-        lines[-1] += part
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def show_plan(rows: list[dict[str, str]], notes: list[str]) -> None:
-    """Show the jobs that a sweep would run, and notes on their number and time."""
-    console = Console()
-    if rows:
-        show_table(rows, console)
-    for note in notes:
-        console.print(plain(note))
-
-
-def show_report(address: str) -> None:
-    """Show the address of a report."""
-    Console().print(plain(f"Report: {address}"), soft_wrap=True)
 
 
 @contextmanager

@@ -28,21 +28,6 @@ class Metric:
     is_measured_time: bool = False
     margin: float | None = None
 
-    def format(self, value: float, *, signed: bool = False, is_difference: bool = False, bare: bool = False) -> str:
-        """Return a recorded value as displayed: 98.60 %, 3.46 s.
-
-        Args:
-            value: The value, or a difference of two.
-            signed: Whether positive values have a sign, too.
-            is_difference: Whether to use the unit of a difference.
-            bare: Whether to omit the unit.
-        """
-        if not math.isfinite(value):
-            return "-"
-        sign = "+z" if signed else "z"  # z formats a value that rounds to 0 as 0, not as -0
-        number = f"{value * self.scale:{sign}{self.form}}"
-        return number if bare else f"{number} {self.difference_unit if is_difference else self.unit}".rstrip()
-
     @property
     def axis_unit(self) -> str:
         """The unit in parentheses, for the label of an axis; empty without one."""
@@ -75,5 +60,18 @@ def metric_of(name: str) -> Metric:
 
 
 def format_metric(name: str, value: float, *, signed: bool = False, is_difference: bool = False, bare: bool = False) -> str:
-    """Return a value of the metric that is recorded as `name`, as displayed; see `Metric.format`."""
-    return metric_of(name).format(value, signed=signed, is_difference=is_difference, bare=bare)
+    """Return a recorded value as displayed: 98.60 %, 3.46 s.
+
+    Args:
+        name: The name under which it is recorded.
+        value: The value, or a difference of two.
+        signed: Whether positive values have a sign, too.
+        is_difference: Whether to use the unit of a difference.
+        bare: Whether to omit the unit.
+    """
+    if not math.isfinite(value):
+        return "-"
+    metric = metric_of(name)
+    sign = "+z" if signed else "z"  # z formats a value that rounds to 0 as 0, not as -0
+    number = f"{value * metric.scale:{sign}{metric.form}}"
+    return number if bare else f"{number} {metric.difference_unit if is_difference else metric.unit}".rstrip()

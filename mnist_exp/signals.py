@@ -11,7 +11,6 @@ from types import FrameType
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 _blocks = 0  # open blocks of `defer_signals`
 _pending: int | None = None  # the signal to raise at the end of the last block
-_original_hook = sys.unraisablehook
 
 
 class Interrupted(KeyboardInterrupt):
@@ -28,12 +27,10 @@ def install_signal_handlers() -> None:
 
     A SIGHUP that is already ignored, as under `nohup`, stays ignored.
     """
-    global _original_hook
     for signum in SIGNALS:
         if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, _interrupt)
-    if sys.unraisablehook is not _raise_again:
-        _original_hook, sys.unraisablehook = sys.unraisablehook, _raise_again
+    sys.unraisablehook = _raise_again
 
 
 @contextmanager
@@ -71,9 +68,11 @@ def _ignore(signum: int, frame: FrameType | None) -> None:
 
 
 def _raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Send the signal again if Interrupted was raised in a destructor or a callback, which swallow exceptions."""
+    """Send the signal again if its exception was lost."""
+    # Python discards an exception that leaves a destructor or a callback ("Exception ignored in ..."), even one that a signal
+    # handler raised there. The timer fires after the destructor: a signal raised here would be lost, too.
     if isinstance(unraisable.exc_value, Interrupted):
         install_signal_handlers()
         threading.Timer(0.01, os.kill, (os.getpid(), unraisable.exc_value.signum)).start()
     else:
-        _original_hook(unraisable)
+        sys.__unraisablehook__(unraisable)

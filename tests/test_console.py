@@ -4,29 +4,7 @@ import re
 import pytest
 from rich.console import Console
 
-from mnist_exp.cli import safe_output
-from mnist_exp.console import Display, SweepDisplay, show_comparison, show_table
-
-
-def test_a_bar_shows_no_figure_that_nobody_measured() -> None:
-    """A resumed run with nothing left to train has measured nothing."""
-    display = Display({"train": 58_800, "finetune": 1_200}, 60_000, quiet=False)
-    shown = io.StringIO()
-    Console(file=shown, width=100).print(display.progress)
-    assert shown.getvalue().count("100%") == 2
-    assert "loss" not in shown.getvalue()
-    assert "0.0000" not in shown.getvalue()
-
-
-def test_credentials_and_control_characters_of_a_store_do_not_reach_the_terminal(capsys) -> None:
-    """Rich wraps long cells, which would split a password in two before the output is masked."""
-    error = "http://user:longpassword@127.0.0.1:5000 refuses the records of the run, \x1b]0;title\x07"
-    with safe_output():
-        show_table([{"job": "0", "name": "se_cnn bs=64", "status": "FAILED", "test/accuracy": "0.98", "error": error}])
-    shown = capsys.readouterr().out
-    assert "long" not in shown
-    assert "\x1b]" not in shown
-
+from mnist_exp.console import Display, SweepDisplay, show_comparison, show_lines, show_pairs, show_table
 
 ID = "0123456789abcdef" * 2
 ARMS = ("plain_cnn_matched", "se_cnn_separable_small")
@@ -47,7 +25,7 @@ SWEPT = [
     )
 ]
 COMPARED = [
-    dict(zip(("metric", "arm", "n", "mean (sd)", "difference (95 %)", "p: t / flip", "effect", "differs"), line, strict=True))
+    dict(zip(("metric", "arm", "n", "mean (sd)", "difference (95 %)", "p", "effect", "verdict"), line, strict=True))
     for metric, mean, difference in (
         ("test/accuracy", "98.60 % (0.06)", "+0.21 points (+0.10 to +0.32)"),
         ("time/total_seconds", "1,123.45 s (12.34)", "-1,234.56 s (-1,334.56 to -1,134.56)"),
@@ -55,7 +33,7 @@ COMPARED = [
     )
     for line in (
         (metric, ARMS[0], "20", mean, "", "", "", ""),
-        ("", ARMS[1], "20", mean, difference, "1.2e-05 / 0.00049", "+12.34", "not detected"),
+        ("", ARMS[1], "20", mean, difference, "1.2e-05", "+12.34", "not detected"),
     )
 ]
 RESULTS = {
@@ -65,13 +43,13 @@ RESULTS = {
     "checkpoint": f"../a/folder/that/is/far/away/outputs/{ID}/checkpoint.pt",
 }
 LISTED = [{key: row[key] for key in ("run", "name", "status", "val/accuracy", "test/accuracy")} for row in SWEPT]
-UNMEASURED = {"run", "checkpoint", "effect", "p: t / flip", "time/total_seconds"}  # ids, and columns that are omitted
+UNMEASURED = {"run", "checkpoint", "effect", "p", "time/total_seconds"}  # ids, and columns that are omitted
 
 
 def shown_at(width: int, table: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     monkeypatch.setenv("COLUMNS", str(width))
     if table == "end of a run":
-        Display({}, 0, quiet=False).results(RESULTS, None, {})
+        Display({}, {}, 0, quiet=False).results(RESULTS, None, {})
     elif table == "sweep":
         SweepDisplay(3).results(SWEPT, None)
     elif table == "comparison":
@@ -87,7 +65,7 @@ def test_a_table_fits_80_columns_and_breaks_no_number(table: str, monkeypatch, c
     assert max(map(len, shown.splitlines())) <= 80, shown
     source = {"end of a run": [RESULTS], "sweep": SWEPT, "comparison": COMPARED, "list": LISTED}[table]
     for text in (row[key] for row in source for key in row.keys() - UNMEASURED):
-        for number in re.findall(r"(?<![\w.])[-+]?\d[\d,.]*\d(?: %)?", text):
+        for number in re.findall(r"(?<![\w.])[-+]?\d[\d,.]*\d(?: (?:%|s|points)(?!\w))?", text):
             assert re.search(rf"(?<![\w.]){re.escape(number)}(?![\w.])", shown), f"{number} is broken:\n{shown}"
     assert "\u2026" not in shown, "an ellipsis hides the rest"
 
@@ -96,3 +74,63 @@ def test_a_table_fits_80_columns_and_breaks_no_number(table: str, monkeypatch, c
 def test_a_wide_terminal_gets_the_rest(table: str, rest: str, monkeypatch, capsys) -> None:
     assert rest not in shown_at(80, table, monkeypatch, capsys)
     assert rest in shown_at(250, table, monkeypatch, capsys)
+
+
+def test_text_is_shown_as_it_is_but_for_control_characters(monkeypatch, capsys) -> None:
+    """A name is not markup, and an error of a server cannot change the title of the terminal."""
+    monkeypatch.setenv("COLUMNS", "120")
+    text = "[red]se_cnn[/red] :warning: [/] \x1b]0;title\x07"
+    display = Display({text: 60}, {text: 1}, 0, quiet=False)
+    show_table([{"name": text, "status": "FAILED", "error": text}])
+    show_pairs(text, {text: text})
+    show_lines([text])
+    display.warn(text)
+    display.results({text: text}, text, {text: text})
+    display.update(text, 60, EPOCH | {"epoch": 1.0})
+    Console(force_terminal=True).print(display.progress)
+    shown = capsys.readouterr().out
+    assert shown.count("[red]se_cnn[/red] :warning: [/]") == 15
+    assert "\x1b]" not in shown
+
+
+EPOCH = {"train/loss": 0.05581, "train/accuracy": 0.98061, "train/examples_per_second": 14_471.2}
+
+
+def test_without_a_terminal_each_epoch_has_a_line(capsys) -> None:
+    with Display({"train": 200, "finetune": 10}, {"train": 2, "finetune": 1}, 0, quiet=False) as display:
+        for examples, epoch in ((50, 0.5), (100, 1.0), (150, 1.5), (200, 2.0 - 1e-12)):
+            validation = {"val/accuracy": 0.9825} if examples % 100 == 0 else {}
+            display.update("train", examples, EPOCH | validation | {"epoch": epoch})
+        display.update("finetune", 210, EPOCH | {"epoch": 3.0})
+    measured = "loss 0.0558, accuracy 98.06 %"
+    assert capsys.readouterr().out.splitlines() == [
+        f"train: epoch 1 of 2, {measured}, val/accuracy 98.25 %, 14,471 examples/s",
+        f"train: epoch 2 of 2, {measured}, val/accuracy 98.25 %, 14,471 examples/s",
+        f"finetune: epoch 1 of 1, {measured}, 14,471 examples/s",
+    ]
+
+
+def test_a_job_of_a_sweep_shows_only_warnings(capsys) -> None:
+    with Display({"train": 100}, {"train": 1}, 0, quiet=True) as display:
+        display.update("train", 100, EPOCH | {"epoch": 1.0})
+        display.results(RESULTS, None, {})
+        assert not capsys.readouterr().out
+        display.warn("The data is a stand-in.")
+    assert "stand-in" in capsys.readouterr().out
+
+
+def test_without_a_terminal_a_sweep_has_a_line_when_jobs_have_ended(capsys) -> None:
+    for result in ((0, 0, "-"), (3, 1, "98.62 %")):
+        with SweepDisplay(10).polling(lambda result=result: result):
+            pass
+    assert capsys.readouterr().out == "3 of 10 jobs finished, 1 failed or stopped, best 98.62 %\n"
+
+
+def test_a_bar_shows_no_figure_that_nobody_measured() -> None:
+    """A resumed run with nothing left to train has measured nothing."""
+    display = Display({"train": 58_800, "finetune": 1_200}, {"train": 1, "finetune": 1}, 60_000, quiet=False)
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(display.progress)
+    assert shown.getvalue().count("100%") == 2
+    assert "loss" not in shown.getvalue()
+    assert "0.0000" not in shown.getvalue()
