@@ -16,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from mnist_exp.paths import HOME
 from mnist_exp.errors import UserError
 from mnist_exp.learning.datasets import load_mnist
+from mnist_exp.paths import HOME
 from mnist_exp.serving import Classifier, Predictions, load
-from mnist_exp.serving.preparation import prepare
 
 SCENES = ("even", "dark corners", "hard shadow", "soft shadow", "round shadow", "lamp", "table", "pencil", "light ink")
 FILTERS = (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.LANCZOS)
@@ -75,8 +74,8 @@ def measure_photos(classifier: Classifier, images: NDArray[np.uint8], labels: ND
     """Print the accuracy on photos of every scene."""
     for scene in SCENES:
         random = np.random.default_rng(seed)
-        found = [label_of(classifier, photo(image, scene, random)) for image in images]
-        print(f"{scene}: {(np.array(found) == labels).mean():.1%}")
+        predictions = [label_of(classifier, photo(image, scene, random)) for image in images]
+        print(f"{scene}: {(np.array(predictions) == labels).mean():.1%}")
     print(f"n = {len(images)} photos of each scene, seed {seed}")
 
 
@@ -100,33 +99,34 @@ def compare(classifier: Classifier, images: NDArray[np.uint8], seed: int) -> dic
     for image in images:
         picture = transformed(image, random)
         try:
-            prepared.append(prepare(picture, classifier.side))
+            prepared.append(classifier.prepare_picture(picture))
         except UserError:
             prepared.append(np.zeros_like(image))
-        scaled.append(naive(picture, classifier.side))
+        scaled.append(naive(picture, classifier.shape["side"]))
     forms = {"originals": images, "prepared": np.stack(prepared), "only scaled": np.stack(scaled)}
     return {name: classifier.classify(form) for name, form in forms.items()}
 
 
 def write_worst(
-    file: Path, images: NDArray[np.uint8], labels: NDArray[np.int64], found: dict[str, Predictions], seed: int
+    file: Path, images: NDArray[np.uint8], labels: NDArray[np.int64], predictions: dict[str, Predictions], seed: int
 ) -> None:
     """Write a sheet of the 20 images whose labels lose most probability by being drawn and prepared.
 
     It shows the original, the drawing, and the image that the network sees.
     """
     rows = np.arange(len(labels))
-    before, after = (found[name].probabilities[rows, labels] for name in ("originals", "prepared"))
+    before, after = (predictions[name].probabilities[rows, labels] for name in ("originals", "prepared"))
     random = np.random.default_rng(seed)
     pictures = [transformed(image, random) for image in images]
     sheet = Image.new("RGB", (4 * 270, 5 * 106), "white")
     for position, index in enumerate((after - before).argsort()[:20]):
         left, top = (position % 4) * 270, (position // 4) * 106
         pictures[index].thumbnail((80, 80))
-        for column, picture in enumerate((images[index], pictures[index], found["prepared"].images[index])):
+        for column, picture in enumerate((images[index], pictures[index], predictions["prepared"].images[index])):
             shown = picture if isinstance(picture, Image.Image) else Image.fromarray(picture).resize((80, 80))
             sheet.paste(shown, (left + 84 * column, top + 20))
-        text = f"{index}: {labels[index]} at {before[index]:.0%}, {found['prepared'].labels[index]} after, {after[index]:.0%}"
+        label = predictions["prepared"].labels[index]
+        text = f"{index}: {labels[index]} at {before[index]:.0%}, {label} after, {after[index]:.0%}"
         ImageDraw.Draw(sheet).text((left, top + 4), text, fill="black")
     sheet.save(file)
 
@@ -146,12 +146,12 @@ def main() -> None:
     if arguments.photos:
         chosen = np.random.default_rng(arguments.seed).permutation(len(test))[: arguments.photos]
         measure_photos(classifier, test.images[chosen, 0].numpy(), test.labels[chosen].numpy(), arguments.seed)
-    found = compare(classifier, images, arguments.seed)
-    for name, predictions in found.items():
-        print(f"{name}: {(predictions.labels == labels).mean():.2%}")
+    predictions = compare(classifier, images, arguments.seed)
+    for name, form in predictions.items():
+        print(f"{name}: {(form.labels == labels).mean():.2%}")
     print(f"n = {len(images)}, one transformation per image, seed {arguments.seed}, model {arguments.model}")
     if arguments.sheet:
-        write_worst(arguments.sheet, images, labels, found, arguments.seed)
+        write_worst(arguments.sheet, images, labels, predictions, arguments.seed)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A trained model that classifies pictures: from a run, a registered model or a folder."""
 
+import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,25 +11,31 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from torch import nn
 
+from mnist_exp.cli import default_store
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import store_uri
 from mnist_exp.serving import preparation
-from mnist_exp.serving.loading import read_model
+from mnist_exp.settings import build, stored_node
 from mnist_exp.tracking.mlflow_store import MLflowStore
+from mnist_exp.tracking.model_export import WEIGHTS, download_model, verify_model
 from mnist_exp.tracking.registry import ModelSource, find_model
 
 BATCH_SIZE = 250
+# Pillow decodes these itself. It recognizes a format by the content of a file, and passes some, such as EPS, to other programs.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+Picture = str | Path | Image.Image
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of n images.
+    """The classes that a model gives n images.
 
     Args:
         labels: The most probable class of each image: int64 (n,).
         probabilities: The probability of each class: float32 (n, classes).
-        images: The images as the network sees them: uint8 (n, side, side).
+        images: The images as the network sees them: uint8 (n, side, side), or with several channels (n, side, side, channels).
     """
 
     labels: NDArray[np.int64]
@@ -43,112 +50,144 @@ class Classifier:
     """A trained model. Call it with images.
 
     Args:
-        model: Maps uint8 images (n, 1, side, side) to logits (n, classes).
-        shape: Class count, side and channels of the images, as in the configuration.
+        model: Maps uint8 images (n, channels, side, side) to logits (n, classes).
+        shape: `classes`, `side` and `in_channels`, as in the configuration.
         source: Where the model comes from.
-
-    Attributes:
-        side: Height and width of the images.
     """
 
-    def __init__(self, model: torch.nn.Module, shape: dict[str, int], source: ModelSource) -> None:
-        self.model, self.source = model, source
-        self.shape, self.side = shape, shape["side"]
+    def __init__(self, model: nn.Module, shape: dict[str, int], source: ModelSource) -> None:
+        self.model, self.shape, self.source = model, shape, source
 
-    def __call__(self, images: Any, invert: bool | None = None) -> Predictions:
+    def __call__(self, images: Picture | Sequence[Picture] | NDArray[Any]) -> Predictions:
         """Classify images.
 
         Args:
-            images: A path, a Pillow image, an array, or a sequence of those. An array of gray images that have the model's size,
-                light digits on black, is taken as it is; everything else is prepared as MNIST's authors prepared theirs.
-            invert: Whether the digits are darker than their background; None detects it. Ignored for arrays of the model's size.
+            images: A path, a Pillow image, or a sequence of those: each is prepared as MNIST's authors prepared theirs. Or an
+                array (n, side, side) or (n, side, side, channels) of numbers from 0 to 255, or from 0 to 1, of light digits on
+                black: it is taken as it is.
 
         Raises:
-            UserError: An image cannot be read, is blank, or has no usual shape.
+            UserError: A picture cannot be read or is blank, or an array has another shape.
         """
-        return self.classify(self.prepare(images, invert))
+        return self.classify(self.prepare(images))
 
-    def prepare(self, images: Any, invert: bool | None = None) -> NDArray[np.uint8]:
-        """Return what the network sees of images: uint8 (n, side, side). Args and Raises as for a call."""
-        if not (isinstance(images, Sequence) and not isinstance(images, str)):
-            return self._prepare(images, invert)
-        if not images:
-            raise UserError("no images: expected at least one")
+    def prepare(self, images: Picture | Sequence[Picture] | NDArray[Any]) -> NDArray[np.uint8]:
+        """Return images as the network sees them: uint8 (n, side, side). Args and Raises as for a call."""
+        if isinstance(images, np.ndarray):
+            return preparation.as_images(images, self.shape["side"], self.shape["in_channels"])
+        if isinstance(images, Picture):
+            return self.prepare_picture(images)[None]
         prepared = []
         for number, image in enumerate(images):
             try:
-                prepared.append(self._prepare(image, invert))
+                prepared.append(self.prepare_picture(image))
             except UserError as error:
                 name = f" ({image})" if isinstance(image, str | Path) else ""
                 raise UserError(f"image {number}{name}: {error}") from error
-        return np.concatenate(prepared)
+        if not prepared:
+            raise UserError("no images: expected at least one")
+        return np.stack(prepared)
 
-    def _prepare(self, image: Any, invert: bool | None) -> NDArray[np.uint8]:
-        if isinstance(image, str | Path):
-            image = open_picture(Path(image))
-        if isinstance(image, Image.Image):
-            return preparation.prepare(image, self.side, invert)[None]
-        arrays = preparation.as_images(_as_array(image), self.side)
-        if arrays[0].shape == (self.side, self.side):
-            return np.stack([preparation.to_bytes(array) for array in arrays])
-        pictures = (Image.fromarray(preparation.to_bytes(array)) for array in arrays)
-        return np.stack([preparation.prepare(picture, self.side, invert) for picture in pictures])
+    def prepare_picture(self, picture: Picture, as_is: bool = False) -> NDArray[np.uint8]:
+        """Return a picture as the network sees it: uint8 (side, side).
+
+        Args:
+            picture: A path or a Pillow image.
+            as_is: Take the pixels as they are: of a gray picture of the model's size, a light digit on black.
+
+        Raises:
+            UserError: The picture cannot be read or is blank, or does not have that size; or the model expects colors.
+        """
+        side = self.shape["side"]
+        if self.shape["in_channels"] != 1:
+            raise UserError("the model expects images in color, but pictures are prepared in gray: expected an array")
+        if isinstance(picture, str | Path):
+            picture = open_picture(Path(picture))
+        if not isinstance(picture, Image.Image):
+            raise UserError(
+                f"{type(picture).__name__} is no picture: expected a path, a Pillow image, or one array of all images"
+            )
+        if not as_is:
+            return preparation.prepare(picture, side)
+        if picture.mode not in ("1", "L") or picture.size != (side, side):
+            width, height = picture.size
+            raise UserError(f"the picture has mode {picture.mode} and {width} x {height} pixels: expected gray, {side} x {side}")
+        return np.asarray(picture.convert("L"))
 
     @torch.no_grad()
     def classify(self, images: NDArray[np.uint8]) -> Predictions:
-        """Classify prepared images, uint8 (n, side, side)."""
-        batch = torch.from_numpy(images)[:, None]  # (n, 1, side, side)
+        """Classify prepared images: uint8 (n, side, side), or with several channels (n, side, side, channels)."""
+        pixels = torch.from_numpy(images)
+        batch = pixels[:, None] if images.ndim == 3 else pixels.movedim(3, 1)  # (n, channels, side, side)
         logits = torch.cat([self.model(part) for part in batch.split(BATCH_SIZE)])  # type: ignore[no-untyped-call]  # torch's
         probabilities = logits.float().softmax(1).numpy()  # (n, classes)
         return Predictions(probabilities.argmax(1), probabilities, images)
 
 
 def load(model: str | Path = "latest") -> Classifier:
-    """Return a trained model.
-
-    Args:
-        model: The id of a run or its first 6 or more digits, `latest`, `models:/NAME@ALIAS`, `models:/ID`, or a folder. Runs and
-            registered models are those of the store that the commands use (`MLFLOW_TRACKING_URI`).
-
-    Raises:
-        UserError: There is no such model; it is not a complete, unchanged export of this program; or it expects colors.
-    """
-    classifier = load_from(MLflowStore(store_uri(), "mnist_exp"), str(model))
-    if (channels := classifier.shape["in_channels"]) != 1:
-        raise UserError(f"model {model} expects images of {channels} channels: expected 1, as pictures are prepared in gray.")
-    return classifier
+    """Return a trained model of the store that the commands use. Args and Raises as for `load_from`."""
+    return load_from(default_store(), str(model))
 
 
 def load_from(store: MLflowStore, model: str) -> Classifier:
-    """Return a trained model of a store; the rest as for `load`."""
+    """Return a trained model.
+
+    Args:
+        store: The store.
+        model: The id of a run or the start of one, `latest`, `models:/NAME@ALIAS`, `models:/ID`, or a folder.
+
+    Raises:
+        UserError: There is no such model, or it is not a complete, unchanged export of this program.
+    """
     source = find_model(store, model)
-    network, config = read_model(source.address)
-    return Classifier(network, config["shape"], source)
+    return Classifier(*read_model(source.address), source)
+
+
+def read_model(uri: str) -> tuple[nn.Module, dict[str, int]]:
+    """Return an exported model in evaluation mode, and the shape of its data. Neither a graph, nor a pickle, nor code is read.
+
+    Args:
+        uri: A folder, or `models:/<model id>` in the store that MLFLOW_TRACKING_URI names.
+
+    Raises:
+        UserError: The folder is not a complete, unchanged export of this program.
+    """
+    folder = download_model(uri)
+    config = verify_model(folder)
+    try:
+        node = stored_node("model", config["model"], str(folder))
+        shape = {key: int(config["shape"][key]) for key in ("classes", "side", "in_channels")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder} does not contain the model's node and the shape of its data.") from error
+    with torch.device("meta"):
+        skeleton: nn.Module = build(node, "model", **shape)
+    try:
+        weights = torch.load(io.BytesIO((folder / WEIGHTS).read_bytes()), map_location="cpu", weights_only=True)
+        skeleton.load_state_dict(weights, assign=True)  # before memory is allocated: the model is no larger than its file
+        model: nn.Module = build(node, "model", **shape)
+        model.load_state_dict(weights)
+    except Exception as error:  # a forged file can fail anywhere within torch
+        raise UserError(f"{folder / WEIGHTS} does not contain the weights of this model: {type(error).__name__}.") from error
+    return model.eval(), shape
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Return the picture in a file; raises UserError if Pillow cannot read it, or if it is suspiciously large."""
+    """Return the picture in a file; raises UserError if it has none of FORMATS, or is suspiciously large or damaged."""
     try:
+        if path.exists() and not path.is_file():
+            raise UserError("no picture: expected a file, not a folder, a pipe or a device")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
+            with Image.open(path, formats=FORMATS) as picture:
                 picture.load()
                 return picture.copy()
+    except UserError:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"the picture is too large: more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:
-        raise UserError("no picture that Pillow can read") from error
+        raise UserError(f"no picture: expected {', '.join(FORMATS)}") from error
     except FileNotFoundError as error:
         raise UserError("no such file") from error
     except Exception as error:  # a damaged file can fail anywhere within Pillow
         raise UserError(f"the picture cannot be read: {error}") from error
-
-
-def _as_array(values: Any) -> NDArray[Any]:
-    """Return a tensor, or an object that NumPy understands, as an array; raises UserError."""
-    try:
-        if isinstance(values, torch.Tensor):
-            values = (values.float() if values.is_floating_point() else values).detach().cpu().numpy()
-        return np.asarray(values)
-    except Exception as error:  # tensors have many layouts, and objects of any class may come here
-        raise UserError(f"{type(values).__name__} is no image: expected a path, a Pillow image or an array") from error

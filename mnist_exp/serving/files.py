@@ -1,19 +1,17 @@
-"""Predictions for files: found, classified in batches, and written as tables and as a sheet of pictures."""
+"""Predictions for files: find them, classify them in batches, write a table and a sheet of pictures."""
 
 import csv
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 
 from mnist_exp.errors import UserError
-from mnist_exp.serving.classifier import BATCH_SIZE, Classifier, open_picture
+from mnist_exp.serving.classifier import BATCH_SIZE, FORMATS, Classifier, open_picture
 from mnist_exp.serving.preparation import flatten
 
 TILE = 84  # pixels of a picture on the sheet
@@ -23,7 +21,7 @@ MAX_ON_SHEET = 600
 
 @dataclass(frozen=True)
 class FilePrediction:
-    """What a model says of the picture in a file.
+    """The prediction for the picture in a file.
 
     Args:
         file: The path as typed.
@@ -39,49 +37,45 @@ class FilePrediction:
     probability: float | None = None
     runner_up: int | None = None
     error: str = ""
-    seen: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
+    seen: NDArray[np.uint8] | None = None
 
     @property
     def shown_name(self) -> str:
         """The path as text for the terminal: names of files may contain bytes that are no text."""
         return os.fsencode(self.file).decode("utf-8", "replace")
 
-    def as_row(self) -> dict[str, Any]:
-        """Return the prediction without the image."""
-        return {key: value for key, value in asdict(self).items() if key != "seen"}
-
 
 def find_files(paths: Sequence[Path]) -> list[Path]:
     """Return files, and the pictures in folders in the order of their names; raises UserError for a folder without any."""
-    suffixes = Image.registered_extensions().keys()
-    found: list[Path] = []
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+    files: list[Path] = []
     for path in paths:
         if path.is_dir():
             inside = sorted(item for item in path.rglob("*") if item.suffix.lower() in suffixes and item.is_file())
             if not inside:
-                raise UserError(f"{path} contains no pictures: expected files such as .png or .jpg.")
-            found += inside
+                raise UserError(f"{path} contains no pictures: expected files that end with {', '.join(sorted(suffixes))}.")
+            files += inside
         else:
-            found.append(path)
-    return found
+            files.append(path)
+    return files
 
 
 def predict_files(
-    classifier: Classifier, files: Iterable[Path], invert: bool | None, advance: Callable[[int], None]
+    classifier: Classifier, files: Iterable[Path], as_is: bool, advance: Callable[[int], None]
 ) -> list[FilePrediction]:
     """Classify the pictures in files, in their order; a file that cannot be used has an error and costs no other.
 
     Args:
         classifier: The model.
         files: The files.
-        invert: As for `prepare`.
+        as_is: As for `Classifier.prepare_picture`.
         advance: Called with the number of files that are done.
     """
     results: list[FilePrediction] = []
     batch: list[FilePrediction] = []
     for path in files:
         try:
-            batch.append(FilePrediction(str(path), seen=classifier.prepare(path, invert)[0]))
+            batch.append(FilePrediction(str(path), seen=classifier.prepare_picture(path, as_is)))
         except UserError as error:
             batch.append(FilePrediction(str(path), error=str(error)))
         if len(batch) == BATCH_SIZE:
@@ -95,9 +89,9 @@ def _classified(classifier: Classifier, batch: Sequence[FilePrediction]) -> list
     images = [item.seen for item in batch if item.seen is not None]
     if not images:
         return list(batch)
-    found = classifier.classify(np.stack(images))
-    ranked = found.probabilities.argsort(1)[:, ::-1]  # (n, classes)
-    values = iter(zip(ranked.tolist(), found.probabilities.max(1).tolist(), strict=True))
+    predictions = classifier.classify(np.stack(images))
+    ranked = predictions.probabilities.argsort(1)[:, ::-1]  # (n, classes)
+    values = iter(zip(ranked.tolist(), predictions.probabilities.max(1).tolist(), strict=True))
     results = []
     for item in batch:
         if item.seen is None:
@@ -109,18 +103,16 @@ def _classified(classifier: Classifier, batch: Sequence[FilePrediction]) -> list
 
 
 def write_table(path: Path, results: Sequence[FilePrediction]) -> None:
-    """Write predictions as .csv or .json; raises UserError if the file cannot be written."""
-    rows = [item.as_row() for item in results]
+    """Write predictions as CSV; raises UserError if the file cannot be written."""
     try:
         with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            if path.suffix.lower() == ".json":
-                json.dump(rows, file, indent=1, ensure_ascii=False)
-            else:
-                writer = csv.DictWriter(file, ["file", "label", "probability", "runner_up", "error"])
-                writer.writeheader()
-                writer.writerows(rows)
+            writer = csv.writer(file)
+            writer.writerow(["file", "label", "probability", "runner_up", "error"])
+            writer.writerows([item.file, item.label, item.probability, item.runner_up, item.error] for item in results)
     except OSError as error:
-        raise UserError(f"--out {path} cannot be written: {error.strerror}. Choose another path.") from error
+        raise UserError(
+            f"--out {path} cannot be written: {error.strerror}.", key="--out", remedy="Choose another path."
+        ) from error
 
 
 def write_sheet(path: Path, results: Sequence[FilePrediction]) -> None:
@@ -142,4 +134,6 @@ def write_sheet(path: Path, results: Sequence[FilePrediction]) -> None:
     try:
         sheet.save(path, format="png")
     except OSError as error:
-        raise UserError(f"--sheet {path} cannot be written: {error.strerror}. Choose another path.") from error
+        raise UserError(
+            f"--sheet {path} cannot be written: {error.strerror}.", key="--sheet", remedy="Choose another path."
+        ) from error

@@ -25,14 +25,16 @@ HEADERS = {
 }
 
 
-def create_app(classifier: Classifier, hosts: frozenset[str]) -> FastAPI:
+def create_app(classifier: Classifier, port: int) -> FastAPI:
     """Return the application: the page at `/`, and `/predict`, which takes a PNG and returns JSON.
 
     Args:
         classifier: The model.
-        hosts: The values of the header `Host`, such as `127.0.0.1:8000`, that are answered. Requests from pages of other
-            addresses are refused.
+        port: The port of this machine that it is served at. Requests that name another host, as through DNS rebinding, or come
+            from pages of another address are refused.
     """
+    names = ("127.0.0.1", "localhost")
+    hosts = {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())  # browsers leave out port 80
     app = FastAPI(title="mnist_exp", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.middleware("http")
@@ -61,14 +63,14 @@ def create_app(classifier: Classifier, hosts: frozenset[str]) -> FastAPI:
         except ClientDisconnect:  # nobody waits for the answer
             return JSONResponse({}, status_code=400)
         try:
-            found = classifier(_read(bytes(content)))
+            predictions = classifier(_read(bytes(content)))
         except UserError as error:
             return JSONResponse({"error": str(error)}, status_code=422)
         return JSONResponse(
             {
-                "label": int(found.labels[0]),
-                "probabilities": [float(value) for value in found.probabilities[0]],
-                "image": found.images[0].tolist(),
+                "label": int(predictions.labels[0]),
+                "probabilities": [float(value) for value in predictions.probabilities[0]],
+                "image": predictions.images[0].tolist(),
             }
         )
 

@@ -12,32 +12,32 @@ from mnist_exp.errors import UserError
 BOX = 20 / 28  # the side of the box that the digit fills, as a share of the side of the image
 LARGEST = 400  # pixels on the longer side of the picture that is analyzed
 MIN_CONTRAST = 0.06  # between digit and background, from 0 to 1: less is noise
-FAINT = 0.1  # ink below this share of the darkest is background
+FAINT = 0.1  # less than this share of the full contrast is background
 WINDOW = 0.25  # the thickest line of a photo, as a share of its shorter side
 BLOCKS = 8  # in each direction: in a smaller one, a line could cover half
 SHARP = 0.3  # the edges of a digit, as a share of the sharpest in the picture
 BLANK = "no digit found: the picture is blank, or its contrast is too low"
-SPECK = 0.05  # parts with less than this share of the largest part's ink are dirt
+MIN_COMPONENT = 0.05  # less than this share of the largest component's sum is dirt
 
 
-def prepare(picture: Image.Image, side: int, invert: bool | None = None) -> NDArray[np.uint8]:
+def prepare(picture: Image.Image, side: int) -> NDArray[np.uint8]:
     """Return a digit as a light figure on black: uint8 (side, side).
 
-    The digit is cropped, scaled to a box of 20/28 of the side with its aspect ratio kept, and centered by its center of mass.
+    The digit may be darker or lighter than its background. It is cropped, scaled to a box of 20/28 of the side with its aspect
+    ratio kept, and centered by its center of mass.
 
     Args:
         picture: Of any size and mode.
         side: Height and width of the result.
-        invert: Whether the digit is darker than its background; None detects it.
 
     Raises:
         UserError: The picture is blank.
 
     Source: LeCun, Bottou, Bengio and Haffner, Gradient-Based Learning Applied to Document Recognition, 1998, section III.A.
     """
-    ink = _without_dirt(_ink(_pixels(picture), invert))
-    rows, columns = (np.flatnonzero((ink > 0).any(axis)) for axis in (1, 0))
-    digit = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    foreground = _without_dirt(_foreground(_pixels(picture)))
+    rows, columns = (np.flatnonzero((foreground > 0).any(axis)) for axis in (1, 0))
+    digit = foreground[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     scale = round(side * BOX) / max(digit.shape)
     height, width = (max(1, round(length * scale)) for length in digit.shape)
     # Pillow's bilinear filter averages over all pixels that fall into one.
@@ -82,28 +82,25 @@ def _pixels(picture: Image.Image) -> NDArray[np.float32]:
     return pixels
 
 
-def _ink(pixels: NDArray[np.float32], invert: bool | None) -> NDArray[np.float32]:
+def _foreground(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return how much each pixel belongs to the digit: 0 to 1, float32 (h, w)."""
     difference = (pixels - _background(pixels)).astype(np.float32)
     if _is_uneven(difference):
-        return _ink_of_photo(pixels, invert)
-    ink = _ink_on_plane(difference, invert)
-    return _ink_of_photo(pixels, invert) if _strips(_parts(ink)) else ink
+        return _foreground_of_photo(pixels)
+    foreground = _foreground_on_plane(difference)
+    return _foreground_of_photo(pixels) if _edge_components(_components(foreground)) else foreground
 
 
-def _ink_on_plane(difference: NDArray[np.float32], invert: bool | None) -> NDArray[np.float32]:
+def _foreground_on_plane(difference: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return how much each pixel differs from a background of smooth color, toward the color of the digit."""
-    if invert is not None:
-        difference = difference.mean(2, keepdims=True) * (-1 if invert else 1)
-        difference = difference.clip(min=0)
     strength = np.abs(difference).max(2)
     contrast = float(np.quantile(strength, 0.995)) if strength.size > 1000 else float(strength.max())
     contrast = max(contrast, float(strength.max()) * 0.5)
     if contrast < MIN_CONTRAST:
         raise UserError(BLANK)
     direction = difference[strength > 0.5 * contrast].mean(0)  # (channels,): from the background to the digit
-    ink = (difference @ direction) / float(direction @ direction)
-    shown: NDArray[np.float32] = np.where(ink > FAINT, ink.clip(0, 1), 0).astype(np.float32)
+    foreground = (difference @ direction) / float(direction @ direction)
+    shown: NDArray[np.float32] = np.where(foreground > FAINT, foreground.clip(0, 1), 0).astype(np.float32)
     return shown
 
 
@@ -118,7 +115,7 @@ def _is_uneven(difference: NDArray[np.float32]) -> bool:
     return noise > 0.003 or shaded > 0.05
 
 
-def _ink_of_photo(pixels: NDArray[np.float32], invert: bool | None) -> NDArray[np.float32]:
+def _foreground_of_photo(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return how much each pixel differs from the background around it, which may have shadows of any shape.
 
     A morphological closing removes dark lines, an opening light ones, if they are thinner than the window. Shadows are larger.
@@ -126,21 +123,21 @@ def _ink_of_photo(pixels: NDArray[np.float32], invert: bool | None) -> NDArray[n
     gray = pixels.mean(2)
     if min(gray.shape) > 100:
         gray = ndimage.gaussian_filter(gray, 1)  # against noise
-    is_dark = _is_dark(gray) if invert is None else invert
+    is_dark = _is_dark(gray)
     window = max(3, round(WINDOW * min(gray.shape)))
     padded = np.pad(gray, window, mode="edge")  # a strip at the border is part of something larger
     remove_lines = ndimage.grey_closing if is_dark else ndimage.grey_opening
     background = remove_lines(padded, size=(window, window))[window:-window, window:-window]
     # Light multiplies what paper and ink reflect.
-    ink = 1 - gray / np.maximum(background, 0.05) if is_dark else gray - background
-    contrast = max(float(np.quantile(ink, 0.995)), 0.5 * float(ink.max()))  # a thin digit covers less than 0.5 %
+    foreground = 1 - gray / np.maximum(background, 0.05) if is_dark else gray - background
+    contrast = max(float(np.quantile(foreground, 0.995)), 0.5 * float(foreground.max()))  # a thin digit covers less than 0.5 %
     if contrast < MIN_CONTRAST:
         raise UserError(BLANK)
-    ink = ink / contrast
-    middle = np.median(ink)
-    noise = 4 * 1.4826 * float(np.median(np.abs(ink - middle)))  # robust standard deviation
+    foreground = foreground / contrast
+    middle = np.median(foreground)
+    noise = 4 * 1.4826 * float(np.median(np.abs(foreground - middle)))  # robust standard deviation
     floor = min(0.5, max(0.25, float(middle) + noise))
-    return _sharp(np.where(ink > floor, ink.clip(0, 1), 0).astype(np.float32), gray)
+    return _sharp(np.where(foreground > floor, foreground.clip(0, 1), 0).astype(np.float32), gray)
 
 
 def _is_dark(gray: NDArray[np.float32]) -> bool:
@@ -158,11 +155,11 @@ def _is_dark(gray: NDArray[np.float32]) -> bool:
     return votes > 0
 
 
-def _sharp(ink: NDArray[np.float32], gray: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the ink without parts that have no sharp edge, such as the core of a shadow."""
-    parts = _parts(ink)
-    edges = np.asarray(ndimage.maximum(ndimage.gaussian_gradient_magnitude(gray, 1), parts, range(1, parts.max() + 1)))
-    return _only(ink, parts, np.flatnonzero(edges >= SHARP * edges.max(initial=0)) + 1)
+def _sharp(foreground: NDArray[np.float32], gray: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the foreground without components that have no sharp edge, such as the core of a shadow."""
+    components = _components(foreground)
+    edges = np.asarray(ndimage.maximum(ndimage.gaussian_gradient_magnitude(gray, 1), components, range(1, components.max() + 1)))
+    return _keep_components(foreground, components, np.flatnonzero(edges >= SHARP * edges.max(initial=0)) + 1)
 
 
 def _border(values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -170,23 +167,25 @@ def _border(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
 
 
-def _parts(ink: NDArray[np.float32]) -> NDArray[np.int32]:
-    """Return the number of the connected part that each pixel belongs to, 0 without ink: (h, w)."""
-    parts, _ = ndimage.label(ink > 0, structure=np.ones((3, 3)))
-    return np.asarray(parts)
+def _components(foreground: NDArray[np.float32]) -> NDArray[np.int32]:
+    """Return the number of the connected component that each pixel belongs to, 0 for the background: (h, w)."""
+    components, _ = ndimage.label(foreground > 0, structure=np.ones((3, 3)))
+    return np.asarray(components)
 
 
-def _only(ink: NDArray[np.float32], parts: NDArray[np.int32], kept: NDArray[np.int64]) -> NDArray[np.float32]:
-    return np.where(np.isin(parts, kept), ink, 0).astype(np.float32)
+def _keep_components(
+    foreground: NDArray[np.float32], components: NDArray[np.int32], kept: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    return np.where(np.isin(components, kept), foreground, 0).astype(np.float32)
 
 
-def _strips(parts: NDArray[np.int32]) -> set[int]:
-    """Return the parts that cover more than half of a side of the border: the edge of a table, or of a shadow."""
-    found: set[int] = set()
-    for side in (parts[0], parts[-1], parts[:, 0], parts[:, -1]):
+def _edge_components(components: NDArray[np.int32]) -> set[int]:
+    """Return the components that cover more than half of a side of the border: the edge of a table, or of a shadow."""
+    at_edge: set[int] = set()
+    for side in (components[0], components[-1], components[:, 0], components[:, -1]):
         numbers, counts = np.unique(side[side > 0], return_counts=True)
-        found |= {int(number) for number, count in zip(numbers, counts, strict=True) if count > 0.5 * len(side)}
-    return found
+        at_edge |= {int(number) for number, count in zip(numbers, counts, strict=True) if count > 0.5 * len(side)}
+    return at_edge
 
 
 def _background(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -207,15 +206,15 @@ def _background(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
     return background
 
 
-def _without_dirt(ink: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the ink without strips at the border and small separate parts."""
-    parts = _parts(ink)
-    strips = _strips(parts)
-    numbers = np.array([number for number in range(1, parts.max() + 1) if number not in strips] or sorted(strips))
+def _without_dirt(foreground: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the foreground without dirt: components along the border, and small ones."""
+    components = _components(foreground)
+    at_edge = _edge_components(components)
+    numbers = np.array([number for number in range(1, components.max() + 1) if number not in at_edge] or sorted(at_edge))
     if not numbers.size:
         raise UserError(BLANK)
-    amounts = np.asarray(ndimage.sum(ink, parts, numbers))
-    return _only(ink, parts, numbers[amounts >= SPECK * amounts.max()])
+    amounts = np.asarray(ndimage.sum(foreground, components, numbers))
+    return _keep_components(foreground, components, numbers[amounts >= MIN_COMPONENT * amounts.max()])
 
 
 def _placed(small: NDArray[np.uint8], top: int, left: int, side: int) -> NDArray[np.uint8]:
@@ -227,40 +226,26 @@ def _placed(small: NDArray[np.uint8], top: int, left: int, side: int) -> NDArray
     return image
 
 
-def as_images(array: NDArray[Any], side: int) -> list[NDArray[Any]]:
-    """Return the images in an array: each gray (h, w), or in color (h, w, 3 or 4).
+def as_images(array: NDArray[Any], side: int, channels: int) -> NDArray[np.uint8]:
+    """Return images of the model's size as bytes: uint8 (n, side, side), or with several channels (n, side, side, channels).
 
     Args:
-        array: (h, w), (n, h, w), (n, 1, h, w), (n, h, w, 1), (n, side * side), or in color (h, w, c), (n, h, w, c), (n, c, h, w).
+        array: Numbers from 0 to 255, or from 0 to 1: (n, side, side) or (n, side, side, channels).
         side: Height and width of the model's images.
+        channels: Channels of the model's images.
 
     Raises:
-        UserError: The array has another shape, is empty, or holds no numbers.
+        UserError: The array has another shape, is empty, or contains other values.
     """
-    if array.dtype.kind not in "buif" or array.size == 0:
-        raise UserError(f"an array of type {array.dtype} and shape {array.shape} holds no images: expected numbers from 0 to 255")
-    shape = array.shape
-    if array.ndim == 2:
-        return list(array.reshape(-1, side, side)) if shape[1] == side * side else [array]
-    if array.ndim == 3 and shape[2] in (1, 3, 4):
-        return [array[..., 0] if shape[2] == 1 else array]
-    if array.ndim == 3 and (shape[0] not in (3, 4) or shape[1:] == (side, side)):
-        return list(array)
-    if array.ndim == 4 and shape[1] in (1, 3, 4) and shape[3] not in (1, 3, 4):
-        array = np.moveaxis(array, 1, 3)
-    if array.ndim == 4 and array.shape[3] in (1, 3, 4):
-        return list(array[..., 0] if array.shape[3] == 1 else array)
-    raise UserError(
-        f"an array of shape {shape} holds no images: expected (h, w), (n, h, w), (n, 1, h, w), or in color (h, w, 3), "
-        "(n, h, w, 3) or (n, 3, h, w)"
-    )
-
-
-def to_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
-    """Return numbers from 0 to 255, or from 0 to 1, as uint8; raises UserError."""
+    shapes = [(side, side), (side, side, 1)] if channels == 1 else [(side, side, channels)]
+    if array.dtype.kind not in "buif" or array.size == 0 or array.shape[1:] not in shapes:
+        expected = " or ".join(f"(n, {', '.join(map(str, shape))})" for shape in shapes)
+        remedy = "Make Pillow images of pictures of another size: Image.fromarray(array)."
+        raise UserError.invalid("images", f"{array.dtype} {array.shape}", f"numbers of shape {expected}", remedy)
     low, high = float(array.min()), float(array.max())
     if not (low >= 0 and high <= 255):  # also not a number
-        raise UserError(f"the values of an image are from {low:g} to {high:g}: expected 0 to 255, or 0 to 1")
-    scale = 255 if high <= 1 else 1
-    converted: NDArray[np.uint8] = (array * scale).round().astype(np.uint8)
-    return converted
+        raise UserError.invalid("images", f"{low:g} to {high:g}", "numbers from 0 to 255, or from 0 to 1")
+    if high <= 1:
+        array = array * 255.0
+    images: NDArray[np.uint8] = array.round().astype(np.uint8).reshape(-1, *shapes[0])
+    return images

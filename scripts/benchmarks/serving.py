@@ -27,12 +27,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
 from playwright.sync_api import sync_playwright
 
-from mnist_exp.paths import CONF
-from mnist_exp.config import build, resolve
 from mnist_exp.learning.datasets import MNIST_SHAPE
+from mnist_exp.settings import build, compose_recipe
 from mnist_exp.tracking.base import RunInfo
 from mnist_exp.tracking.mlflow_store import MLflowStore
 from mnist_exp.tracking.model_export import save_model
@@ -45,8 +43,7 @@ AIM = 100  # ms from a stroke to its answer
 def promote_model(folder: Path) -> None:
     """Register an untrained network as mnist@champion in a new store, which the commands then use."""
     os.environ["MLFLOW_TRACKING_URI"] = uri = f"sqlite:///{folder / 'mlflow.db'}"
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = resolve(compose("config")) | {"shape": MNIST_SHAPE}
+    config = compose_recipe().settings.model_dump(mode="json") | {"shape": MNIST_SHAPE}
     network = build(config["model"], "model", **MNIST_SHAPE).eval()
     save_model(folder / "model", network, np.zeros((2, 1, 28, 28), np.uint8), config)
     store = MLflowStore(uri, "mnist_exp")
