@@ -3,6 +3,8 @@
 Mistakes raise `mnist_exp.errors.UserError`, whose fields `key`, `value`, `expected` and `remedy` say what to change.
 """
 
+import pandas as pd
+
 from mnist_exp.cli import open_store
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.repeat import request
@@ -12,8 +14,6 @@ from mnist_exp.serving import Classifier
 from mnist_exp.serving.classifier import load_from
 from mnist_exp.settings import Recipe, compose_recipe
 from mnist_exp.sweep.summary import frame_of
-
-import pandas as pd
 
 __all__ = ["frame", "load", "train"]
 

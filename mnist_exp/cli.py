@@ -141,7 +141,9 @@ def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
     leave_credentials()
     arguments = options.parse_args()
     values = {key: getattr(arguments, option[2:].replace("-", "_"), None) for key, option in LOCATIONS.items() if option}
-    remember_locations([f"{key}={quoted(str(value))}" for key, value in values.items() if value is not None], arguments.config_dir)
+    remember_locations(
+        [f"{key}={quoted(str(value))}" for key, value in values.items() if value is not None], arguments.config_dir
+    )
     return arguments
 
 
@@ -230,7 +232,8 @@ def _explain_composing(error: Exception) -> str:
     ambiguous = re.match(r"Ambiguous value for argument '([^=']+)=(.*)'", text)
     if ambiguous:
         key, values = ambiguous.groups()
-        other = "choose one" if key.partition("@")[0] in GROUPS else f"write {key}=[{values}] for a list, \"{key}='{values}'\" for text"
+        other = f"write {key}=[{values}] for a list, \"{key}='{values}'\" for text"
+        other = "choose one" if key.partition("@")[0] in GROUPS else other
         return f"{key}={values} gives several values: add -m as the first argument to run one job for each, or {other}."
     if override := getattr(error, "override", None):  # OverrideParseException
         return (
@@ -243,7 +246,7 @@ def _explain_composing(error: Exception) -> str:
 def _missing_extra(text: str) -> str | None:
     for package, extra in EXTRAS.items():
         if package in text:
-            return f"This needs a package that is not installed: {text.splitlines()[0]}\nInstall it with: pip install -e '.[{extra}]'"
+            return f"A package is missing: {text.splitlines()[0]}\nInstall it with: pip install -e '.[{extra}]'"
     return None
 
 

@@ -41,7 +41,10 @@ def parser() -> argparse.ArgumentParser:
         "--metric", dest="metrics", nargs="+", metavar="NAME", help="metrics; the first decides (default: accuracy, loss, times)"
     )
     result.add_argument(
-        "--margin", type=margin, metavar="NUMBER", help="the smallest difference that matters, as displayed (accuracy: 0.05 points)"
+        "--margin",
+        type=margin,
+        metavar="NUMBER",
+        help="the smallest difference that matters, as displayed (accuracy: 0.05)",
     )
     result.add_argument("--results", nargs="+", type=Path, metavar="CSV", help="tables from --export, in place of sweeps")
     result.add_argument("--export", type=cli.file_of(".csv"), metavar="CSV", help="write the runs to a table")
@@ -81,9 +84,7 @@ def compare(arguments: argparse.Namespace) -> None:
     baseline = arguments.baseline if arguments.baseline is not None else plan.baseline if factor == plan.factor else None
     compared = arms.arrange(sources, factor, baseline)
     metrics = arms.choose_metrics(compared, arguments.metrics or ([plan.metric] if plan.metric else None))
-    rows = arms.compare_arms(
-        compared, metrics, arguments.margin or (plan.margin if plan.metric in (None, metrics[0]) else None)
-    )
+    rows = arms.compare_arms(compared, metrics, arguments.margin or (plan.margin if plan.metric in (None, metrics[0]) else None))
     levels = arms.compare_levels(compared, rows[0].metric)
     headline = wording.headline(compared, rows)
     show_comparison(wording.table(rows), headline, wording.notes(compared, rows, levels))
@@ -104,7 +105,9 @@ def compare(arguments: argparse.Namespace) -> None:
 def find_sweeps(store: "Store", ids: Sequence[str]) -> "list[tuple[RunRecord, Definition]]":
     """Return the parents and definitions of sweeps, each once, in the order of their start."""
     sweeps = [store.find_sweep(sweep, finished_too=True) for sweep in ids]
-    return sorted({parent.run_id: (parent, definition) for parent, definition in sweeps}.values(), key=lambda item: item[0].started)
+    return sorted(
+        {parent.run_id: (parent, definition) for parent, definition in sweeps}.values(), key=lambda item: item[0].started
+    )
 
 
 def commands(sweeps: "Sequence[tuple[RunRecord, Definition]]", arms: "Arms", arguments: argparse.Namespace) -> list[str]:

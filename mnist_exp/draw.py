@@ -3,7 +3,8 @@
 import argparse
 import socket
 
-from mnist_exp.cli import open_store, parser, reported_errors
+from mnist_exp import cli
+from mnist_exp.cli import open_store, reported_errors
 from mnist_exp.errors import UserError
 
 SECONDS_TO_END = 2  # for requests that are still answered after Ctrl-C
@@ -11,14 +12,19 @@ SECONDS_TO_END = 2  # for requests that are still answered after Ctrl-C
 
 def main() -> None:
     """Serve the drawing page on this machine until Ctrl-C."""
-    options = parser("draw", __doc__)
-    options.add_argument(
-        "--model", default="latest", help="a run (its id or the start of one), latest, models:/NAME@ALIAS, or a folder"
-    )
-    options.add_argument("--port", type=int, default=8000)
-    arguments = options.parse_args()
+    arguments = cli.parse(parser())
     with reported_errors():
         draw(arguments)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    result = cli.parser("draw", "Draw digits in the browser, and see the model's predictions.")
+    result.add_argument(
+        "--model", default="latest", help="a run (its id or the start of one), latest, models:/NAME@ALIAS, or a folder"
+    )
+    result.add_argument("--port", type=cli.port, default=8000)
+    return result
 
 
 def draw(arguments: argparse.Namespace) -> None:
@@ -29,7 +35,7 @@ def draw(arguments: argparse.Namespace) -> None:
     from mnist_exp.serving.page import create_app
 
     with listen(arguments.port) as server:
-        classifier = load_from(open_store(arguments), arguments.model)
+        classifier = load_from(open_store(), arguments.model)
         print(f"http://127.0.0.1:{arguments.port}", flush=True)
         print(f"Model: {classifier.source.title}", flush=True)
         app = create_app(classifier, arguments.port)

@@ -5,37 +5,38 @@ import os
 import sys
 from pathlib import Path
 
-from mnist_exp.cli import open_store, parser, reported_errors
+from mnist_exp import cli
 from mnist_exp.errors import UserError
 
 MAX_SHOWN = 50  # rows of the table in the terminal
 
 
 def main() -> None:
-    """Classify the pictures of the command line. Exit with status 1 if one has no prediction."""
-    options = parser("predict", __doc__)
-    options.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a picture of one digit, or a folder of pictures")
-    options.add_argument(
-        "--model", default="latest", help="a run (its id or the start of one), latest, models:/NAME@ALIAS, or a folder"
-    )
-    options.add_argument(
-        "--as-is", action="store_true", help="take gray pictures of the model's size, a light digit on black, without preparation"
-    )
-    options.add_argument("--out", type=Path, metavar="CSV", help="write the predictions to this file")
-    options.add_argument("--sheet", type=Path, metavar="PNG", help="show each picture as given and as the network sees it")
-    arguments = options.parse_args()
-    with reported_errors():
+    """Run the command line; the status is 1 if a file has no prediction."""
+    arguments = cli.parse(parser())
+    with cli.reported_errors():
         if predict(arguments):
             sys.exit(1)
 
 
-def check_output(option: str, path: Path | None, suffix: str) -> None:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    result = cli.parser("predict", "Classify pictures of digits.")
+    result.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a picture of one digit, or a folder of pictures")
+    result.add_argument(
+        "--model", default="latest", help="a run (its id or the start of one), latest, models:/NAME@ALIAS, or a folder"
+    )
+    result.add_argument("--as-is", action="store_true", help="the files are images as the network expects them: change nothing")
+    result.add_argument("--out", type=cli.file_of(".csv"), metavar="CSV", help="write the predictions to a table")
+    result.add_argument(
+        "--sheet", type=cli.file_of(".png"), metavar="PNG", help="show each picture as given and as the network sees it"
+    )
+    return result
+
+
+def check_output(option: str, path: Path | None) -> None:
     """Raise UserError unless a file can be written, before thousands of pictures are read in vain."""
-    if path is None:
-        return
-    if path.suffix.lower() != suffix:
-        raise UserError.invalid(option, path, f"a name that ends with {suffix}")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    if path and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
         raise UserError.invalid(option, path, "a file in a folder that exists and can be written")
 
 
@@ -45,10 +46,10 @@ def predict(arguments: argparse.Namespace) -> int:
     from mnist_exp.serving.classifier import load_from
     from mnist_exp.serving.files import find_files, predict_files, write_sheet, write_table
 
-    check_output("--out", arguments.out, ".csv")
-    check_output("--sheet", arguments.sheet, ".png")
+    check_output("--out", arguments.out)
+    check_output("--sheet", arguments.sheet)
     files = find_files(arguments.files)
-    classifier = load_from(open_store(arguments), arguments.model)
+    classifier = load_from(cli.open_store(), arguments.model)
     with progress("predict", len(files)) as advance:
         results = predict_files(classifier, files, arguments.as_is, advance)
     read, failed = [[item for item in results if bool(item.error) == is_error] for is_error in (False, True)]

@@ -1,4 +1,7 @@
-"""Command: list, show, compare, promote and delete runs: python -m mnist_exp.runs list | show | diff | best | prune | promote | reap."""
+"""Command: list, show, compare, promote and delete runs.
+
+python -m mnist_exp.runs list | show | diff | best | prune | promote | reap
+"""
 
 import argparse
 import re
@@ -53,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
     best.set_defaults(run=best_arm)
     prune = add("prune", "show which old runs can be deleted; --yes deletes them and their files")
     prune.add_argument("--older-than", type=days, required=True, metavar="AGE", help="such as 30d, 12h or 4w, since their end")
-    prune.add_argument("--keep-best", type=cli.count, default=5, metavar="N", help="keep the N best of each data set (default: 5)")
+    prune.add_argument(
+        "--keep-best", type=cli.count, default=5, metavar="N", help="keep the N best of each data set (default: 5)"
+    )
     prune.add_argument("--by", default=OBJECTIVE, metavar="METRIC", help=f"the metric of --keep-best (default: {OBJECTIVE})")
     prune.add_argument("--yes", action="store_true", help="delete; this cannot be undone")
     prune.set_defaults(run=prune_runs)

@@ -32,9 +32,11 @@ OmegaConf.register_new_resolver("root", lambda path: str(HOME / path), replace=T
 OmegaConf.register_new_resolver("scaled", lambda value, at, to: value * to / at, replace=True)
 
 TRIAL_STEPS = 1000  # of the schedules that are built to check their arguments
+OPTION_GROUPS = GROUPS | {"tracking"} - {"phase", "experiment", "arm"}  # the others are not nodes at a key of their own
 ID = "[0-9a-f]{6,32}"  # an id of a run, or its first digits
 # Keys that do not affect a run's outcome.
 NEUTRAL = ("output_dir", "tracking", "parameter_limit", "save_every", "resume", "rerun", "sweep", "plan", "shape")
+UNION_BRANCHES = ("str", "int", "float")  # in the places of pydantic's errors
 CHECKED = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 EXPECTED = {  # the values that pydantic expects, by the type of its error
     "missing": "a value",
@@ -46,6 +48,7 @@ EXPECTED = {  # the values that pydantic expects, by the type of its error
     "list_type": "a list",
     "tuple_type": "a list",
     "dict_type": "keys and values",
+    "path_type": "a path",
     "greater_than": "a number > {gt}",
     "greater_than_equal": "a number >= {ge}",
     "less_than": "a number < {lt}",
@@ -120,7 +123,7 @@ class Settings(BaseModel):
     teacher: Node | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    output_dir: Annotated[Path, Field(min_length=1)] = HOME / "outputs"
+    output_dir: Path = HOME / "outputs"
     parameter_limit: Count | None = 25_000
     save_every: Count | None = None
     resume: RunOrLatest | None = None
@@ -192,7 +195,7 @@ def compose_recipe(*overrides: str) -> Recipe:
     return Recipe(from_composed(composed), choices_of(composed.hydra), list(overrides))
 
 
-def choices_of(hydra: DictConfig) -> dict[str, str]:
+def choices_of(hydra: Any) -> dict[str, str]:
     """Return the option of each group of a composed configuration, given its node `hydra`."""
     return {group: option for group, option in hydra.runtime.choices.items() if option and not group.startswith("hydra/")}
 
@@ -292,8 +295,10 @@ def _targets(folders: tuple[Path, ...]) -> dict[str, set[str]]:
     for file in (file for folder in folders for file in folder.rglob("*.yaml")):
         group = file.parent.name
         with file.open() as text:
-            content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}  # noqa: S506  # a safe one, in C
-        prefix = "phases.any." if group == "phase" else f"{group}." if group in GROUPS | {"tracking"} - {"experiment", "arm"} else ""
+            content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}  # a safe one, in C
+        prefix = (
+            "phases.any." if group == "phase" else f"{group}." if group in GROUPS | {"tracking"} - {"experiment", "arm"} else ""
+        )
         for key, value in walk(content):
             if key.endswith("_target_"):
                 found.setdefault(_group(prefix + key), set()).add(value)
@@ -393,11 +398,15 @@ def explain(error: ValidationError, prefix: str = "", known: list[str] | None = 
     """
     first = error.errors(include_url=False)[0]
     parts = [str(part) for part in first["loc"]]
-    names = [part for part in parts if re.fullmatch(r"\w+", part) and part not in ("str", "int", "float")]  # not branches of unions
+    names = [
+        part for part in parts if re.fullmatch(r"\w+", part) and part not in ("str", "int", "float")
+    ]  # not branches of unions
     key = ".".join([*([prefix] if prefix else []), *names])
     if first["type"] == "extra_forbidden":
-        model = {"sweep": SweepSettings, "plan": PlanSettings}.get(parts[0]) if len(parts) > 1 else None
-        return _unknown(key, list(model.model_fields) if model else known or [])
+        inner = (
+            {"sweep": SweepSettings.model_fields, "plan": PlanSettings.model_fields}.get(parts[0], {}) if len(parts) > 1 else {}
+        )
+        return _unknown(key, list(inner) or known or [])
     if first["type"] == "missing":
         return UserError(f"{key} is missing.", key=key, expected="a value", remedy=f"Set it, or do not delete it (~{key}).")
     expected = EXPECTED.get(first["type"], first["msg"].removeprefix("Input should be ")).format(**first.get("ctx", {}))

@@ -44,7 +44,9 @@ def show(arguments: argparse.Namespace) -> None:
     from mnist_exp.tracking import views
 
     if arguments.run_id and arguments.view not in (None, views.CURVES):
-        raise UserError.invalid("--view", arguments.view, f"curves with a run or a sweep, because {arguments.view} shows all runs")
+        raise UserError.invalid(
+            "--view", arguments.view, f"curves with a run or a sweep, because {arguments.view} shows all runs"
+        )
     store = cli.open_store()
     pages = list_pages(store, arguments.run_id, arguments.view)
     address = f"http://{views.HOST}:{arguments.port}"
@@ -92,7 +94,10 @@ def serve(store: "MLflowStore", port: int, pages: dict[str, str]) -> None:
         while server.poll() is None and time.monotonic() < deadline:
             if serves(store, port):
                 show_links(f"http://{views.HOST}:{port}", pages)
-                print(f"If your browser does not find {views.HOST}, write {LOOPBACK} instead. Stop the server with Ctrl-C.", flush=True)
+                print(
+                    f"If your browser does not find {views.HOST}, write {LOOPBACK} instead. Stop the server with Ctrl-C.",
+                    flush=True,
+                )
                 break
             time.sleep(0.2)
         sys.exit(server.wait())

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-
-from mnist_exp.paths import CONF, HOME
 from mnist_exp.config import build, resolve
+
 from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.datasets import MNIST_FILES, MNIST_SHAPE, load_digits
+from mnist_exp.paths import CONF, HOME
 from mnist_exp.run import main
 from mnist_exp.signals import SIGNALS
 from mnist_exp.storage import checkpoint, run_dir

@@ -4,8 +4,8 @@ import pytest
 from conftest import CommandLine
 from hydra import compose, initialize_config_dir
 
-from mnist_exp.paths import CONF
 from mnist_exp.overrides import default_store, store_uri
+from mnist_exp.paths import CONF
 
 
 @pytest.fixture

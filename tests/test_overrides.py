@@ -2,9 +2,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from mnist_exp.paths import CONF, HOME
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import IDS, check_stored, command, location_overrides, parse, quoted, typed_ids
+from mnist_exp.paths import CONF, HOME
 
 STORABLE = [
     "model=se_cnn", "model=plain_cnn,se_cnn", "model=glob(*)", "seed=range(0,3)", "seed=1", "~phases.train", "optimizer=null",

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from mnist_exp.comparison.arms import Arms, Block, Row
 from mnist_exp.comparison.outcomes import Curve, Outcomes, curve, mean_mistakes
 from mnist_exp.metrics import metric_of
-from mnist_exp.tracking.base import RunRecord
-from mnist_exp.tracking.base import COLORS
+from mnist_exp.tracking.base import COLORS, RunRecord
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")

@@ -99,7 +99,9 @@ def _read(path: Path) -> list[dict[str, str]]:
             rows = list(reader)
             columns = reader.fieldnames or ()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--results {path} is invalid: it cannot be read: {error}. Expected a file from --export X.csv.") from error
+        raise UserError(
+            f"--results {path} is invalid: it cannot be read: {error}. Expected a file from --export X.csv."
+        ) from error
     problem = _problem(columns, rows)
     if problem:
         raise UserError(f"--results {path} is invalid: it {problem}. Expected a file from --export PATH.csv.")

@@ -11,9 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from torch import Tensor
 
-from mnist_exp.learning.data import Dataset
+from mnist_exp.learning.data import Dataset, generator
 from mnist_exp.learning.evaluation import Evaluation, accuracy
-from mnist_exp.learning.seeds import generator
 from mnist_exp.learning.training import Phase
 from mnist_exp.metrics import format_metric
 

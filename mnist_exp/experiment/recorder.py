@@ -48,9 +48,7 @@ class Recorder:
         """Seconds of the whole run."""
         return time.perf_counter() - self._started
 
-    def log_setup(
-        self, params: Mapping[str, object], datasets: Iterable[DatasetInfo], resumed: Mapping[str, str] | None
-    ) -> None:
+    def log_setup(self, params: Mapping[str, object], datasets: Iterable[DatasetInfo], resumed: Mapping[str, str] | None) -> None:
         """Record the configuration, the code and the data; resumed: the tags of a resumed run."""
         recipe = self._initial.recipe
         self.tracker.log_params(params)

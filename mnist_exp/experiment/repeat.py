@@ -68,7 +68,9 @@ def rerun(settings: Settings, overrides: list[str], job: JobContext | None = Non
     original = store.read(store.resolve_id(settings.rerun, finished=True))
     before, run_id = original.record.tags, original.record.run_id
     if original.record.status != "FINISHED":
-        raise UserError(f"rerun={run_id}: the run is {original.record.status}, expected a FINISHED run.", key="rerun", value=run_id)
+        raise UserError(
+            f"rerun={run_id}: the run is {original.record.status}, expected a FINISHED run.", key="rerun", value=run_id
+        )
     now = provenance.software() | provenance.git_tags()
     changed = provenance.differences(before, now)
     if changed:

@@ -153,7 +153,8 @@ def prepare(request: RunRequest) -> Prepared:
     # What the user sees.
     software = provenance.software() | {"threads": str(torch.get_num_threads())}
     totals = {phase.name: data.splits[phase.config.split].epoch_size * phase.config.epochs for phase in phases}
-    display = Display(totals, request.examples_seen, quiet=request.quiet or request.job is not None)
+    epochs = {phase.name: phase.config.epochs for phase in phases}
+    display = Display(totals, epochs, request.examples_seen, quiet=request.quiet or request.job is not None)
     return Prepared(model, phases, data, precision, device, parameter_count, store, software, display, started)
 
 
@@ -269,9 +270,7 @@ def evaluate_model(request: RunRequest, prepared: Prepared, recorder: Recorder) 
         recorder.tracker.log_dataset(dataset_info(data, "test", "test"))
     evaluation = evaluate(prepared.model, data.splits[split])
     seed, with_recipe = request.settings.seed, request.job is None
-    recorder.log_figures(
-        run_figures(evaluation, split, data, prepared.phases, recorder.history, seed, with_recipe=with_recipe)
-    )
+    recorder.log_figures(run_figures(evaluation, split, data, prepared.phases, recorder.history, seed, with_recipe=with_recipe))
     recorder.log_history(split, evaluation.mistakes)
     name = f"{request.recipe.choices.get('model', 'model')}-{data.name}"
     recorder.log_model(prepared.model.eval(), data.splits[split].images[:2].cpu().numpy(), name)

@@ -36,7 +36,9 @@ def parameters(recipe: Recipe) -> dict[str, object]:
         **({**shared, "batch_size": settings.batch_size} if "train" in settings.phases else {}),  # they belong to phase train
         "seed": settings.seed,
         # An edited file in conf/ must show: the split of the data, and the classes that each phase uses.
-        **{f"data.{key}": value for key, value in settings.data.items() if not re.match("_|root|default_root|fallback|seed", key)},
+        **{
+            f"data.{key}": value for key, value in settings.data.items() if not re.match("_|root|default_root|fallback|seed", key)
+        },
         **{key.removesuffix("._target_"): value.rpartition(".")[2] for key, value in walk(parts) if CLASS_KEY.fullmatch(key)},
         **{key: value for key, value in walk(parts) if not isinstance(value, dict) and not re.search(r"\._|\.\d", key)},
     }

@@ -110,6 +110,16 @@ class Dataset:
         """The arguments that every model takes from the data."""
         return {"classes": self.classes, "side": self.side, "in_channels": self.channels}
 
+    @property
+    def eval_split(self) -> str:
+        """The split that a trained model is scored on: `test`, or that of validation where the test set must not be read."""
+        return "test" if "test" in self.splits else self.validation
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digest of each split."""
+        return {name: split.digest for name, split in self.splits.items()}
+
     def to(self, device: torch.device) -> "Dataset":
         """Return the data set with its splits on `device`."""
         return replace(self, splits={name: split.to(device) for name, split in self.splits.items()})

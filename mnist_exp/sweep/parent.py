@@ -150,7 +150,8 @@ def open_parent(
     process_tags = provenance.process_tags(output_dir)
     tags = provenance.git_tags() | definition.software | process_tags
     tags |= {OVERRIDES: " ".join(definition.overrides), SWEEP_JOBS: str(definition.total)}
-    info = RunInfo(f"sweep {' by '.join(swept_keys) or 'of one'}", command("run", "-m", *selecting_overrides, *definition.overrides), tags)
+    name = f"sweep {' by '.join(swept_keys) or 'of one'}"
+    info = RunInfo(name, command("run", "-m", *selecting_overrides, *definition.overrides), tags)
     with ExitStack() as lock, ExitStack() as running:  # the lock outlasts the final status
         if sweep_id:
             lock.enter_context(run_dir.lock_run(output_dir / sweep_id))

@@ -194,7 +194,7 @@ def make_pruning_callback(folder: Path, number: int) -> Callable[[int, Mapping[s
     study = open_study(folder, seed=0)
     (frozen,) = [trial for trial in study.get_trials() if trial.number == number]
     # Optuna has no public way to continue a trial in another process. tests/sweep/test_search.py fails if this changes.
-    trial = optuna.trial.Trial(study, frozen._trial_id)
+    trial = optuna.trial.Trial(study, frozen._trial_id)  # noqa: SLF001  # see above
 
     def should_prune(examples_seen: int, metrics: Mapping[str, float]) -> bool:
         if OBJECTIVE not in metrics or frozen.state.is_finished():  # finished: the job failed and is repeated

@@ -84,17 +84,11 @@ class WorkerPool:
                 while waiting and len(workers) < count:
                     self.warm_up()  # the server may have died
                     workers.append(Worker(payload))
-                for worker in workers:
-                    if worker.job is None and waiting:
+                for worker in (worker for worker in workers if worker.job is None):
+                    if waiting:
                         worker.send(*waiting.popleft())
-                for worker in ready(workers):
-                    number = worker.job
-                    result = worker.receive()
-                    if result is None:
-                        workers.remove(worker)
-                        result = worker.crash_result()
-                    if number is not None:
-                        results[number] = result
+                for number, result in collect(workers):
+                    results[number] = result
         except Interrupted as interrupted:  # the jobs record the same signal
             for worker in workers:
                 worker.stop(interrupted.signum)
@@ -124,10 +118,17 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
         os.environ.update(original)
 
 
-def ready(workers: list["Worker"]) -> list["Worker"]:
-    """Wait until a worker sends a result or dies; return those workers."""
+def collect(workers: list["Worker"]) -> Iterator[tuple[int, JobReturn]]:
+    """Wait until a worker sends a result or dies; yield the results by job, and remove the dead from `workers`."""
     objects = wait([item for worker in workers for item in (worker.connection, worker.process.sentinel)])
-    return [worker for worker in workers if worker.connection in objects or worker.process.sentinel in objects]
+    for worker in list(workers):
+        if worker.connection in objects or worker.process.sentinel in objects:
+            number, result = worker.job, worker.receive()
+            if result is None:
+                workers.remove(worker)
+                result = worker.crash_result()
+            if number is not None:
+                yield number, result
 
 
 class Worker:

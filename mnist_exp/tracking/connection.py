@@ -19,7 +19,7 @@ from mnist_exp.errors import UserError
 from mnist_exp.paths import absolute_store
 from mnist_exp.signals import defer_signals
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.base import StoreUnavailableError, StoreLostError
+from mnist_exp.tracking.base import StoreLostError, StoreUnavailableError
 from mnist_exp.tracking.views import MARKS, VIEW_PREFIX, VIEWS, View, current_key, describe_experiment, view_tags
 
 Result = TypeVar("Result")
@@ -77,12 +77,11 @@ def _open_experiment(uri: str, experiment: str, artifact_location: str | None) -
             f"`{_restore_experiment(uri, found.experiment_id)}`, or choose another name."
         )
     if found is None:
-        try:
+        with suppress(MlflowException):  # a server has no lock file: another process may have been first
             client.create_experiment(experiment, artifact_location, tags=MARKS)
-        except MlflowException:  # a server has no lock file: another process may have been first
-            if client.get_experiment_by_name(experiment) is None:
-                raise
         found = client.get_experiment_by_name(experiment)
+    if found is None:
+        raise StoreUnavailableError(f"{uri} does not create the experiment {experiment}. May you write to it?")
     experiment_id = str(found.experiment_id)
     with suppress(MlflowException):  # from a server that does not allow it: everything else works without them
         save_views(client, found, {})

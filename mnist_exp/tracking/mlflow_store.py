@@ -168,7 +168,9 @@ class MLflowStore:
         if RUN_ID.fullmatch(text):
             return text
         if text == "latest":
-            found = [run for run in self.runs("attributes.status = 'FINISHED'" if finished else "") if tag.SWEEP_JOBS not in run.tags]
+            found = [
+                run for run in self.runs("attributes.status = 'FINISHED'" if finished else "") if tag.SWEEP_JOBS not in run.tags
+            ]
         else:
             prefix = text.lower() if re.fullmatch(ID, text.lower()) else None
             found = self.runs(f"attributes.run_id LIKE '{prefix}%'", everywhere=True) if prefix else []
@@ -262,6 +264,7 @@ def _publish(client: MlflowClient, run_id: str, answer: Answer) -> str:
 def _project_run(client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str]) -> Run | None:
     """Return the run that `mlflow run` has created for this process, if it belongs to this experiment."""
     from mlflow.entities import RunTag
+
     run_id = os.environ.pop("MLFLOW_RUN_ID", None)
     if run_id is None:
         return None

@@ -71,7 +71,9 @@ def find_model(store: MLflowStore, text: str) -> ModelSource:
 def _of_run(store: MLflowStore, text: str) -> ModelSource:
     """Return the model of a run, or of the newest run that has one: a single run, or without any a job of a sweep."""
     if text == "latest":
-        records = sorted(store.runs("attributes.status = 'FINISHED'"), key=lambda record: record.job is not None)  # keeps the order by time
+        records = sorted(
+            store.runs("attributes.status = 'FINISHED'"), key=lambda record: record.job is not None
+        )  # keeps the order by time
     else:
         records = [record_of(store.get_run(store.resolve_id(text)))]
     for record in records:

@@ -107,10 +107,10 @@ def run_differences(store: MLflowStore, first_id: str, second_id: str) -> dict[s
 
 
 def _comparable(store: MLflowStore, run: StoredRun) -> dict[str, dict[str, str]]:
-    record = run.record
-    tags = record.tags
+    record, tags = run.record, run.record.tags
+    config = walk(run.recipe.settings.model_dump(mode="json"))
     return {
-        "configuration": {key: str(value) for key, value in walk(run.recipe.settings.model_dump(mode="json")) if not isinstance(value, dict | list)},
+        "configuration": {key: str(value) for key, value in config if not isinstance(value, dict | list)},
         "code": {name: tags[key] for key, name in CODE.items() if key in tags} | _changed_files(_text(store, run, PATCH)),
         "packages": dict(line.split("==", 1) for line in _text(store, run, PACKAGES).splitlines() if "==" in line),
         "machine": {key: tags[key] for key in MACHINE if key in tags},

@@ -27,13 +27,13 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 from mlflow import MlflowClient
+from mnist_exp.config import build, resolve
 from rich.console import Console
 from rich.table import Table
 
-from mnist_exp.paths import CONF
-from mnist_exp.config import build, resolve
 from mnist_exp.learning.datasets import MNIST_FILES, MNIST_SHAPE
 from mnist_exp.learning.training import choose_precision, fit, keep_freed_memory, prepare_phases
+from mnist_exp.paths import CONF
 
 OURS = "mnist_exp"
 TRANSFORMS = {"DataLoader, v2 on tensors": "v2", "DataLoader, PIL": "pil"}

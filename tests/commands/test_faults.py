@@ -21,8 +21,8 @@ import pytest
 from conftest import CommandLine, free_port, wait_for_server
 from mlflow import MlflowClient
 
-from mnist_exp.paths import CHECKOUT
 from mnist_exp.overrides import quoted
+from mnist_exp.paths import CHECKOUT
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.tracking.connection import connect
 from mnist_exp.tracking.views import VIEW_PREFIX, VIEWS

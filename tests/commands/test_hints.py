@@ -8,9 +8,9 @@ from conftest import CommandLine
 from hydra import compose, initialize_config_dir
 from mlflow import MlflowClient
 
-from mnist_exp.paths import CONF
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import keep_ids
+from mnist_exp.paths import CONF
 from mnist_exp.storage import run_dir
 
 HINTS = {

@@ -13,13 +13,13 @@ import yaml
 from conftest import CommandLine
 from mlflow import MlflowClient
 from mlflow.entities import Run
-
-from mnist_exp.paths import CHECKOUT
 from mnist_exp.config import build
-from mnist_exp.learning.datasets import load_digits
-from mnist_exp.learning.evaluation import evaluate
 from mnist_exp.redaction import redact
 from mnist_exp.serving.loading import load_model
+
+from mnist_exp.learning.datasets import load_digits
+from mnist_exp.learning.evaluation import evaluate
+from mnist_exp.paths import CHECKOUT
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.tracking.provenance import uncommitted
 from mnist_exp.tracking.tags import BRANCH, DIRTY

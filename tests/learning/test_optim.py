@@ -1,7 +1,8 @@
 import pytest
 import torch
-from mnist_exp.settings import build
 from torch import nn
+
+from mnist_exp.settings import build
 
 STEPS = 115
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import finished
-from mnist_exp.settings import build
 from torch import Tensor, nn
 
 from mnist_exp.errors import UserError
@@ -26,6 +25,7 @@ from mnist_exp.learning.training import (
     fit,
     prepare_phases,
 )
+from mnist_exp.settings import build
 
 
 def train(config: dict[str, Any], data: Dataset | None = None) -> tuple[nn.Module, list[Report], Dataset]:

@@ -10,12 +10,12 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from mnist_exp.config import resolve
 from omegaconf.errors import OmegaConfBaseException
 
-from mnist_exp.paths import CONF
-from mnist_exp.config import resolve
 from mnist_exp.errors import UserError
 from mnist_exp.learning.datasets import load_mnist
+from mnist_exp.paths import CONF
 from mnist_exp.storage import checkpoint
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.storage.run_dir import CHECKPOINT

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Bomb
-
 from mnist_exp.config import build
+
 from mnist_exp.errors import UserError
 from mnist_exp.learning.datasets import MNIST_SHAPE
 from mnist_exp.storage import checkpoint, run_dir

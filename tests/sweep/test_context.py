@@ -4,9 +4,9 @@ import pytest
 from conftest import CommandLine
 from hydra import compose, initialize_config_dir
 
-from mnist_exp.paths import CONF
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import parse
+from mnist_exp.paths import CONF
 from mnist_exp.tracking.definition import JobContext, parse_job_context
 
 CONTEXT = JobContext("a" * 32, 3, "#0072B2", ["model", "seed"], "mnist", True)

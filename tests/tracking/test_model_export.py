@@ -11,12 +11,12 @@ import torch
 import yaml
 from conftest import Bomb
 from hydra import compose, initialize_config_dir
-
-from mnist_exp.paths import CONF
 from mnist_exp.config import build, resolve
+from mnist_exp.serving.loading import load_model
+
 from mnist_exp.errors import UserError
 from mnist_exp.learning.datasets import MNIST_SHAPE
-from mnist_exp.serving.loading import load_model
+from mnist_exp.paths import CONF
 from mnist_exp.storage.manifest import MANIFEST, write_manifest
 from mnist_exp.tracking.model_export import GRAPH, WEIGHTS, save_model, verify_model
 
