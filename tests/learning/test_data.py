@@ -90,7 +90,7 @@ def test_a_root_that_does_not_exist_is_named(tmp_path: Path, fallback: str | Non
 def test_missing_files_are_an_error_in_a_root_of_the_user_or_without_fallback(arguments: dict[str, str]) -> None:
     with pytest.raises(UserError) as error:
         load(**arguments)
-    assert "MNIST_ROOT" in error.value.remedy
+    assert "MNIST/raw" in error.value.remedy
 
 
 def test_digits_take_the_place_of_missing_files_with_a_warning() -> None:

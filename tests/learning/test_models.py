@@ -1,6 +1,4 @@
 import copy
-from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from torch import Tensor, nn
 from mnist_exp.errors import UserError
 from mnist_exp.learning.datasets import MNIST_SHAPE
 from mnist_exp.learning.fused import norm_pool_activate
-from mnist_exp.learning.models import CNN, SqueezeExcite, count_parameters
+from mnist_exp.learning.models import count_parameters
 from mnist_exp.settings import build
 
 
@@ -73,14 +71,8 @@ def test_scaling_is_part_of_the_model(composed) -> None:
     torch.testing.assert_close(inputs[0], images.float() / 255)
 
 
-def cnn(**changes: Any) -> CNN:
-    sizes = {"channels": (8, 16, 20), "depths": (1, 1, 1), "kernel_sizes": (3, 3, 3), "hidden_features": 120}
-    switches = {"separable": False, "conv_bias": True, "mean_pool": False, "dropout": 0.1}
-    return CNN(**(sizes | switches | MNIST_SHAPE | changes))
-
-
-def test_too_large_a_model_is_refused() -> None:
-    model = cnn()
+def test_too_large_a_model_is_refused(composed) -> None:
+    model = build(composed("model.hidden_features=120")["model"], "model", **MNIST_SHAPE)
     with pytest.raises(UserError) as error:
         count_parameters(model, 25_000)
     assert (error.value.key, error.value.value) == ("parameter_limit", 25_000)
@@ -88,16 +80,16 @@ def test_too_large_a_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "key"),
+    ("override", "side", "key"),
     [
-        ({"kernel_sizes": (3, 2, 3)}, "kernel_sizes"),
-        ({"side": 7}, "side"),
-        ({"se": partial(SqueezeExcite, reduction=17)}, "se.reduction"),
+        ("model.kernel_sizes=[3,2,3]", 28, "model.kernel_sizes"),
+        ("model.se.reduction=17", 28, "model.se.reduction"),
+        ("model=se_cnn", 7, "model.side"),
     ],
 )
-def test_sizes_that_do_not_fit_are_named(changes: dict[str, Any], key: str) -> None:
+def test_sizes_that_do_not_fit_are_named(composed, override: str, side: int, key: str) -> None:
     with pytest.raises(UserError) as error:
-        cnn(**changes)
+        build(composed(override)["model"], "model", **(MNIST_SHAPE | {"side": side}))
     assert error.value.key == key
 
 
