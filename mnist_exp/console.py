@@ -272,8 +272,11 @@ def show_comparison(rows: list[dict[str, str]], headline: str, notes: list[str])
 
 @contextmanager
 def progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar while the block runs; yield the function that advances it by a number of steps."""
+    """Show a progress bar while the block runs, if there is a terminal; yield the function that advances it by some steps."""
+    console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f} of {task.total:.0f}"))
-    with Progress(*columns, TimeRemainingColumn(compact=True), console=Console(), transient=True) as bar:
+    with Progress(
+        *columns, TimeRemainingColumn(compact=True), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task(name, total=total)
         yield lambda steps: bar.advance(task, steps)

@@ -21,17 +21,18 @@ def _signals_raise(handlers_put_back: None) -> None:
 
 @pytest.mark.parametrize("signum", SIGNALS)
 def test_a_signal_is_raised(signum: signal.Signals) -> None:
-    with pytest.raises(Interrupted, match=f"Stopped by {signum.name}") as raised:
+    with pytest.raises(Interrupted) as raised:
         signal.raise_signal(signum)
-    assert raised.value.exit_status == 128 + signum
+    assert (raised.value.signum, raised.value.exit_status) == (signum, 128 + signum)
 
 
 def test_a_hangup_that_is_ignored_stays_ignored() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     install_signal_handlers()
     signal.raise_signal(signal.SIGHUP)
-    with pytest.raises(Interrupted, match="Stopped by SIGTERM"):
+    with pytest.raises(Interrupted) as raised:
         signal.raise_signal(signal.SIGTERM)
+    assert raised.value.signum == signal.SIGTERM
     signal.raise_signal(signal.SIGHUP)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
@@ -47,8 +48,9 @@ def test_a_signal_is_raised_at_the_end_of_the_outermost_block_that_must_be_whole
             done.append("outer")
         done.append("never")
 
-    with pytest.raises(Interrupted, match="Stopped by SIGINT"):
+    with pytest.raises(Interrupted) as raised:
         work()
+    assert raised.value.signum == signal.SIGINT
     assert done == ["inner", "outer"]
     signal.raise_signal(signal.SIGTERM)  # a second one does not disturb the writing of the end
 
@@ -73,8 +75,9 @@ def test_a_signal_that_arrives_where_nothing_can_be_raised_is_not_lost() -> None
         Unlucky()
         time.sleep(10)
 
-    with pytest.raises(Interrupted, match="Stopped by SIGTERM"):
+    with pytest.raises(Interrupted) as raised:
         work()
+    assert raised.value.signum == signal.SIGTERM
 
 
 def test_a_run_that_is_stopped_while_it_reads_or_writes_keeps_no_lock_on_the_store(store: str) -> None:
