@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
@@ -175,15 +175,22 @@ class Recipe:
 def from_composed(composed: DictConfig) -> Settings:
     """Return the settings of a composed configuration, resolved and checked; raises UserError."""
     try:
-        config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        config = OmegaConf.to_container(without_hydra(composed), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
     assert isinstance(config, dict)
-    config.pop("hydra", None)
     tracking = config.get("tracking")
     if isinstance(tracking, dict) and isinstance(tracking.get("uri"), str):  # from conf/local, or a preset
         tracking["uri"] = take_credentials(tracking["uri"])
     return _checked(json.dumps(config))
+
+
+def without_hydra(composed: DictConfig) -> DictConfig:
+    """Return a composed configuration without its node `hydra`."""
+    config = composed.copy()
+    with open_dict(config):
+        config.pop("hydra", None)
+    return config
 
 
 def compose_recipe(*overrides: str) -> Recipe:

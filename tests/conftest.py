@@ -15,20 +15,20 @@ from uuid import uuid4
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from mnist_exp.config import build, resolve
 
 from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.datasets import MNIST_FILES, MNIST_SHAPE, load_digits
-from mnist_exp.paths import CONF, HOME
+from mnist_exp import paths
+from mnist_exp.paths import HOME
 from mnist_exp.run import main
+from mnist_exp.settings import Recipe, Settings, build, compose_recipe
 from mnist_exp.signals import SIGNALS
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.tracking.base import RunInfo
 from mnist_exp.tracking.mlflow_store import MLflowStore
 from mnist_exp.tracking.model_export import save_model
 
-Compose = Callable[..., dict[str, Any]]
+Compose = Callable[..., Settings]
 CommandLine = Callable[..., subprocess.CompletedProcess[str]]
 Call = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -41,17 +41,15 @@ def pytest_configure() -> None:
         torch.set_num_threads(1)
 
 
-def finished(config: dict[str, Any], data: Dataset, output_dir: Path, epochs: float | None = None) -> str:
+def finished(settings: Settings, data: Dataset, output_dir: Path, epochs: float | None = None) -> str:
     """Leave what a finished run leaves, of a network that has not learned anything, and return the run's id."""
     run_id = uuid4().hex
-    digests = {name: split.digest for name, split in data.splits.items()}
-    state = {"model": build(config["model"], "model", **data.shape).state_dict()}
-    history = [(1, {"epoch": epochs or sum(phase["epochs"] for phase in config["phases"].values())})]
-    folder = run_dir.make_folder(output_dir / run_id)
-    checkpoint.save(
-        folder, checkpoint.Checkpoint(run_id, config | {"shape": data.shape}, {}, [], digests, {}, state, history, {}, 0.0)
-    )
-    run_dir.mark_finished(folder)
+    state = {"model": build(settings.model, "model", **data.shape).state_dict()}
+    history = [(1, {"epoch": epochs or sum(phase["epochs"] for phase in settings.phases.values())})]
+    folder = run_dir.ensure_writable_dir(output_dir / run_id)
+    recipe = Recipe(settings.model_copy(update={"shape": data.shape}))
+    checkpoint.save(folder, checkpoint.Checkpoint(run_id, recipe, data.digests, {}, state, history, {}, 0.0))
+    run_dir.mark_complete(folder)
     return run_id
 
 
@@ -71,6 +69,7 @@ def chromium() -> str | None:
 def apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the tests apart from the run of an `mlflow run` that started them, and from each other's experiments and draws."""
     torch.manual_seed(0)
+    paths.typed.clear()
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
     for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
         monkeypatch.delenv(name, raising=False)
@@ -128,18 +127,17 @@ def short_digits(digits: Dataset) -> Dataset:
 
 
 @pytest.fixture
-def composed() -> Iterator[Compose]:
+def composed() -> Compose:
     """Compose and check the configuration as the command line does."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield lambda *overrides: resolve(compose("config", list(overrides)))
+    return lambda *overrides: compose_recipe(*overrides).settings
 
 
 @pytest.fixture
 def stored_run(store: str, tmp_path: Path, composed: Compose) -> str:
     """The id of a finished run whose network has not learned anything."""
-    config = composed() | {"shape": MNIST_SHAPE}
-    network = build(config["model"], "model", **MNIST_SHAPE).eval()
-    save_model(tmp_path / "model", network, np.zeros((2, 1, 28, 28), np.uint8), config)
+    settings = composed().model_copy(update={"shape": MNIST_SHAPE})
+    network = build(settings.model, "model", **MNIST_SHAPE).eval()
+    save_model(tmp_path / "model", network, np.zeros((2, 1, 28, 28), np.uint8), settings)
     opened = MLflowStore(store, "mnist_exp")
     opened.open()
     with opened.start(RunInfo("se_cnn", "python -m mnist_exp.run", {"data": "mnist"})) as tracker:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import finished
-from mnist_exp.config import bind, build, check, digest
+from mnist_exp.settings import bind, build, check, digest
 
 from mnist_exp.errors import UserError
 from mnist_exp.learning import models
@@ -33,20 +33,20 @@ def test_every_file_composes_and_runs(
     override = f"+phase@phases.more={option}" if group == "phase" else f"{group}={option}"
     run = finished(composed("data=digits"), short_digits, tmp_path) if option in TAUGHT else ""
     config = composed(override, *teachers(option, run))
-    model = build(config["model"], "model", **MNIST_SHAPE)
+    model = build(config.model, "model", **MNIST_SHAPE)
     bind(config | {"shape": MNIST_SHAPE})
-    count_parameters(model, config["parameter_limit"])
+    count_parameters(model, config.parameter_limit)
     if group in ("data", "experiment") and option != "fashion_mnist":  # tests/learning/test_datasets.py loads a small copy of it
         if option != "digits":
             request.getfixturevalue("mnist_root")
-        assert "train" in build(config["data"], "data", seed=0).splits
-    build(config["tracking"] | ({"uri": f"sqlite:///{tmp_path}/mlflow.db"} if option == "mlflow" else {}), "tracking")
-    phases = {name: build(node | {"epochs": 1}, name) for name, node in config["phases"].items()}
+        assert "train" in build(config.data, "data", seed=0).splits
+    build(config.tracking | ({"uri": f"sqlite:///{tmp_path}/mlflow.db"} if option == "mlflow" else {}), "tracking")
+    phases = {name: build(node | {"epochs": 1}, name) for name, node in config.phases.items()}
     reports = list(
         fit(model, prepare_phases(model, phases, short_digits, tmp_path), short_digits, seed=0, precision=torch.float32)
     )
     assert reports[-1].metrics["train/loss"] < 10
-    assert {report.phase for report in reports} == set(config["phases"])
+    assert {report.phase for report in reports} == set(config.phases)
 
 
 def test_every_option_of_a_group_learns_something_else(composed) -> None:
@@ -57,7 +57,7 @@ def test_every_option_of_a_group_learns_something_else(composed) -> None:
 
 @pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
 def test_an_experiment_never_falls_back_and_opens_with_its_command(composed, path: Path) -> None:
-    assert composed(f"experiment={path.stem}", *teachers(path.stem))["data"].get("fallback") is None
+    assert composed(f"experiment={path.stem}", *teachers(path.stem)).data.get("fallback") is None
     header = path.read_text().split("\ndefaults:")[0]
     assert "python -m mnist_exp.run" in header
     assert f"experiment={path.stem}" in header
@@ -67,7 +67,7 @@ def test_an_experiment_never_falls_back_and_opens_with_its_command(composed, pat
 def test_the_scaled_learning_rate_grows_with_the_batch_size(composed) -> None:
     for batch_size, lr in ((64, 0.05), (512, 0.4), (2048, 1.6)):
         config = composed("experiment=batch_size_scaled", f"batch_size={batch_size}")
-        assert config["phases"]["train"]["optimizer"]["lr"] == pytest.approx(lr)
+        assert config.phases["train"]["optimizer"]["lr"] == pytest.approx(lr)
 
 
 WRONG = {
@@ -128,7 +128,7 @@ def test_a_model_of_two_stages_is_accepted(composed, monkeypatch: pytest.MonkeyP
     config = composed() | {"model": {"_target_": "mnist_exp.learning.models.TwoStages", "channels": [8, 16]}}
     check(config)
     bind(config | {"shape": MNIST_SHAPE})
-    config["model"]["hue"] = 1
+    config.model["hue"] = 1
     with pytest.raises(UserError, match=r"model cannot be built: .*'hue'"):
         bind(config | {"shape": MNIST_SHAPE})
 
@@ -143,14 +143,14 @@ def test_the_parameter_limit_does_not_change_the_outcome(composed) -> None:
 )
 def test_a_foreign_target_is_refused(composed, target: str) -> None:
     config = composed()
-    config["model"]["_target_"] = target
+    config.model["_target_"] = target
     with pytest.raises(UserError, match=rf"model\._target_={target} is not allowed"):
         check(config)
 
 
 def test_a_stored_configuration_is_not_resolved_again(composed) -> None:
     config = composed()
-    config["model"]["hue"] = "${oc.create:{_target_:os.getcwd}}"
+    config.model["hue"] = "${oc.create:{_target_:os.getcwd}}"
     with pytest.raises(UserError, match=r"model\.hue=.* is invalid: expected a plain value"):
         check(config)
 

@@ -12,12 +12,12 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import GROUPS, key_of, parse
-from mnist_exp.settings import Settings, Trial, from_composed
+from mnist_exp.settings import Settings, Trial, from_composed, without_hydra
 from mnist_exp.tracking.base import COLORS, RunRecord
 from mnist_exp.tracking.definition import Job
 
@@ -116,14 +116,6 @@ def _plain_value(override: str) -> Override | None:
     key = parsed.key_or_group
     is_change = not (parsed.is_add() or parsed.is_force_add() or parsed.is_delete() or parsed.is_sweep_override())
     return parsed if is_change and parsed.package is None and key not in GROUPS and "/" not in key else None
-
-
-def without_hydra(composed: DictConfig) -> DictConfig:
-    """Return a composed configuration without its node `hydra`."""
-    config = composed.copy()
-    with open_dict(config):
-        config.pop("hydra", None)
-    return config
 
 
 def varied_keys(jobs: Iterable[Job]) -> list[str]:

@@ -43,8 +43,8 @@ def test_three_classes_of_20_by_20_are_learned(composed, tmp_path: Path, model: 
     data = three_classes(channels)
     assert data.shape == {"classes": 3, "side": 20, "in_channels": channels}
     config = composed(f"model={model}", "batch_size=64", "~phases.finetune", "phases.train.epochs=6")
-    network = build(config["model"], "model", **data.shape)
-    phases = prepare_phases(network, {"train": build(config["phases"]["train"], "phases.train")}, data, tmp_path)
+    network = build(config.model, "model", **data.shape)
+    phases = prepare_phases(network, {"train": build(config.phases["train"], "phases.train")}, data, tmp_path)
     *_, last = fit(network, phases, data, seed=0, precision=torch.float32)
     evaluation = evaluate(network, data.splits["test"])
     assert evaluation.metrics["accuracy"] > 0.9
@@ -88,7 +88,7 @@ def fashion_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_fashion_mnist_is_read(fashion_root: Path, composed) -> None:
-    data = build(composed("data=fashion_mnist", f"data.root={fashion_root}")["data"], "data", seed=0)
+    data = build(composed("data=fashion_mnist", f"data.root={fashion_root}").data, "data", seed=0)
     assert data.name == "fashion_mnist"
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 490, "finetune": 10, "test": 100}
     content = gzip.decompress((fashion_root / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte.gz").read_bytes())

@@ -14,7 +14,7 @@ from mnist_exp.settings import build
 
 @pytest.mark.parametrize(("name", "parameters"), [("se_cnn", 19_674), ("plain_cnn", 19_526), ("plain_cnn_matched", 19_717)])
 def test_sizes(composed, name: str, parameters: int) -> None:
-    model = build(composed(f"model={name}")["model"], "model", **MNIST_SHAPE)
+    model = build(composed(f"model={name}").model, "model", **MNIST_SHAPE)
     assert count_parameters(model, 25_000) == parameters
     assert abs(count_parameters(model, None) / 19_674 - 1) < 0.01
 
@@ -24,14 +24,14 @@ ACCURATE = {"se_cnn_wide": 23_386, "se_cnn_deep": 24_496, "se_cnn_separable": 24
 
 @pytest.mark.parametrize(("name", "parameters"), ACCURATE.items())
 def test_sizes_of_the_larger_models(composed, name: str, parameters: int) -> None:
-    model = build(composed(f"model={name}")["model"], "model", **MNIST_SHAPE)
+    model = build(composed(f"model={name}").model, "model", **MNIST_SHAPE)
     assert count_parameters(model, 25_000) == parameters
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 
 def test_depths_and_mean_pool(composed) -> None:
     """A block of depth 2 convolves twice at full size; the mean discards the positions of the last features."""
-    model = build(composed("model=se_cnn_deep")["model"], "model", **MNIST_SHAPE).eval()
+    model = build(composed("model=se_cnn_deep").model, "model", **MNIST_SHAPE).eval()
     assert [[module.out_channels for module in block.modules() if isinstance(module, nn.Conv2d)] for block in model.blocks] == [
         [16],
         [24, 24],
@@ -47,7 +47,7 @@ def test_depths_and_mean_pool(composed) -> None:
 
 def test_separable_convolutions(composed) -> None:
     """Except in the first block, they equal one full convolution, whose kernel is the product of both parts."""
-    model = build(composed("model=se_cnn_separable")["model"], "model", **MNIST_SHAPE).eval()
+    model = build(composed("model=se_cnn_separable").model, "model", **MNIST_SHAPE).eval()
     assert isinstance(model.blocks[0].conv, nn.Conv2d)
     depthwise, pointwise = model.blocks[2].conv
     features = torch.randn(2, 88, 7, 7)
@@ -58,12 +58,12 @@ def test_separable_convolutions(composed) -> None:
 @pytest.mark.parametrize("batch", [1, 7])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_28_by_28_to_10(composed, batch: int, dtype: torch.dtype) -> None:
-    model = build(composed()["model"], "model", **MNIST_SHAPE).eval()
+    model = build(composed().model, "model", **MNIST_SHAPE).eval()
     assert model(torch.zeros(batch, 1, 28, 28, dtype=dtype)).shape == (batch, 10)
 
 
 def test_scaling_is_part_of_the_model(composed) -> None:
-    model = build(composed()["model"], "model", **MNIST_SHAPE).eval()
+    model = build(composed().model, "model", **MNIST_SHAPE).eval()
     images = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
     inputs = []
     model.blocks[0].conv.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
@@ -72,7 +72,7 @@ def test_scaling_is_part_of_the_model(composed) -> None:
 
 
 def test_too_large_a_model_is_refused(composed) -> None:
-    model = build(composed("model.hidden_features=120")["model"], "model", **MNIST_SHAPE)
+    model = build(composed("model.hidden_features=120").model, "model", **MNIST_SHAPE)
     with pytest.raises(UserError) as error:
         count_parameters(model, 25_000)
     assert (error.value.key, error.value.value) == ("parameter_limit", 25_000)
@@ -89,13 +89,13 @@ def test_too_large_a_model_is_refused(composed) -> None:
 )
 def test_sizes_that_do_not_fit_are_named(composed, override: str, side: int, key: str) -> None:
     with pytest.raises(UserError) as error:
-        build(composed(override)["model"], "model", **(MNIST_SHAPE | {"side": side}))
+        build(composed(override).model, "model", **(MNIST_SHAPE | {"side": side}))
     assert error.value.key == key
 
 
 def test_squeeze_excitation_attends(composed) -> None:
     """Its gates are in (0, 1), differ between images, scale whole channels, and are learned."""
-    model = build(composed()["model"], "model", **MNIST_SHAPE)
+    model = build(composed().model, "model", **MNIST_SHAPE)
     se = model.blocks[1].attention
     features = torch.randn(8, 16, 7, 7, generator=torch.Generator().manual_seed(0)).abs()
     gates = se.gates(features)
@@ -105,7 +105,7 @@ def test_squeeze_excitation_attends(composed) -> None:
     torch.testing.assert_close(se(features), features * gates[:, :, None, None])
     se(features).sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in se.parameters())
-    assert build(composed("model=plain_cnn")["model"], "model", **MNIST_SHAPE).blocks[1].attention is None
+    assert build(composed("model=plain_cnn").model, "model", **MNIST_SHAPE).blocks[1].attention is None
 
 
 @pytest.mark.parametrize("shape", [(6, 8, 28, 28), (5, 16, 14, 14), (3, 20, 7, 7), (1, 3, 2, 2)])

@@ -12,7 +12,7 @@ def test_muon_orthogonalizes_convolutions_and_leaves_the_others_to_adamw(compose
     convolution, linear, twin = nn.Conv2d(4, 8, 3), nn.Linear(8, 3), nn.Linear(8, 3)
     twin.load_state_dict(linear.state_dict())
     before = convolution.weight.detach().clone()
-    node = composed("optimizer=muon")["optimizer"]
+    node = composed("optimizer=muon").optimizer
     optimizer = build(node, "optimizer")([*convolution.parameters(), *linear.parameters()])
     for layer in (convolution, linear):
         for parameter in layer.parameters():
@@ -38,7 +38,7 @@ def rates(node: dict, base: float) -> list[float]:
 
 
 def test_one_cycle_starts_at_02_peaks_at_04_and_ends_near_0(composed) -> None:
-    node = composed()["phases"]["train"]["scheduler"]
+    node = composed().phases["train"]["scheduler"]
     seen = rates(node, 0.4)
     assert seen[0] == pytest.approx(0.2)
     assert max(seen) == pytest.approx(0.4, rel=1e-3)
@@ -49,7 +49,7 @@ def test_one_cycle_starts_at_02_peaks_at_04_and_ends_near_0(composed) -> None:
 def test_each_group_of_parameters_peaks_at_its_own_rate(composed) -> None:
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.1, 0.02)]
     optimizer = torch.optim.SGD(groups)
-    node = composed("optimizer=muon")["phases"]["train"]["scheduler"]
+    node = composed("optimizer=muon").phases["train"]["scheduler"]
     scheduler = build(node, "scheduler")(optimizer, total_steps=STEPS)
     seen = []
     for _ in range(STEPS):
@@ -61,11 +61,11 @@ def test_each_group_of_parameters_peaks_at_its_own_rate(composed) -> None:
 
 
 def test_constant(composed) -> None:
-    assert set(rates(composed("scheduler=constant")["scheduler"], 0.3)) == {0.3}
+    assert set(rates(composed("scheduler=constant").scheduler, 0.3)) == {0.3}
 
 
 def test_cosine(composed) -> None:
-    seen = rates(composed("scheduler=cosine")["scheduler"], 0.3)
+    seen = rates(composed("scheduler=cosine").scheduler, 0.3)
     assert seen[0] == 0.3
     assert seen[STEPS // 2] == pytest.approx(0.15)
     assert seen[-1] == pytest.approx(0)
@@ -73,7 +73,7 @@ def test_cosine(composed) -> None:
 
 
 def test_step(composed) -> None:
-    seen = rates(composed("scheduler=step")["scheduler"], 1.0)
+    seen = rates(composed("scheduler=step").scheduler, 1.0)
     assert seen[0] == seen[57] == 1.0
     assert seen[58] == seen[86] == pytest.approx(0.1)
     assert seen[87] == seen[-1] == pytest.approx(0.01)

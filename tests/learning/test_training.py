@@ -30,13 +30,13 @@ from mnist_exp.settings import build
 
 def train(config: dict[str, Any], data: Dataset | None = None) -> tuple[nn.Module, list[Report], Dataset]:
     """Train as a run does, without recording anything; on `data`, or by default on the data of the configuration."""
-    data = data or build(config["data"], "data", seed=config["seed"])
-    torch.manual_seed(derive_seed(config["seed"], "weights"))
-    model = build(config["model"], "model", **MNIST_SHAPE)
-    configs = {name: build(node, name) for name, node in config["phases"].items()}
+    data = data or build(config.data, "data", seed=config.seed)
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    model = build(config.model, "model", **MNIST_SHAPE)
+    configs = {name: build(node, name) for name, node in config.phases.items()}
     phases = prepare_phases(model, configs, data, Path())
-    precision = choose_precision(config["precision"], torch.device("cpu"))
-    return model, list(fit(model, phases, data, seed=config["seed"], precision=precision)), data
+    precision = choose_precision(config.precision, torch.device("cpu"))
+    return model, list(fit(model, phases, data, seed=config.seed, precision=precision)), data
 
 
 def test_digits_pass_the_gate(composed) -> None:
@@ -73,8 +73,8 @@ def test_a_caller_s_random_state_neither_matters_nor_changes(composed, short_dig
     torch.manual_seed(1)
     first = train(config, data)[0].state_dict()
     torch.manual_seed(derive_seed(0, "weights"))
-    model = build(config["model"], "model", **MNIST_SHAPE)
-    phases = prepare_phases(model, {"finetune": build(config["phases"]["finetune"], "")}, data, Path())
+    model = build(config.model, "model", **MNIST_SHAPE)
+    phases = prepare_phases(model, {"finetune": build(config.phases["finetune"], "")}, data, Path())
     torch.manual_seed(2)
     before = torch.get_rng_state()
     list(fit(model, phases, data, seed=0, precision=choose_precision("auto", torch.device("cpu"))))
@@ -83,8 +83,8 @@ def test_a_caller_s_random_state_neither_matters_nor_changes(composed, short_dig
 
 
 def test_phases_can_be_dropped_and_added(composed, short_digits) -> None:
-    assert list(composed("~phases.finetune")["phases"]) == ["train"]
-    assert list(composed("~phases.train")["phases"]) == ["finetune"]
+    assert list(composed("~phases.finetune").phases) == ["train"]
+    assert list(composed("~phases.train").phases) == ["finetune"]
     three = composed("~phases.train", "+phase@phases.polish=finetune", "phases.polish.optimizer.lr=1e-5")
     assert list(three["phases"]) == ["finetune", "polish"]
     assert three["phases"]["polish"]["optimizer"]["lr"] == 1e-5
@@ -92,7 +92,7 @@ def test_phases_can_be_dropped_and_added(composed, short_digits) -> None:
 
 
 def test_a_phase_s_own_optimizer_can_be_chosen(composed) -> None:
-    phases = composed("optimizer@phases.finetune.optimizer=adamw")["phases"]
+    phases = composed("optimizer@phases.finetune.optimizer=adamw").phases
     assert phases["finetune"]["optimizer"]["_target_"] == "torch.optim.AdamW"
     assert phases["finetune"]["optimizer"]["lr"] == 1e-4
     assert phases["train"]["optimizer"]["_target_"] == "torch.optim.SGD"
@@ -107,8 +107,8 @@ class OneOff(Labels):
 
 def test_a_network_learns_the_targets_of_its_teacher(composed, short_digits) -> None:
     config = composed("~phases.finetune", "batch_size=64", "phases.train.epochs=3")
-    model = build(config["model"], "model", **MNIST_SHAPE)
-    phase = replace(build(config["phases"]["train"], ""), teacher=lambda data, output_dir: OneOff())
+    model = build(config.model, "model", **MNIST_SHAPE)
+    phase = replace(build(config.phases["train"], ""), teacher=lambda data, output_dir: OneOff())
     phases = prepare_phases(model, {"train": phase}, short_digits, Path())
     reports = list(fit(model, phases, short_digits, seed=0, precision=torch.float32))
     evaluation = evaluate(model, short_digits.splits["test"])
@@ -126,7 +126,7 @@ def test_a_split_that_a_teacher_was_trained_on_no_longer_validates(composed, sho
     of_seed = {seed: load_digits(0.02, seed) for seed in (0, 1)}
     for seed, drop, validates in ((0, "~phases.finetune", True), (0, "~phases.train", False), (1, "~phases.finetune", False)):
         run = finished(composed("data=digits", drop), of_seed[seed], tmp_path)
-        config = build(composed("teacher=ensemble", f"teacher.runs=[{run}]")["phases"]["train"], "")
+        config = build(composed("teacher=ensemble", f"teacher.runs=[{run}]").phases["train"], "")
         (phase,) = prepare_phases(nn.Linear(1, 1), {"train": config}, short_digits, tmp_path)
         assert (phase.validation == "finetune") == validates
 
@@ -145,8 +145,8 @@ def test_reports_cover_every_example_once(composed, short_digits) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 def test_steps_do_not_wait_for_the_gpu(composed, short_digits) -> None:
     config, device = composed("~phases.finetune"), torch.device("cuda")
-    model, data = build(config["model"], "model", **MNIST_SHAPE).to(device), short_digits.to(device)
-    (phase,) = prepare_phases(model, {"train": build(config["phases"]["train"], "")}, data, Path())
+    model, data = build(config.model, "model", **MNIST_SHAPE).to(device), short_digits.to(device)
+    (phase,) = prepare_phases(model, {"train": build(config.phases["train"], "")}, data, Path())
     trainer = _PhaseTrainer(model, phase, data, 0, choose_precision("auto", device), None, 0, 0)
     batches = list(data.splits["train"].batches(512, torch.Generator()))
     try:
@@ -165,8 +165,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(composed, short_digits) -> None
 
 def test_weights_that_are_not_finite_never_reach_a_checkpoint(composed, short_digits) -> None:
     config = composed("~phases.train")
-    model = build(config["model"], "model", **MNIST_SHAPE)
-    phases = prepare_phases(model, {"finetune": build(config["phases"]["finetune"], "")}, short_digits, Path())
+    model = build(config.model, "model", **MNIST_SHAPE)
+    phases = prepare_phases(model, {"finetune": build(config.phases["finetune"], "")}, short_digits, Path())
     phases[0].scheduler.step = lambda: model.output.weight.data.fill_(float("nan"))  # after the last step's finite loss
     with pytest.raises(NonFiniteLossError):
         list(fit(model, phases, short_digits, seed=0, precision=torch.float32))
@@ -178,7 +178,7 @@ def test_the_gradient_is_clipped(composed, short_digits) -> None:
     config = composed("~phases.finetune", "phases.train.max_grad_norm=1e-12",
                       "scheduler=constant", "optimizer=sgd", "optimizer.weight_decay=0")  # fmt: skip
     torch.manual_seed(derive_seed(0, "weights"))
-    before = build(config["model"], "model", **MNIST_SHAPE)
+    before = build(config.model, "model", **MNIST_SHAPE)
     after = train(config, short_digits)[0]
     for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
         torch.testing.assert_close(old, new, atol=1e-9, rtol=0, msg=f"{name} moved")
@@ -204,7 +204,7 @@ def test_a_batch_larger_than_an_epoch_is_named(composed, short_digits) -> None:
 
 
 def test_a_part_that_rejects_its_arguments_names_its_phase(composed, short_digits) -> None:
-    config = build(composed()["phases"]["train"], "")
+    config = build(composed().phases["train"], "")
     phases = {"train": config, "more": replace(config, optimizer=partial(torch.optim.SGD, lr=-1))}
     with pytest.raises(UserError) as error:
         prepare_phases(nn.Linear(1, 1), phases, short_digits, Path())
@@ -242,8 +242,8 @@ def test_resuming_from_any_checkpoint_ends_in_the_same_state(composed, short_dig
 
     def start() -> tuple[nn.Module, list[Phase]]:
         torch.manual_seed(derive_seed(0, "weights"))
-        model = build(config["model"], "model", **MNIST_SHAPE)
-        configs = {name: build(node, name) for name, node in config["phases"].items()}
+        model = build(config.model, "model", **MNIST_SHAPE)
+        configs = {name: build(node, name) for name, node in config.phases.items()}
         return model, prepare_phases(model, configs, short_digits, Path())
 
     options = {"seed": 0, "precision": choose_precision("auto", torch.device("cpu")), "save_every": 2}
