@@ -29,10 +29,11 @@ def draw(arguments: argparse.Namespace) -> None:
     from mnist_exp.serving.page import create_app
 
     with listen(arguments.port) as server:
+        port = server.getsockname()[1]
         classifier = load_from(open_store(arguments), arguments.model)
-        print(f"http://127.0.0.1:{arguments.port}", flush=True)
+        app = create_app(classifier, port)
+        print(f"http://127.0.0.1:{port}", flush=True)
         print(f"Model: {classifier.source.title}", flush=True)
-        app = create_app(classifier, arguments.port)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_END)
         uvicorn.Server(config).run(sockets=[server])
 
@@ -42,7 +43,7 @@ def listen(port: int) -> socket.socket:
     try:
         return socket.create_server(("127.0.0.1", port))
     except (OSError, OverflowError) as error:
-        raise UserError.invalid("--port", port, "a free port from 1 to 65535") from error
+        raise UserError.invalid("--port", port, "a free port, or 0 for any") from error
 
 
 if __name__ == "__main__":
