@@ -5,7 +5,7 @@ Mistakes raise `mnist_exp.errors.UserError`, whose fields `key`, `value`, `expec
 
 import pandas as pd
 
-from mnist_exp.cli import open_store
+from mnist_exp.cli import find_store
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.repeat import request
 from mnist_exp.experiment.runner import RunResult, run
@@ -44,7 +44,7 @@ def load(model: str = "latest") -> Classifier:
     Raises:
         UserError: There is no such model, or it cannot be used.
     """
-    return load_from(open_store(), model)
+    return load_from(find_store(), model)
 
 
 def frame(sweep: str = "latest") -> pd.DataFrame:
@@ -60,6 +60,6 @@ def frame(sweep: str = "latest") -> pd.DataFrame:
     Raises:
         UserError: There is no such sweep.
     """
-    store = open_store()
+    store = find_store()
     parent, definition = store.find_sweep(sweep, finished_too=True)
     return frame_of(definition.jobs, store.children(parent.run_id))

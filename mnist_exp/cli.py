@@ -153,14 +153,16 @@ def default_settings(*overrides: str) -> "Settings":
     return compose_recipe(*locations, *overrides).settings
 
 
-def open_store(settings: "Settings | None" = None) -> "MLflowStore":
-    """Return the store of the settings, by default of `default_settings`; raises UserError if it keeps no runs."""
+def find_store(settings: "Settings | None" = None) -> "MLflowStore":
+    """Return the store of the settings, by default of `default_settings`; raises UserError if it keeps no runs.
+
+    It connects when it is first used: a model in a folder needs none.
+    """
     from mnist_exp.tracking.mlflow_store import MLflowStore  # seconds, which --help does not have
 
     store = build((settings or default_settings()).tracking, "tracking")
     if not isinstance(store, MLflowStore):
         raise UserError("tracking=none stores no runs.", key="tracking", value="none", remedy="Use tracking=mlflow.")
-    store.open()
     return store
 
 

@@ -74,7 +74,7 @@ def compare(arguments: argparse.Namespace) -> None:
     if arguments.results:
         sources = tables.read_tables(arguments.results)
     else:
-        store = cli.open_store(settings)
+        store = cli.find_store(settings)
         sweeps = find_sweeps(store, arguments.sweeps or ["latest"])
         sources = [arms.source_of(store, *item) for item in sweeps]
     if arguments.export:

@@ -4,7 +4,6 @@ import argparse
 import socket
 
 from mnist_exp import cli
-from mnist_exp.cli import open_store, reported_errors
 from mnist_exp.errors import UserError
 
 SECONDS_TO_END = 2  # for requests that are still answered after Ctrl-C
@@ -13,7 +12,7 @@ SECONDS_TO_END = 2  # for requests that are still answered after Ctrl-C
 def main() -> None:
     """Serve the drawing page on this machine until Ctrl-C."""
     arguments = cli.parse(parser())
-    with reported_errors():
+    with cli.reported_errors():
         draw(arguments)
 
 
@@ -35,10 +34,10 @@ def draw(arguments: argparse.Namespace) -> None:
     from mnist_exp.serving.page import create_app
 
     with listen(arguments.port) as server:
-        classifier = load_from(open_store(), arguments.model)
+        classifier = load_from(cli.find_store(), arguments.model)
+        app = create_app(classifier, arguments.port)
         print(f"http://127.0.0.1:{arguments.port}", flush=True)
         print(f"Model: {classifier.source.title}", flush=True)
-        app = create_app(classifier, arguments.port)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_END)
         uvicorn.Server(config).run(sockets=[server])
 
@@ -48,7 +47,7 @@ def listen(port: int) -> socket.socket:
     try:
         return socket.create_server(("127.0.0.1", port))
     except (OSError, OverflowError) as error:
-        raise UserError.invalid("--port", port, "a free port from 1 to 65535") from error
+        raise UserError.invalid("--port", port, "a free port") from error
 
 
 if __name__ == "__main__":

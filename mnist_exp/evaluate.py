@@ -41,7 +41,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from mnist_exp.settings import build
 
     settings = cli.default_settings(f"data={quoted(arguments.data)}")
-    store = cli.open_store(settings)
+    store = cli.find_store(settings)
     classifier = load_from(store, arguments.model)
     data = build(settings.data, "data", seed=0)
     if data.shape != classifier.shape:

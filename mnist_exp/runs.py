@@ -28,7 +28,7 @@ def main() -> None:
     arguments = cli.parse(parser())
     with cli.reported_errors():
         settings = cli.default_settings()
-        arguments.run(cli.open_store(settings), settings, arguments)
+        arguments.run(cli.find_store(settings), settings, arguments)
 
 
 def parser() -> argparse.ArgumentParser:

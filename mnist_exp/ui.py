@@ -47,7 +47,8 @@ def show(arguments: argparse.Namespace) -> None:
         raise UserError.invalid(
             "--view", arguments.view, f"curves with a run or a sweep, because {arguments.view} shows all runs"
         )
-    store = cli.open_store()
+    store = cli.find_store()
+    store.open()
     pages = list_pages(store, arguments.run_id, arguments.view)
     address = f"http://{views.HOST}:{arguments.port}"
     if store.uri.startswith("http"):

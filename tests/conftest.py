@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+from mnist_exp import paths
 from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.datasets import MNIST_FILES, MNIST_SHAPE, load_digits
-from mnist_exp import paths
 from mnist_exp.paths import HOME
 from mnist_exp.run import main
 from mnist_exp.settings import Recipe, Settings, build, compose_recipe

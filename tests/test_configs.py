@@ -3,7 +3,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import finished
-from mnist_exp.settings import bind, build, check, digest
 
 from mnist_exp.errors import UserError
 from mnist_exp.learning import models
@@ -12,6 +11,7 @@ from mnist_exp.learning.datasets import MNIST_SHAPE
 from mnist_exp.learning.models import count_parameters
 from mnist_exp.learning.training import fit, prepare_phases
 from mnist_exp.paths import CONF
+from mnist_exp.settings import bind, build, check, digest
 
 CLUSTERS = {"ray_cluster": "hydra_plugins.hydra_ray_launcher", "slurm": "hydra_plugins.hydra_submitit_launcher"}
 TAUGHT = {"ensemble", "record", "under_10k"}  # files that need finished runs to learn from

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import nn
 
-from mnist_exp.cli import open_store
+from mnist_exp.cli import find_store
 from mnist_exp.errors import UserError
 from mnist_exp.serving import preparation
 from mnist_exp.settings import build, stored_node
@@ -126,7 +126,7 @@ class Classifier:
 
 def load(model: str | Path = "latest") -> Classifier:
     """Return a trained model of the store that the commands use. Args and Raises as for `load_from`."""
-    return load_from(open_store(), str(model))
+    return load_from(find_store(), str(model))
 
 
 def load_from(store: MLflowStore, model: str) -> Classifier:

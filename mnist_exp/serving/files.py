@@ -1,4 +1,4 @@
-"""Predictions for files: find them, classify them in batches, write a table and a sheet of pictures."""
+"""Predictions for files: find them, classify them, write a table and a sheet of pictures."""
 
 import csv
 import os
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 
 from mnist_exp.errors import UserError
-from mnist_exp.serving.classifier import BATCH_SIZE, FORMATS, Classifier, open_picture
+from mnist_exp.serving.classifier import FORMATS, Classifier, open_picture
 from mnist_exp.serving.preparation import flatten
 
 TILE = 84  # pixels of a picture on the sheet
@@ -19,7 +19,7 @@ COLUMNS = 6  # pairs of pictures on a row of the sheet
 MAX_ON_SHEET = 600
 
 
-@dataclass(frozen=True)
+@dataclass
 class FilePrediction:
     """The prediction for the picture in a file.
 
@@ -71,34 +71,20 @@ def predict_files(
         as_is: As for `Classifier.prepare_picture`.
         advance: Called with the number of files that are done.
     """
-    results: list[FilePrediction] = []
-    batch: list[FilePrediction] = []
+    results = []
     for path in files:
         try:
-            batch.append(FilePrediction(str(path), seen=classifier.prepare_picture(path, as_is)))
+            results.append(FilePrediction(str(path), seen=classifier.prepare_picture(path, as_is)))
         except UserError as error:
-            batch.append(FilePrediction(str(path), error=str(error)))
-        if len(batch) == BATCH_SIZE:
-            results += _classified(classifier, batch)
-            batch = []
+            results.append(FilePrediction(str(path), error=str(error)))
         advance(1)
-    return results + _classified(classifier, batch)
-
-
-def _classified(classifier: Classifier, batch: Sequence[FilePrediction]) -> list[FilePrediction]:
-    images = [item.seen for item in batch if item.seen is not None]
-    if not images:
-        return list(batch)
-    predictions = classifier.classify(np.stack(images))
-    ranked = predictions.probabilities.argsort(1)[:, ::-1]  # (n, classes)
-    values = iter(zip(ranked.tolist(), predictions.probabilities.max(1).tolist(), strict=True))
-    results = []
-    for item in batch:
-        if item.seen is None:
-            results.append(item)
-        else:
-            order, probability = next(values)
-            results.append(FilePrediction(item.file, order[0], probability, order[1], "", item.seen))
+    read = [item for item in results if not item.error]
+    images = [item.seen for item in results if item.seen is not None]
+    if images:
+        predictions = classifier.classify(np.stack(images))
+        ranked = predictions.probabilities.argsort(1)[:, ::-1]  # (n, classes)
+        for item, order, probability in zip(read, ranked.tolist(), predictions.probabilities.max(1).tolist(), strict=True):
+            item.label, item.runner_up, item.probability = order[0], order[1], probability
     return results
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from conftest import CommandLine, finished
 from hydra import compose, initialize_config_dir
-from mnist_exp.settings import build, resolve
 
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.teachers import ensemble
 from mnist_exp.learning.datasets import load_digits
 from mnist_exp.paths import CONF
+from mnist_exp.settings import build, resolve
 from mnist_exp.storage import checkpoint, run_dir
 
 

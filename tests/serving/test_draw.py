@@ -9,7 +9,7 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
-from conftest import CommandLine, chromium, free_port, wait_for_server
+from conftest import CommandLine, chromium, wait_for_server
 from playwright.sync_api import Page, expect, sync_playwright
 
 CHROMIUM = chromium()
@@ -49,7 +49,7 @@ def address(command_line: CommandLine, store: str, mnist_root) -> Iterator[str]:
     """`python -m mnist_exp.draw` on a model of one epoch."""
     done = command_line("data.fallback=null", MNIST_ROOT=str(mnist_root.absolute()))
     assert done.returncode == 0, done.stderr
-    command = [sys.executable, "-m", "mnist_exp.draw", "--port", str(free_port())]
+    command = [sys.executable, "-m", "mnist_exp.draw", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         link = server.stdout.readline().strip()
