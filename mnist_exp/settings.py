@@ -36,7 +36,6 @@ OPTION_GROUPS = GROUPS | {"tracking"} - {"phase", "experiment", "arm"}  # the ot
 ID = "[0-9a-f]{6,32}"  # an id of a run, or its first digits
 # Keys that do not affect a run's outcome.
 NEUTRAL = ("output_dir", "tracking", "parameter_limit", "save_every", "resume", "rerun", "sweep", "plan", "shape")
-UNION_BRANCHES = ("str", "int", "float")  # in the places of pydantic's errors
 CHECKED = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 EXPECTED = {  # the values that pydantic expects, by the type of its error
     "int_type": "an integer",
@@ -396,15 +395,11 @@ def explain(error: ValidationError, prefix: str = "", known: Iterable[str] = ())
     """
     first = error.errors(include_url=False)[0]
     parts = [str(part) for part in first["loc"]]
-    names = [
-        part for part in parts if re.fullmatch(r"\w+", part) and part not in ("str", "int", "float")
-    ]  # not branches of unions
-    key = ".".join([*([prefix] if prefix else []), *names])
+    branches = ("str", "int", "float")  # of unions
+    key = ".".join(filter(None, [prefix, *(part for part in parts if re.fullmatch(r"\w+", part) and part not in branches)]))
     if first["type"] == "extra_forbidden":
-        inner = (
-            {"sweep": SweepSettings.model_fields, "plan": PlanSettings.model_fields}.get(parts[0], {}) if len(parts) > 1 else {}
-        )
-        return _unknown(key, list(inner) or known or [])
+        sections = {"sweep": SweepSettings.model_fields, "plan": PlanSettings.model_fields}
+        return _unknown(key, sections.get(parts[0], {}) if len(parts) > 1 else known, "a key of the configuration")
     if first["type"] == "missing" and isinstance(first["loc"][-1], int):
         return UserError.invalid(key.rpartition(".")[0], first["input"], "more values in the list")
     if first["type"] == "missing":

@@ -29,7 +29,7 @@ from mnist_exp.errors import PrunedError
 from mnist_exp.overrides import command
 from mnist_exp.signals import defer_signals
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.base import DatasetInfo, StoreLostError
+from mnist_exp.tracking.base import DatasetInfo, StoreLostError, Tracker
 from mnist_exp.tracking.connection import first_line, is_refusal, restore_command
 from mnist_exp.tracking.views import model_name, run_path
 
@@ -64,8 +64,8 @@ class Outbox:
         return None
 
 
-class MLflowTracker:
-    """A run in an MLflow store; a `Tracker`.
+class MLflowTracker(Tracker):
+    """A run in an MLflow store.
 
     Args:
         client: Of the store.
