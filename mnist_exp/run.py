@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mnist_exp.cli import check_order, leave_credentials, reported_errors
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import OBJECTIVE
-from mnist_exp.overrides import JOB_KEY, is_location, remember_locations, section_of
+from mnist_exp.overrides import JOB_KEY, check_ids, is_location, remember_locations, section_of
 from mnist_exp.paths import CONF
 from mnist_exp.settings import Recipe, choices_of, from_composed
 from mnist_exp.signals import install_signal_handlers
@@ -50,6 +50,7 @@ def run_composed(composed: DictConfig) -> float | None:
         overrides = list(job.overrides.task)
     except OmegaConfBaseException as error:
         raise UserError(f"The command line cannot be resolved: {str(error).splitlines()[0]}. Write plain values.") from error
+    check_ids(overrides)
     folders = [source.path for source in job.runtime.config_sources if source.provider == "command-line"]
     remember_locations(overrides, folders[0] if folders else None)
     context = None
@@ -58,8 +59,8 @@ def run_composed(composed: DictConfig) -> float | None:
         with open_dict(composed):
             context = parse_job_context(composed.pop(JOB_KEY))
     settings = from_composed(composed)
-    typed = [override for override in overrides if section_of(override) not in ("sweep", "plan", JOB_KEY)]
-    in_sweep_only = [override for override in overrides if section_of(override) in ("sweep", "plan")]
+    typed = [override for override in overrides if section_of(override) not in ("sweep", JOB_KEY)]
+    in_sweep_only = [override for override in overrides if section_of(override) == "sweep"]
     if in_sweep_only and job.mode == RunMode.RUN:
         raise UserError(f"{' '.join(in_sweep_only)} needs a sweep.", key=in_sweep_only[0], remedy="Add -m as the first argument.")
     prune = None
