@@ -43,9 +43,9 @@ AIM = 100  # ms from a stroke to its answer
 def promote_model(folder: Path) -> None:
     """Register an untrained network as mnist@champion in a new store, which the commands then use."""
     os.environ["MLFLOW_TRACKING_URI"] = uri = f"sqlite:///{folder / 'mlflow.db'}"
-    config = compose_recipe().settings.model_dump(mode="json") | {"shape": MNIST_SHAPE}
-    network = build(config["model"], "model", **MNIST_SHAPE).eval()
-    save_model(folder / "model", network, np.zeros((2, 1, 28, 28), np.uint8), config)
+    settings = compose_recipe().settings.model_copy(update={"shape": MNIST_SHAPE})
+    network = build(settings.model, "model", **MNIST_SHAPE).eval()
+    save_model(folder / "model", network, np.zeros((2, 1, 28, 28), np.uint8), settings)
     store = MLflowStore(uri, "mnist_exp")
     store.open()
     with store.start(RunInfo("se_cnn", "", {})) as tracker:
