@@ -166,13 +166,13 @@ class MLflowStore(Store):
         if RUN_ID.fullmatch(text):
             return text
         if text == "latest":
-            found = [
-                run for run in self.runs("attributes.status = 'FINISHED'" if finished else "") if tag.SWEEP_JOBS not in run.tags
-            ]
+            newest = self.runs("attributes.status = 'FINISHED'" if finished else "")
+            trained = [run for run in newest if not {tag.SWEEP_JOBS, tag.MODEL} & run.tags.keys()]  # no sweeps and evaluations
+            found = trained[:1]
         else:
             prefix = text.lower() if re.fullmatch(ID, text.lower()) else None
             found = self.runs(f"attributes.run_id LIKE '{prefix}%'", everywhere=True) if prefix else []
-        if len(found) == 1 or (found and text == "latest"):
+        if len(found) == 1:
             return found[0].run_id
         raise _unresolved(text, self.uri, found)
 
