@@ -54,6 +54,9 @@ EXPECTED = {  # the values that pydantic expects, by the type of its error
     "less_than": "a number < {lt}",
     "less_than_equal": "a number <= {le}",
     "finite_number": "a finite number",
+    "string_too_short": "at least {min_length} characters",
+    "too_short": "at least {min_length} values",
+    "too_long": "at most {max_length} values",
 }
 
 
@@ -146,7 +149,8 @@ class Settings(BaseModel):
         shared = {part: getattr(self, part) for part in PARTS}
         return {
             name: {
-                part: (part if phase.get(part) == shared[part] else f"phases.{name}.{part}", phase.get(part)) for part in PARTS
+                part: (part if str(phase.get(part)) == str(shared[part]) else f"phases.{name}.{part}", phase.get(part))
+                for part in PARTS  # compared as text, because NaN differs from itself
             }
             for name, phase in self.phases.items()
         }
@@ -403,17 +407,18 @@ def explain(error: ValidationError, prefix: str = "", known: list[str] | None = 
         prefix: The key of the node that was checked.
         known: The keys of the whole configuration, for one that is unknown.
     """
-    first = error.errors(include_url=False)[0]
+    first, *others = error.errors(include_url=False)
     parts = [str(part) for part in first["loc"]]
-    names = [
-        part for part in parts if re.fullmatch(r"\w+", part) and part not in ("str", "int", "float")
-    ]  # not branches of unions
+    names = [part for part in parts if re.fullmatch(r"\w+", part) and part not in UNION_BRANCHES]
     key = ".".join([*([prefix] if prefix else []), *names])
     if first["type"] == "extra_forbidden":
         inner = (
             {"sweep": SweepSettings.model_fields, "plan": PlanSettings.model_fields}.get(parts[0], {}) if len(parts) > 1 else {}
         )
         return _unknown(key, list(inner) or known or [])
+    if first["type"] == "missing" and isinstance(first["input"], list):  # a tuple that is too short: an error for each value
+        lacking = 1 + sum(other["type"] == "missing" and other["loc"][:-1] == first["loc"][:-1] for other in others)
+        return UserError.invalid(key.rpartition(".")[0], first["input"], f"a list of {len(first['input']) + lacking} values")
     if first["type"] == "missing":
         return UserError(f"{key} is missing.", key=key, expected="a value", remedy=f"Set it, or do not delete it (~{key}).")
     expected = EXPECTED.get(first["type"], first["msg"].removeprefix("Input should be ")).format(**first.get("ctx", {}))
@@ -423,7 +428,7 @@ def explain(error: ValidationError, prefix: str = "", known: list[str] | None = 
 def _unknown(key: str, known: list[str]) -> UserError:
     prefix, _, name = key.rpartition(".")
     hint = did_you_mean(name, known)
-    expected = f"one of {', '.join(sorted(known))}"
+    expected = f"one of {', '.join(sorted(known))}" if known else "none"
     where = prefix or "the configuration"
     return UserError(f"{key} is not a key of {where}{hint}: expected {expected}.", key=key, expected=expected)
 
@@ -461,8 +466,8 @@ class Trial:
         for name, parts in settings.phase_parts.items():
             (optimizer_key, optimizer), (scheduler_key, scheduler) = parts["optimizer"], parts["scheduler"]
             self._once(_try_schedule, optimizer, optimizer_key, scheduler, scheduler_key)
-            for part, given in (("augmentation", ()), ("teacher", ("data", "output_dir"))):
-                self._once(check_arguments, *reversed(parts[part]), *given)
+            self._once(build, *reversed(parts["augmentation"]))
+            self._once(check_arguments, *reversed(parts["teacher"]), "data", "output_dir")
             phase = self._once(build, settings.phases[name], f"phases.{name}")
             if data:
                 _check_split(name, phase, data)
