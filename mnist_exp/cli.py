@@ -197,7 +197,9 @@ def explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
         return f"Out of memory: {_first_line(error)}\nChoose a smaller batch_size or model, or stop other programs."
-    if isinstance(error, HydraException | OmegaConfBaseException):
+    modules = [frame.f_globals["__name__"].partition(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    # Hydra raises a plain ValueError for model=null.
+    if isinstance(error, HydraException | OmegaConfBaseException) or modules[-1:] in (["hydra"], ["omegaconf"]):
         return _explain_composing(error)
     if isinstance(error, OSError) or any(kind.__module__.startswith(("mlflow.", "sqlalchemy.")) for kind in type(error).__mro__):
         return (
@@ -242,6 +244,8 @@ def _explain_composing(error: Exception) -> str:
             f"{override!r} is no override: expected KEY=VALUE, such as optimizer=adam, without spaces around = and with balanced "
             f"quotes and brackets. Quote a value with special characters twice: \"output_dir='a b'\"."
         )
+    if text.startswith("Config group override must be"):
+        return f"{text}. Choose an option, as in optimizer=adam, or remove the group with ~GROUP."
     return _missing_extra(text) or "\n".join(dict.fromkeys([text, *([str(cause)] if cause else [])]))
 
 
