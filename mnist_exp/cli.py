@@ -13,12 +13,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import GROUPS, PARTS, quoted, remember_locations
+from mnist_exp.overrides import GROUPS, PARTS, not_an_override, quoted, remember_locations
 from mnist_exp.paths import CONFIG_DIR, LOCATIONS, NAME, take_credentials, typed
 from mnist_exp.settings import build, compose_recipe, did_you_mean, walk
 from mnist_exp.signals import Interrupted
@@ -28,7 +28,11 @@ if TYPE_CHECKING:
     from mnist_exp.tracking.mlflow_store import MLflowStore
 
 TRACE = os.environ.get("HYDRA_FULL_ERROR") == "1"  # whether the user wants stack traces
-EXTRAS = {"ray": "ray", "submitit": "slurm", "optuna": "search"}  # part of the name of a package: the extra that installs it
+EXTRAS = {
+    "ray_launcher": "ray",
+    "submitit": "slurm",
+    "optuna": "search",
+}  # by part of the name of a package
 # Names that people know from elsewhere, and ours.
 SYNONYMS = {
     "learning_rate": "lr", "num_epochs": "epochs", "max_epochs": "epochs", "bs": "batch_size", "batchsize": "batch_size",
@@ -99,7 +103,7 @@ def reported_errors() -> Iterator[None]:
             if TRACE or (message := explain(error)) is None:
                 traceback.print_exception(error)
             else:
-                print("\n".join([message, *_notes(error), "Set HYDRA_FULL_ERROR=1 to see the stack trace."]), file=sys.stderr)
+                print("\n".join([message, *_notes(error)]), file=sys.stderr)
             sys.exit(1)
 
 
@@ -197,10 +201,10 @@ def explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
         return f"Out of memory: {_first_line(error)}\nChoose a smaller batch_size or model, or stop other programs."
-    modules = [frame.f_globals["__name__"].partition(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)]
-    # Hydra raises a plain ValueError for model=null.
-    if isinstance(error, HydraException | OmegaConfBaseException) or modules[-1:] in (["hydra"], ["omegaconf"]):
+    if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain_composing(error)
+    if isinstance(error, ValueError | RuntimeError) and "/hydra/" in traceback.extract_tb(error.__traceback__)[-1].filename:
+        return _missing_extra(str(error)) or f"The configuration cannot be composed: {error}\nTyped: {' '.join(sys.argv[1:])}"
     if isinstance(error, OSError) or any(kind.__module__.startswith(("mlflow.", "sqlalchemy.")) for kind in type(error).__mro__):
         return (
             f"The store, the disk or the network failed: {_first_line(error)}\n"
@@ -224,10 +228,10 @@ def _explain_composing(error: Exception) -> str:
             known = ", ".join(sorted(map(str, cause.parent_node)))
             return (
                 f"{cause.full_key} is not a key of the configuration{_hint(cause.full_key, cause.parent_node)}: expected one of "
-                f"{known}. Add a new key with +{cause.full_key}=..."
+                f"{known}." + (f" A new key needs a plus: +{cause.full_key}=..." if "." in cause.full_key else "")
             )
     if isinstance(error, MissingConfigException):
-        if extra := _missing_extra(f"{error.missing_cfg_file} {text}"):
+        if extra := _missing_extra(str(error.missing_cfg_file)):
             return extra
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         if error.options:
@@ -239,20 +243,15 @@ def _explain_composing(error: Exception) -> str:
         other = f"write {key}=[{values}] for a list, \"{key}='{values}'\" for text"
         other = "choose one" if key.partition("@")[0] in GROUPS else other
         return f"{key}={values} gives several values: add -m as the first argument to run one job for each, or {other}."
-    if override := getattr(error, "override", None):  # OverrideParseException
-        return (
-            f"{override!r} is no override: expected KEY=VALUE, such as optimizer=adam, without spaces around = and with balanced "
-            f"quotes and brackets. Quote a value with special characters twice: \"output_dir='a b'\"."
-        )
-    if text.startswith("Config group override must be"):
-        return f"{text}. Choose an option, as in optimizer=adam, or remove the group with ~GROUP."
+    if isinstance(error, OverrideParseException):
+        return str(not_an_override(error.override))
     return _missing_extra(text) or "\n".join(dict.fromkeys([text, *([str(cause)] if cause else [])]))
 
 
 def _missing_extra(text: str) -> str | None:
     for package, extra in EXTRAS.items():
         if package in text:
-            return f"A package is missing: {text.splitlines()[0]}\nInstall it with: pip install -e '.[{extra}]'"
+            return f"{text} needs a package that is not installed. Install it with: pip install -e '.[{extra}]'"
     return None
 
 

@@ -38,7 +38,7 @@ def test_every_file_composes_and_trains(
         settings = composed(override, *teachers(path, run))
     except MissingConfigException as error:  # of a launcher whose package is not installed
         pytest.skip(str(error))
-    Trial().check(settings.model_copy(update={"shape": MNIST_SHAPE}))
+    Trial().try_out(settings.model_copy(update={"shape": MNIST_SHAPE}))
     build(settings.tracking, "tracking")
     model = build(settings.model, "model", **MNIST_SHAPE)
     two_steps = replace(digits, splits={name: replace(split, epoch_size=64) for name, split in digits.splits.items()})
@@ -105,7 +105,7 @@ WRONG: dict[str, str] = dict.fromkeys(
 @pytest.mark.parametrize("overrides", WRONG)
 def test_a_wrong_value_is_named_with_its_key(composed: Compose, overrides: str) -> None:
     with pytest.raises(UserError) as error:
-        Trial().check(composed(*overrides.split()).model_copy(update={"shape": MNIST_SHAPE}))
+        Trial().try_out(composed(*overrides.split()).model_copy(update={"shape": MNIST_SHAPE}))
     typed, _, value = overrides.split()[0].lstrip("+~").rpartition("=")
     assert error.value.key == (WRONG[overrides] or typed.rpartition("@")[2] or value)
     if typed.endswith("optimizer.lr"):
@@ -115,7 +115,7 @@ def test_a_wrong_value_is_named_with_its_key(composed: Compose, overrides: str) 
 def test_images_that_this_machine_lacks_are_an_error_of_the_run_only(composed: Compose) -> None:
     """The head of a cluster may lack them: what can be checked without them is."""
     settings = composed("data.root=/nowhere")
-    Trial().check(settings, read_data=True)
+    Trial().try_out(settings, read_data=True)
     with pytest.raises(MissingDataError) as error:
         build(settings.data, "data", seed=0)
     assert error.value.key == "data.root"
@@ -160,10 +160,10 @@ def test_a_model_of_another_kind_has_arguments_of_its_own(
     monkeypatch.syspath_prepend(str(tmp_path))
     settings = composed().model_copy(update={"shape": MNIST_SHAPE})
     node = {"_target_": "my_models.two_stages", "channels": [8, 16]}
-    Trial().check(settings.model_copy(update={"model": node}))
+    Trial().try_out(settings.model_copy(update={"model": node}))
     for key, value in (("channels", ["many"]), ("hue", 1)):
         with pytest.raises(UserError) as error:
-            Trial().check(settings.model_copy(update={"model": node | {key: value}}))
+            Trial().try_out(settings.model_copy(update={"model": node | {key: value}}))
         assert error.value.key.startswith(f"model.{key}")
 
 

@@ -38,7 +38,7 @@ class Composer:
     def job(self, number: int, overrides: Sequence[str]) -> Job:
         """Return a job, composed and checked; raises UserError."""
         settings = from_composed(self._compose(list(overrides)))
-        self._trial.check(settings, read_data=True)
+        self._trial.try_out(settings, read_data=True)
         self._check(settings)
         return Job(number, list(overrides), settings.digest)
 
