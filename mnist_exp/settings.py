@@ -266,32 +266,33 @@ def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_nodes(config: Mapping[str, Any]) -> None:
-    """Raise UserError on a target that no file of its group names, or on text that Hydra would resolve again."""
+    """Raise UserError on a target that no file of its group names at its place, or on text that Hydra would resolve again."""
     for key, value in walk(config):
         if isinstance(value, str) and "${" in value:
             raise UserError.invalid(key, value, "a plain value, without ${...}")
-        if key.endswith("_target_") and value not in _targets(tuple(config_dirs())).get(_group(key), ()):
+        if key.endswith("_target_") and (_place(key), str(value)) not in _targets(tuple(config_dirs())):
+            group = _place(key).partition(".")[0]
             raise UserError.invalid(
                 key,
                 value,
-                f"a target that a file of conf/{_group(key)}/ names",
-                f"Write it into a file, conf/{_group(key)}/NAME.yaml, and choose {_group(key)}=NAME. If the file is in another "
-                f"folder, add {CONFIG_DIR} FOLDER.",
+                f"a target that a file of conf/{group}/ names at this place",
+                f"Write it into a file, conf/{group}/NAME.yaml, and choose {group}=NAME. If the file is in another folder, add "
+                f"{CONFIG_DIR} FOLDER.",
             )
 
 
-def _group(key: str) -> str:
-    """Return the group of the node that a dotted key is part of: optimizer, for phases.train.optimizer._target_."""
+def _place(key: str) -> str:
+    """Return the dotted key of a node from its group on: optimizer._target_, for phases.train.optimizer._target_."""
     first, *rest = key.split(".")
     if first != "phases":
-        return first
-    return rest[1] if len(rest) > 2 and rest[1] in PARTS else "phase"
+        return key
+    return ".".join(rest[1:] if len(rest) > 2 and rest[1] in PARTS else ["phase", *rest[1:]])
 
 
 @cache
-def _targets(folders: tuple[Path, ...]) -> dict[str, set[str]]:
-    """Return the targets that the files of each group name."""
-    found: dict[str, set[str]] = {}
+def _targets(folders: tuple[Path, ...]) -> set[tuple[str, str]]:
+    """Return the place and the name of each target in the files of options."""
+    found = set()
     for file in (file for folder in folders for file in folder.rglob("*.yaml")):
         group = file.parent.name
         with file.open() as text:
@@ -299,9 +300,7 @@ def _targets(folders: tuple[Path, ...]) -> dict[str, set[str]]:
         prefix = (
             "phases.any." if group == "phase" else f"{group}." if group in GROUPS | {"tracking"} - {"experiment", "arm"} else ""
         )
-        for key, value in walk(content):
-            if key.endswith("_target_"):
-                found.setdefault(_group(prefix + key), set()).add(value)
+        found |= {(_place(prefix + key), str(value)) for key, value in walk(content) if key.endswith("_target_")}
     return found
 
 
