@@ -3,13 +3,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CommandLine, finished
-from hydra import compose, initialize_config_dir
 
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.teachers import ensemble
 from mnist_exp.learning.datasets import load_digits
-from mnist_exp.paths import CONF
-from mnist_exp.settings import build, resolve
+from mnist_exp.settings import build
 from mnist_exp.storage import checkpoint, run_dir
 
 
@@ -20,7 +18,7 @@ def test_the_targets_are_the_mean_predictions_of_the_runs(composed, tmp_path: Pa
     predictions = []
     for run in runs:
         saved = checkpoint.load(tmp_path / run / "checkpoint.pt")
-        network = build(saved.config.model, "model", **saved.config["shape"]).eval()
+        network = build(saved.recipe.settings.model, "model", **saved.recipe.settings.shape).eval()
         network.load_state_dict(saved.state["model"])
         predictions.append(network(images).softmax(1))
     targets = ensemble(digits, tmp_path, runs)(images, labels)
