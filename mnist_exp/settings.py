@@ -160,7 +160,11 @@ def read_recipe(text: str | bytes, source: str) -> Recipe:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{source} contains no readable recipe: {error}") from error
     check_stored(overrides, source)
-    return Recipe(check_settings(config), choices, overrides)
+    try:
+        return Recipe(check_settings(config), choices, overrides)
+    except UserError as error:
+        error.add_note(f"This is in {source}.")
+        raise
 
 
 def stored_node(group: str, node: Any, source: str) -> dict[str, Any]:
@@ -343,7 +347,8 @@ def explain(error: ValidationError, prefix: str = "", known: Iterable[str] = ())
     """
     first = error.errors(include_url=False)[0]
     parts = [str(part) for part in first["loc"]]
-    key = ".".join(filter(None, [prefix, *(part for part in parts if re.fullmatch(r"\w+", part))]))  # not branches of unions
+    names = [part for part in parts if re.fullmatch(r"\w+", part) and part not in ("int", "float")]  # not branches of unions
+    key = ".".join(filter(None, [prefix, *names]))
     if first["type"] == "extra_forbidden":
         return _unknown(key, SweepSettings.model_fields if parts[0] == "sweep" else known, "a key of the configuration")
     if first["type"] == "missing" and isinstance(first["loc"][-1], int):
