@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import Bomb, Compose
 
+from mnist_exp.composing import compose_recipe
 from mnist_exp.errors import ResumableError, UserError
 from mnist_exp.learning.datasets import MNIST_SHAPE
-from mnist_exp.settings import Recipe, build, compose_recipe
+from mnist_exp.settings import Recipe, build
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.storage.run_dir import CHECKPOINT, PREVIOUS_CHECKPOINT

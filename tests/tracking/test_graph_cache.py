@@ -101,5 +101,5 @@ def test_other_weights_are_put_into_a_graph_of_torch(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(values), second(values))
     with zipfile.ZipFile(tmp_path / "second.pt2") as archive:
         assert archive.testzip() is None
-    with pytest.raises(ValueError, match=r"0\.weight has 4 bytes, expected 24"):
+    with pytest.raises(ValueError, match=r"0\.weight"):
         graph_cache.with_weights((tmp_path / "first.pt2").read_bytes(), second.state_dict() | {"0.weight": torch.zeros(1)})
