@@ -86,8 +86,8 @@ def test_phases_can_be_dropped_and_added(composed, short_digits) -> None:
     assert list(composed("~phases.finetune").phases) == ["train"]
     assert list(composed("~phases.train").phases) == ["finetune"]
     three = composed("~phases.train", "+phase@phases.polish=finetune", "phases.polish.optimizer.lr=1e-5")
-    assert list(three["phases"]) == ["finetune", "polish"]
-    assert three["phases"]["polish"]["optimizer"]["lr"] == 1e-5
+    assert list(three.phases) == ["finetune", "polish"]
+    assert three.phases["polish"]["optimizer"]["lr"] == 1e-5
     assert [report.phase for report in train(three, short_digits)[1]] == ["finetune", "polish"]
 
 
