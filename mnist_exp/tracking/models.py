@@ -79,21 +79,20 @@ def read_model(uri: str) -> tuple[nn.Module, dict[str, int]]:
         shape = {key: int(settings["shape"][key]) for key in ("classes", "side", "in_channels")}
         node = stored_node("model", settings["model"], str(folder))
         with zipfile.ZipFile(folder / WEIGHTS) as archive:
-            if damaged := archive.testzip():
-                raise ValueError(f"{WEIGHTS} is damaged in {damaged}")
+            if archive.testzip():  # torch itself does not notice changed bits
+                raise zipfile.BadZipFile
         with torch.device("meta"):  # without memory
             skeleton: nn.Module = build(node, "model", **shape)
         if sum(value.nbytes for value in skeleton.parameters()) > (folder / WEIGHTS).stat().st_size:
-            raise ValueError(f"{SETTINGS} describes a larger network than {WEIGHTS} contains")
+            raise UserError(f"{folder} is invalid: its {SETTINGS} describe a larger network than its {WEIGHTS} contains.")
         model: nn.Module = build(node, "model", **shape)
         model.load_state_dict(torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True))
     except UserError:
         raise
+    except OSError as error:
+        raise UserError(f"{folder} is not a model of this program: {error}.") from error
     except Exception as error:  # a forged file can fail anywhere within torch
-        raise UserError(
-            f"{folder} is not a model of this program, or is damaged: {type(error).__name__}: {first_line(error)}.",
-            remedy=f"Choose another one, or train one with `{command('run')}`.",
-        ) from error
+        raise UserError(f"{folder} is not a model of this program, or is damaged: {type(error).__name__}.") from error
     return model.eval(), shape
 
 

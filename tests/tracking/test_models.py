@@ -110,7 +110,7 @@ REFUSED: dict[str, Callable[[Path], object]] = {
     "no shape": lambda folder: edit_settings(folder, lambda settings: settings.update(shape=None)),
     "another network": lambda folder: edit_model(folder, channels=[9, 16, 20]),
     "a network of 80 GB": lambda folder: edit_model(folder, hidden_features=10**9),
-    "a pickle": lambda folder: torch.save(Bomb(), folder / models.WEIGHTS),
+    "a pickle": lambda folder: torch.save({"": Bomb(), "filler": torch.zeros(10**5)}, folder / models.WEIGHTS),
     "a foreign target": lambda folder: edit_model(folder, _target_="os.system", command="touch exploded"),
     "a target in an argument": lambda folder: edit_model(folder, dropout={"_target_": "os.system", "command": "touch exploded"}),
     "a resolver": lambda folder: edit_model(folder, dropout="${oc.create:{_target_:os.system}}"),
