@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from mnist_exp import runs
 from mnist_exp.errors import UserError
 from mnist_exp.serving import load
-from mnist_exp.tracking import registry
+from mnist_exp.tracking import models
 from mnist_exp.tracking.mlflow_store import MLflowStore, record_of
 
 SHORT = ("data=mnist_tuning", "data.subset=1000", "~phases.finetune", "phases.train.epochs=1", "batch_size=32")
@@ -72,10 +72,10 @@ def test_a_missing_model_is_refused_before_anything_is_written(call: Call, store
 
 def test_a_champion_that_changes_in_between_stays(call: Call, stored_run: str, store: str) -> None:
     opened = MLflowStore(store, "mnist_exp")
-    source = registry.verified_model(opened, record_of(opened.get_run(stored_run)))
-    registry.register(opened, source, "mnist", "champion", "the first", {}, None)
+    source = models.verified_model(opened, record_of(opened.get_run(stored_run)))
+    models.register(opened, source, "mnist", "champion", "the first", {}, None)
     with pytest.raises(UserError, match="mnist@champion was moved by someone else in the meantime: version 2"):
-        registry.register(opened, source, "mnist", "champion", "decided when there was none", {}, None)
+        models.register(opened, source, "mnist", "champion", "decided when there was none", {}, None)
     client = MlflowClient(store)
     assert client.get_model_version_by_alias("mnist", "champion").version == 1
     left = client.get_model_version("mnist", "2")

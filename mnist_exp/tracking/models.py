@@ -1,22 +1,123 @@
-"""Trained models by name: those of runs, and MLflow's registry, in which one version carries an alias such as champion."""
+"""Trained models: save, load, find and register them.
 
+A model is a folder of three files: the weights, the settings of its run, and an `MLmodel`, through which MLflow's own loader and
+server call `_load_pyfunc`.
+"""
+
+import json
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+import yaml
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.types import Schema, TensorSpec
+from numpy.typing import NDArray
+from torch import nn
 
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import command
+from mnist_exp.settings import Settings, build, stored_node
+from mnist_exp.storage.run_dir import disk_error, remove_folder
 from mnist_exp.tracking.base import RunRecord
 from mnist_exp.tracking.connection import first_line
 from mnist_exp.tracking.housekeeping import logged_models
 from mnist_exp.tracking.mlflow_store import MLflowStore, record_of
-from mnist_exp.tracking.model_export import download_model, verify_model
 
+WEIGHTS, SETTINGS, MLMODEL = "weights.pt", "settings.json", "MLmodel"  # the last is MLflow's name
+FLAVORS = {"python_function": {"loader_module": __name__}}  # with further keys, such as `code`, MLflow would import other files
+DOWNLOADED = "registered_model_meta"  # a file that MLflow adds to a registered model that it downloads
 PROMOTION = "promotion"  # tag of a version: incomplete until the alias points to it, then complete
+
+
+def save_model(folder: Path, model: nn.Module, settings: Settings) -> None:
+    """Write a model to `folder`, which is replaced.
+
+    Args:
+        folder: The folder.
+        model: Maps uint8 images (n, channels, side, side) to logits (n, classes).
+        settings: The settings of the model's run, with the `shape` of the data.
+
+    Raises:
+        UserError: The disk refuses.
+    """
+    assert settings.shape
+    side = settings.shape["side"]
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, settings.shape["in_channels"], side, side))]),
+        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, settings.shape["classes"]))]),
+    )
+    try:
+        remove_folder(folder)
+        folder.mkdir()
+        torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, folder / WEIGHTS)
+        (folder / SETTINGS).write_text(settings.model_dump_json(indent=2))
+        Model(flavors=FLAVORS, signature=signature).save(str(folder / MLMODEL))
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
+        raise disk_error(folder, error) from error
+
+
+def read_model(uri: str) -> tuple[nn.Module, dict[str, int]]:
+    """Return a model in evaluation mode, and the shape of its data. No file of its folder can run code.
+
+    Args:
+        uri: A folder, or MLflow's `models:/...` in the store that MLFLOW_TRACKING_URI names.
+
+    Raises:
+        UserError: The folder has no model of this program, or a damaged one.
+    """
+    folder = _download(uri)
+    try:
+        settings = json.loads((folder / SETTINGS).read_bytes())
+        shape = {key: int(settings["shape"][key]) for key in ("classes", "side", "in_channels")}
+        node = stored_node("model", settings["model"], str(folder))
+        with zipfile.ZipFile(folder / WEIGHTS) as archive:
+            if archive.testzip():  # torch itself does not notice changed bits
+                raise zipfile.BadZipFile
+        with torch.device("meta"):  # without memory
+            skeleton: nn.Module = build(node, "model", **shape)
+        if sum(value.nbytes for value in skeleton.parameters()) > (folder / WEIGHTS).stat().st_size:
+            raise UserError(f"{folder} is invalid: its {SETTINGS} describe a larger network than its {WEIGHTS} contains.")
+        model: nn.Module = build(node, "model", **shape)
+        model.load_state_dict(torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True))
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{folder} is not a model of this program: {error}.") from error
+    except Exception as error:  # a forged file can fail anywhere within torch
+        raise UserError(f"{folder} is not a model of this program, or is damaged: {type(error).__name__}.") from error
+    return model.eval(), shape
+
+
+class PyfuncModel:
+    """A model as MLflow's loader and server call it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    @torch.inference_mode()
+    def predict(self, model_input: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return the logits (n, classes) of images (n, channels, side, side)."""
+        logits: torch.Tensor = self.network(torch.from_numpy(model_input))
+        return logits.float().numpy()
+
+
+def _load_pyfunc(path: str) -> PyfuncModel:
+    return PyfuncModel(read_model(path)[0])
+
+
+def _download(uri: str) -> Path:
+    try:
+        return Path(uri) if Path(uri).is_dir() else Path(download_artifacts(uri))
+    except Exception as error:  # stores and disks raise exceptions of their own
+        raise UserError(f"{uri} cannot be loaded as a model: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -96,9 +197,25 @@ def find_champion(store: MLflowStore, name: str, alias: str) -> ModelVersion | N
 
 
 def verified_model(store: MLflowStore, record: RunRecord) -> ModelSource:
-    """Return the model of a run after every file of it was checked; raises UserError if it is missing or was changed."""
+    """Return the model of a run.
+
+    Raises:
+        UserError: It is missing or damaged, or has files or flavors that `save_model` does not write: MLflow could run them.
+    """
     source = _of_run(store, record.run_id)
-    verify_model(download_model(source.address))
+    folder = _download(source.address)
+    read_model(str(folder))
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*")} - {DOWNLOADED}
+    try:
+        flavors = yaml.safe_load((folder / MLMODEL).read_bytes())["flavors"]
+    except Exception as error:  # a forged file can fail anywhere within yaml
+        raise UserError(f"{folder} is damaged: its {MLMODEL} is unreadable.") from error
+    if files != {WEIGHTS, SETTINGS, MLMODEL} or flavors != FLAVORS:
+        foreign = ", ".join(sorted(files - {WEIGHTS, SETTINGS, MLMODEL})) or f"other flavors in {MLMODEL}"
+        raise UserError(
+            f"{folder} is not a model as this program writes it: it contains {foreign}.",
+            remedy="Promote a model of another run.",
+        )
     return source
 
 
