@@ -28,7 +28,11 @@ if TYPE_CHECKING:
     from mnist_exp.tracking.mlflow_store import MLflowStore
 
 TRACE = os.environ.get("HYDRA_FULL_ERROR") == "1"  # whether the user wants stack traces
-EXTRAS = {"ray": "ray", "submitit": "slurm", "optuna": "search"}  # part of the name of a package: the extra that installs it
+EXTRAS = {
+    "ray_launcher": "ray",
+    "submitit": "slurm",
+    "optuna": "search",
+}  # part of the name of a package: the extra that installs it
 # Names that people know from elsewhere, and ours.
 SYNONYMS = {
     "learning_rate": "lr", "num_epochs": "epochs", "max_epochs": "epochs", "bs": "batch_size", "batchsize": "batch_size",
@@ -99,7 +103,7 @@ def reported_errors() -> Iterator[None]:
             if TRACE or (message := explain(error)) is None:
                 traceback.print_exception(error)
             else:
-                print("\n".join([message, *_notes(error), "Set HYDRA_FULL_ERROR=1 to see the stack trace."]), file=sys.stderr)
+                print("\n".join([message, *_notes(error)]), file=sys.stderr)
             sys.exit(1)
 
 
@@ -199,6 +203,11 @@ def explain(error: Exception) -> str | None:
         return f"Out of memory: {_first_line(error)}\nChoose a smaller batch_size or model, or stop other programs."
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain_composing(error)
+    if isinstance(error, ValueError | RuntimeError) and "/hydra/" in traceback.extract_tb(error.__traceback__)[-1].filename:
+        return (
+            _missing_extra(str(error))
+            or f"The configuration cannot be composed: {error}\nThe command line was: {' '.join(sys.argv[1:])}"
+        )
     if isinstance(error, OSError) or any(kind.__module__.startswith(("mlflow.", "sqlalchemy.")) for kind in type(error).__mro__):
         return (
             f"The store, the disk or the network failed: {_first_line(error)}\n"
@@ -225,7 +234,7 @@ def _explain_composing(error: Exception) -> str:
                 f"{known}. Add a new key with +{cause.full_key}=..."
             )
     if isinstance(error, MissingConfigException):
-        if extra := _missing_extra(f"{error.missing_cfg_file} {text}"):
+        if extra := _missing_extra(str(error.missing_cfg_file)):
             return extra
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         if error.options:
@@ -248,7 +257,7 @@ def _explain_composing(error: Exception) -> str:
 def _missing_extra(text: str) -> str | None:
     for package, extra in EXTRAS.items():
         if package in text:
-            return f"A package is missing: {text.splitlines()[0]}\nInstall it with: pip install -e '.[{extra}]'"
+            return f"{text} needs a package that is not installed. Install it with: pip install -e '.[{extra}]'"
     return None
 
 

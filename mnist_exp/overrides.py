@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 
 from mnist_exp.errors import UserError
@@ -53,6 +53,18 @@ def is_location(override: str) -> bool:
     """Return whether an override sets a location."""
     key = key_of(override)
     return key in LOCATIONS or key.startswith("tracking.")
+
+
+def check_ids(overrides: Iterable[str]) -> None:
+    """Raise UserError on an id that Hydra reads as a number: 1234e567 as infinity, 00123456 without its zeros."""
+    for override in overrides:
+        if key_of(override) in ("resume", "rerun", "sweep.resume", "sweep.extend"):
+            values = parse(override).value()
+            values = values.list if isinstance(values, ChoiceSweep) else [values]
+            if any(isinstance(value, int | float) for value in values):
+                key, text = key_of(override), text_of(override)
+                quotes = ",".join(f"'{item}'" for item in text.split(","))
+                raise UserError.invalid(key, text, "an id that is not a number", f'Type it in quotes: "{key}={quotes}".')
 
 
 def remember_locations(overrides: Iterable[str], config_dir: str | None) -> None:

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mnist_exp.cli import check_order, leave_credentials, reported_errors
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import OBJECTIVE
-from mnist_exp.overrides import JOB_KEY, is_location, remember_locations, section_of
+from mnist_exp.overrides import JOB_KEY, check_ids, is_location, remember_locations, section_of
 from mnist_exp.paths import CONF
 from mnist_exp.settings import Recipe, choices_of, from_composed
 from mnist_exp.signals import install_signal_handlers
@@ -50,6 +50,7 @@ def run_composed(composed: DictConfig) -> float | None:
         overrides = list(job.overrides.task)
     except OmegaConfBaseException as error:
         raise UserError(f"The command line cannot be resolved: {str(error).splitlines()[0]}. Write plain values.") from error
+    check_ids(overrides)
     folders = [source.path for source in job.runtime.config_sources if source.provider == "command-line"]
     remember_locations(overrides, folders[0] if folders else None)
     context = None

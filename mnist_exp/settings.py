@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
@@ -39,7 +39,6 @@ NEUTRAL = ("output_dir", "tracking", "parameter_limit", "save_every", "resume", 
 UNION_BRANCHES = ("str", "int", "float")  # in the places of pydantic's errors
 CHECKED = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 EXPECTED = {  # the values that pydantic expects, by the type of its error
-    "missing": "a value",
     "int_type": "an integer",
     "int_from_float": "an integer",
     "float_type": "a number",
@@ -49,10 +48,10 @@ EXPECTED = {  # the values that pydantic expects, by the type of its error
     "tuple_type": "a list",
     "dict_type": "keys and values",
     "path_type": "a path",
-    "greater_than": "a number > {gt}",
-    "greater_than_equal": "a number >= {ge}",
-    "less_than": "a number < {lt}",
-    "less_than_equal": "a number <= {le}",
+    "greater_than": "a number > {gt:g}",
+    "greater_than_equal": "a number >= {ge:g}",
+    "less_than": "a number < {lt:g}",
+    "less_than_equal": "a number <= {le:g}",
     "finite_number": "a finite number",
 }
 
@@ -63,31 +62,22 @@ def _node(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-def _run_id(latest: bool) -> Callable[[Any], Any]:
-    """Return the check of the id of a run; latest: whether the word `latest` may stand for it."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            raise PydanticCustomError("expected", "an id in quotes if it looks like a number, typed as \"KEY='ID'\"")
-        if not (isinstance(value, str) and re.fullmatch(f"latest|{ID}" if latest else ID, value)):
-            word = "latest, or " if latest else ""
-            raise PydanticCustomError("expected", word + "the id of a run, or at least its first 6 hexadecimal digits")
-        return value
-
-    return check
+def _run_id(value: Any) -> Any:
+    if not (isinstance(value, str) and re.fullmatch(f"latest|{ID}", value)):
+        raise PydanticCustomError("expected", "latest, the id of a run, or at least its first 6 hexadecimal digits, in quotes")
+    return value
 
 
 Node = Annotated[dict[str, Any], AfterValidator(_node)]  # a call: `_target_` and its arguments
-RunId = Annotated[str, BeforeValidator(_run_id(latest=False))]
-RunOrLatest = Annotated[str, BeforeValidator(_run_id(latest=True))]
+RunId = Annotated[str, BeforeValidator(_run_id)]
 
 
 class SweepSettings(BaseModel):
     """The keys of `sweep`, as conf/config.yaml describes them."""
 
     model_config = CHECKED
-    resume: RunOrLatest | None = None
-    extend: RunOrLatest | None = None
+    resume: RunId | None = None
+    extend: RunId | None = None
     dry_run: bool = False
     force: bool = False
 
@@ -126,8 +116,8 @@ class Settings(BaseModel):
     output_dir: Path = HOME / "outputs"
     parameter_limit: Count | None = 25_000
     save_every: Count | None = None
-    resume: RunOrLatest | None = None
-    rerun: RunOrLatest | None = None
+    resume: RunId | None = None
+    rerun: RunId | None = None
     sweep: SweepSettings = SweepSettings()
     plan: PlanSettings = PlanSettings()
     shape: dict[Literal["classes", "side", "in_channels"], Count] | None = None
@@ -252,7 +242,7 @@ def _checked(text: str) -> Settings:
     try:
         settings = Settings.model_validate_json(text)
     except ValidationError as error:
-        raise explain(error, known=list(Settings.model_fields)) from error
+        raise explain(error, known=Settings.model_fields) from error
     for name, phase in settings.phases.items():
         if not re.fullmatch(r"\w+", name) or name in Settings.model_fields or name == "total":
             raise UserError.invalid(f"phases.{name}", "...", "as its name a word that is no key of the configuration")
@@ -365,8 +355,9 @@ def check_arguments(node: Mapping[str, Any], key: str, *given: str) -> None:
     except (TypeError, ValueError):  # written in C
         return
     if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+        known = [name for name, item in parameters.items() if name in arguments or item.default is not item.empty]
         for name in arguments.keys() - parameters.keys():
-            raise _unknown(f"{key}.{name}", [item for item in parameters if item not in given and item != "self"])
+            raise _unknown(f"{key}.{name}", known, f"an argument of {node['_target_']}")
     for name, value in arguments.items():
         if isinstance(value, dict) and "_target_" in value:
             check_arguments(value, f"{key}.{name}")
@@ -397,7 +388,7 @@ def _has_target(value: Any) -> bool:
     return isinstance(value, dict | list) and any(key.endswith("_target_") for key, _ in walk(value))
 
 
-def explain(error: ValidationError, prefix: str = "", known: list[str] | None = None) -> UserError:
+def explain(error: ValidationError, prefix: str = "", known: Iterable[str] = ()) -> UserError:
     """Return pydantic's first error as the message for the user.
 
     Args:
@@ -416,21 +407,21 @@ def explain(error: ValidationError, prefix: str = "", known: list[str] | None = 
             {"sweep": SweepSettings.model_fields, "plan": PlanSettings.model_fields}.get(parts[0], {}) if len(parts) > 1 else {}
         )
         return _unknown(key, list(inner) or known or [])
+    if first["type"] == "missing" and isinstance(first["loc"][-1], int):
+        return UserError.invalid(key.rpartition(".")[0], first["input"], "more values in the list")
     if first["type"] == "missing":
         return UserError(f"{key} is missing.", key=key, expected="a value", remedy=f"Set it, or do not delete it (~{key}).")
     expected = EXPECTED.get(first["type"], first["msg"].removeprefix("Input should be ")).format(**first.get("ctx", {}))
     return UserError.invalid(key, first["input"], expected, f"Set it with {key}=... on the command line.")
 
 
-def _unknown(key: str, known: list[str]) -> UserError:
-    prefix, _, name = key.rpartition(".")
-    hint = did_you_mean(name, known)
+def _unknown(key: str, known: Iterable[str], kind: str) -> UserError:
     expected = f"one of {', '.join(sorted(known))}"
-    where = prefix or "the configuration"
-    return UserError(f"{key} is not a key of {where}{hint}: expected {expected}.", key=key, expected=expected)
+    hint = did_you_mean(key.rpartition(".")[2], known)
+    return UserError(f"{key} is not {kind}{hint}: expected {expected}.", key=key, expected=expected)
 
 
-def did_you_mean(word: str, known: "Iterator[str] | list[str] | set[str]") -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ' (did you mean ...?)' with the known word closest to `word`, or an empty text."""
     close = get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
@@ -445,7 +436,7 @@ class Trial:
     def __init__(self) -> None:
         self._results: dict[str, Any] = {}
 
-    def check(self, settings: Settings, *, read_data: bool = False) -> None:
+    def try_out(self, settings: Settings, *, read_data: bool = False) -> None:
         """Check the arguments of every target of a configuration.
 
         Args:

@@ -21,6 +21,7 @@ from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import model_export, provenance
 from mnist_exp.tracking.base import OUTCOME, DatasetInfo, RunInfo, Store, Tracker
+from mnist_exp.tracking.tags import RESUMED
 
 COMPARED = ("confusion_matrix", "worst_mistakes")  # figures that the UI shows side by side
 
@@ -48,8 +49,8 @@ class Recorder:
         """Seconds of the whole run."""
         return time.perf_counter() - self._started
 
-    def log_setup(self, params: Mapping[str, object], datasets: Iterable[DatasetInfo], resumed: Mapping[str, str] | None) -> None:
-        """Record the configuration, the code and the data; resumed: the tags of a resumed run."""
+    def log_setup(self, params: Mapping[str, object], datasets: Iterable[DatasetInfo], resumed: str | None) -> None:
+        """Record the configuration, the code and the data; resumed: where a resumed run continues, and in which environment."""
         recipe = self._initial.recipe
         self.tracker.log_params(params)
         self.tracker.log_text(yaml.safe_dump(recipe.settings.model_dump(mode="json"), sort_keys=False), "config.yaml")
@@ -61,7 +62,7 @@ class Recorder:
             self.tracker.log_text(uncommitted.unrecorded, "provenance/unrecorded.txt")
             self.save_checkpoint(None)
         else:
-            self.tracker.set_tags(resumed)
+            self.tracker.set_tags(provenance.process_tags(recipe.settings.output_dir) | {RESUMED: resumed})
         for dataset in datasets:
             self.tracker.log_dataset(dataset)
         for examples_seen, metrics in self.history:

@@ -1,4 +1,4 @@
-"""One run: prepare, start, train, evaluate, finish."""
+"""One run: prepare, start, train, evaluate, finalize."""
 
 import os
 import time
@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -16,9 +16,9 @@ from mnist_exp.errors import UserError
 from mnist_exp.experiment.figures import run_figures
 from mnist_exp.experiment.recorder import Recorder, recording
 from mnist_exp.experiment.summary import dataset_info, describe_run, parameters, result_rows, run_name, short_override
-from mnist_exp.learning.data import Dataset, derive_seed
+from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.evaluation import Evaluation, evaluate
-from mnist_exp.learning.models import count_parameters
+from mnist_exp.learning.models import create_model
 from mnist_exp.learning.training import Phase, choose_device, choose_precision, disable_malloc_trim, fit, prepare_phases
 from mnist_exp.overrides import changes, key_of
 from mnist_exp.settings import NEUTRAL, Recipe, Settings, Trial, build
@@ -27,7 +27,7 @@ from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import RunInfo, Store
 from mnist_exp.tracking.definition import JobContext
-from mnist_exp.tracking.tags import ARM, CONFIG_HASH, DATA, DIFFERS, JOB, OVERRIDES, RERUN_OF, RESUMED, SWEEP
+from mnist_exp.tracking.tags import ARM, CONFIG_HASH, DATA, DIFFERS, JOB, OVERRIDES, RERUN_OF, SWEEP
 from mnist_exp.tracking.views import artifact_path
 
 ShouldPrune = Callable[[int, Mapping[str, float]], bool]  # called with examples seen and metrics
@@ -81,6 +81,7 @@ class Prepared:
     parameter_count: int
     store: Store
     software: dict[str, str]
+    changed: str  # how the environment differs from that of a resumed run
     display: Display
     started: float
 
@@ -125,37 +126,42 @@ def run(request: RunRequest) -> RunResult:
     prepared = prepare(request)
     with start_run(request, prepared) as recorder:
         train(request, prepared, recorder)
-        evaluation = evaluate_model(request, prepared, recorder)
+        evaluation = evaluate(prepared.model, prepared.data.splits[prepared.data.eval_split])
         return finalize(request, prepared, recorder, evaluation)
 
 
 def prepare(request: RunRequest) -> Prepared:
     """Build all parts of the run; raises UserError if one cannot be built."""
-    settings = request.settings
-    started = time.perf_counter() - (request.checkpoint.elapsed if request.checkpoint else 0.0)
+    settings, saved = request.settings, request.checkpoint
+    started = time.perf_counter() - (saved.elapsed if saved else 0.0)
     disable_malloc_trim()
     torch.set_num_threads(request.threads or _default_threads())
-    device = choose_device(settings.device)
-    precision = choose_precision(settings.precision, device)
+    software = provenance.software() | {"threads": str(torch.get_num_threads())}
+    changed = provenance.differences(saved.software, software) if saved else ""
+    run_dir.ensure_writable_dir(settings.output_dir)
     # The nodes: all are checked before the data are read.
-    Trial().check(settings)
+    Trial().try_out(settings)
     store = build(settings.tracking, "tracking")
     configs = {name: build(node, f"phases.{name}") for name, node in settings.phases.items()}
-    data = build(settings.data, "data", seed=settings.seed).to(device)
-    _check_data(request, data)
-    with torch.device("meta"):  # count the parameters before memory is allocated
-        parameter_count = count_parameters(build(settings.model, "model", **data.shape), settings.parameter_limit)
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(settings.seed, "weights"))
-        model = build(settings.model, "model", **data.shape).to(device)
+    data: Dataset = build(settings.data, "data", seed=settings.seed)
+    data.check_digests(saved.digests if saved else request.digests)
+    if request.job and request.job.data not in (None, data.name):
+        raise UserError(
+            f"The sweep was started with {request.job.data}, but the data here is {data.name}.",
+            key="data",
+            remedy="Set MNIST_ROOT to the data of the sweep, or continue with sweep.force=true.",
+        )
+    # What trains.
+    device = choose_device(settings.device)
+    make_model = partial(build, settings.model, "model", **data.shape)
+    model, parameter_count = create_model(make_model, settings.seed, settings.parameter_limit)
+    model, data = model.to(device), data.to(device)
     phases = prepare_phases(model, configs, data, settings.output_dir)
-    run_dir.ensure_writable_dir(settings.output_dir)
-    # What the user sees.
-    software = provenance.software() | {"threads": str(torch.get_num_threads())}
     totals = {phase.name: data.splits[phase.config.split].epoch_size * phase.config.epochs for phase in phases}
     epochs = {phase.name: phase.config.epochs for phase in phases}
     display = Display(totals, epochs, request.examples_seen, quiet=request.quiet or request.job is not None)
-    return Prepared(model, phases, data, precision, device, parameter_count, store, software, display, started)
+    precision = choose_precision(settings.precision, device)
+    return Prepared(model, phases, data, precision, device, parameter_count, store, software, changed, display, started)
 
 
 @cache  # before the first run changes it
@@ -163,30 +169,11 @@ def _default_threads() -> int:
     return torch.get_num_threads()
 
 
-def _check_data(request: RunRequest, data: Dataset) -> None:
-    """Raise UserError if the run or its sweep was started with other data."""
-    expected = request.checkpoint.digests if request.checkpoint else request.digests
-    if any(data.digests.get(name) != digest for name, digest in expected.items()):
-        raise UserError(
-            f"The data differs from the original run's: expected {expected}, found {data.digests}.",
-            key="data.root",
-            remedy="Set MNIST_ROOT (or data.root) to the data that the run was started with, or start a new run.",
-        )
-    if request.settings.shape not in (None, data.shape):
-        raise UserError.invalid("shape", request.settings.shape, f"{data.shape} with this data, or no such key")
-    if request.job and request.job.data not in (None, data.name):
-        raise UserError(
-            f"The sweep was started with {request.job.data}, but the data here is {data.name}.",
-            key="data",
-            remedy="Set MNIST_ROOT to the data of the sweep, or continue with sweep.force=true.",
-        )
-
-
 def start_run(request: RunRequest, prepared: Prepared) -> AbstractContextManager[Recorder]:
     """Warn about what is unusual; return the recorder, which starts the run in the store."""
     data, saved = prepared.data, request.checkpoint
-    if changed := _changes(request, prepared):
-        prepared.display.warn(f"The environment differs from the original run's: {changed}. The results may differ.")
+    if prepared.changed:
+        prepared.display.warn(f"The environment differs from the original run's: {prepared.changed}. The results may differ.")
     if data.warning:
         prepared.display.warn(data.warning)
     # The shape lets others rebuild the model without the data.
@@ -203,11 +190,6 @@ def start_run(request: RunRequest, prepared: Prepared) -> AbstractContextManager
         job=asdict(request.job) if request.job else None,
     )
     return recording(prepared.store, _run_info(request, prepared), initial, prepared.started)
-
-
-def _changes(request: RunRequest, prepared: Prepared) -> str:
-    """Return how the environment differs from that of the resumed run."""
-    return provenance.differences(request.checkpoint.software, prepared.software) if request.checkpoint else ""
 
 
 def _run_info(request: RunRequest, prepared: Prepared) -> RunInfo:
@@ -235,14 +217,12 @@ def _run_info(request: RunRequest, prepared: Prepared) -> RunInfo:
 def train(request: RunRequest, prepared: Prepared, recorder: Recorder) -> None:
     """Record the setup of the run, then train it through its phases."""
     settings, saved, data = request.settings, request.checkpoint, prepared.data
-    resumed = None
-    if saved:
-        changed = _changes(request, prepared)
-        note = f"at {request.examples_seen:,} examples" + (f"; {changed}" if changed else "")
-        resumed = provenance.process_tags(settings.output_dir) | {RESUMED: note}
+    note = f"at {request.examples_seen:,} examples" + (f"; {prepared.changed}" if prepared.changed else "")
     uses = [(phase.config.split, phase.name) for phase in prepared.phases] + [(data.validation, "validation")]
     actual = {"precision": str(prepared.precision).removeprefix("torch."), "device": prepared.device.type, "data": data.name}
-    recorder.log_setup(parameters(request.recipe) | actual, [dataset_info(data, *use) for use in uses], resumed)
+    recorder.log_setup(
+        parameters(request.recipe) | actual, [dataset_info(data, *use) for use in uses], resumed=note if saved else None
+    )
     should_prune = request.make_should_prune() if request.make_should_prune else None
     with prepared.display:
         for report in fit(
@@ -260,29 +240,22 @@ def train(request: RunRequest, prepared: Prepared, recorder: Recorder) -> None:
                 recorder.prune()
 
 
-def evaluate_model(request: RunRequest, prepared: Prepared, recorder: Recorder) -> Evaluation:
-    """Evaluate the trained model, once; record its figures, its mistakes and the model.
+def finalize(request: RunRequest, prepared: Prepared, recorder: Recorder, evaluation: Evaluation) -> RunResult:
+    """Record the figures, the model, the results and the final status, and show the results.
 
     The jobs of a sweep share most of their recipe: they do not repeat the figures of it.
     """
-    data, split = prepared.data, prepared.data.eval_split
+    data, split, choices = prepared.data, prepared.data.eval_split, request.recipe.choices
     if split == "test":
         recorder.tracker.log_dataset(dataset_info(data, "test", "test"))
-    evaluation = evaluate(prepared.model, data.splits[split])
     seed, with_recipe = request.settings.seed, request.job is None
     recorder.log_figures(run_figures(evaluation, split, data, prepared.phases, recorder.history, seed, with_recipe=with_recipe))
     recorder.log_history(split, evaluation.mistakes)
-    name = f"{request.recipe.choices.get('model', 'model')}-{data.name}"
-    recorder.log_model(prepared.model.eval(), data.splits[split].images[:2].cpu().numpy(), name)
-    return evaluation
-
-
-def finalize(request: RunRequest, prepared: Prepared, recorder: Recorder, evaluation: Evaluation) -> RunResult:
-    """Record the results and the final status, and show them."""
-    data = prepared.data
+    example = data.splits[split].images[:2].cpu().numpy()
+    recorder.log_model(prepared.model.eval(), example, f"{choices.get('model', 'model')}-{data.name}")
     results = {f"time/{phase}_seconds": seconds for phase, seconds in recorder.seconds.items()}
     results["model/parameters"] = prepared.parameter_count
-    if data.eval_split == "test":
+    if split == "test":
         results |= {f"test/{name}": value for name, value in evaluation.metrics.items()}
     results["time/total_seconds"] = recorder.elapsed
     result = RunResult(recorder.tracker.run_id, [*recorder.history, (0, results)], prepared.model, data.warning)

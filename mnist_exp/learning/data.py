@@ -4,11 +4,13 @@ All randomness derives from (seed, phase, epoch, step), so that a resumed run eq
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from mnist_exp.errors import UserError
 
 
 def derive_seed(*parts: object) -> int:
@@ -119,6 +121,16 @@ class Dataset:
     def digests(self) -> dict[str, str]:
         """The digest of each split."""
         return {name: split.digest for name, split in self.splits.items()}
+
+    def check_digests(self, expected: Mapping[str, str]) -> None:
+        """Raise UserError unless the splits have the digests that are expected of some of them."""
+        if differing := [name for name, digest in expected.items() if self.digests.get(name) != digest]:
+            raise UserError(
+                f"The data differs from the original run's in {', '.join(differing)}: expected {dict(expected)}, found "
+                f"{self.digests}.",
+                key="data",
+                remedy="Set MNIST_ROOT (or data.root) to the data that the run was started with, or start a new run.",
+            )
 
     def to(self, device: torch.device) -> "Dataset":
         """Return the data set with its splits on `device`."""

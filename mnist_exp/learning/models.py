@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnist_exp.errors import Count, Fraction, UserError
+from mnist_exp.learning.data import derive_seed
 from mnist_exp.learning.fused import norm_pool_activate
 
 NEGATIVE_SLOPE = 0.1
@@ -159,6 +160,21 @@ class CNN(nn.Module):
             features = F.leaky_relu(self.hidden(features), NEGATIVE_SLOPE)  # (n, hidden_features)
         logits: Tensor = self.output(self.dropout(features))  # (n, classes)
         return logits
+
+
+def create_model(make: Callable[[], nn.Module], seed: int, limit: int | None) -> tuple[nn.Module, int]:
+    """Return a model with initial weights that depend on the seed alone, and the number of its parameters.
+
+    Args:
+        make: Builds the model. It is called on the meta device first, before memory is allocated.
+        seed: Seed of the weights.
+        limit: As for `count_parameters`.
+    """
+    with torch.device("meta"):
+        count = count_parameters(make(), limit)
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, "weights"))
+        return make(), count
 
 
 def count_parameters(model: nn.Module, limit: int | None) -> int:

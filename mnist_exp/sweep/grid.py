@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from mnist_exp.console import SweepDisplay, show_lines, show_table
 from mnist_exp.errors import UserError
 from mnist_exp.learning.evaluation import EVALUATED
-from mnist_exp.overrides import check_stored, is_location, key_of, parse, remember_locations, section_of, text_of
+from mnist_exp.overrides import check_ids, check_stored, is_location, key_of, parse, remember_locations, section_of, text_of
 from mnist_exp.paths import take_credentials
 from mnist_exp.settings import PlanSettings, Settings, build, from_composed
 from mnist_exp.signals import install_signal_handlers
@@ -51,6 +51,7 @@ class GridSweep:
     def sweep(self, arguments: list[str]) -> None:
         """Run the jobs that `arguments` define, or the missing jobs of the sweep `sweep.resume`; raises UserError."""
         install_signal_handlers()
+        check_ids(arguments)
         folders = [source.path for source in self.composed.hydra.runtime.config_sources if source.provider == "command-line"]
         remember_locations(arguments, folders[0] if folders else None)
         self.settings = settings = from_composed(self.composed)

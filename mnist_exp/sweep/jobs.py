@@ -95,7 +95,7 @@ class Composer:
         return added
 
     def _checked(self, number: int, overrides: Sequence[str], settings: Settings) -> Job:
-        self._trial.check(settings, read_data=True)
+        self._trial.try_out(settings, read_data=True)
         self._check(settings)
         return Job(number, list(overrides), settings.digest)
 

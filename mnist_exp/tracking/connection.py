@@ -30,7 +30,7 @@ def check_uri(uri: str) -> str:
     """Return an address with a relative SQLite path made absolute; raises UserError if it is not supported."""
     if not uri.startswith(("sqlite:///", "http://", "https://")):
         raise UserError.invalid(
-            "tracking.uri",
+            "uri",
             uri,
             "sqlite:////absolute/path.db, or http(s)://host:port of an MLflow server",
             "Set it with tracking.uri=... or MLFLOW_TRACKING_URI. Unset both for the default, or use tracking=none.",
