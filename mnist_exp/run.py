@@ -11,11 +11,12 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp.cli import check_order, leave_credentials, reported_errors
+from mnist_exp.composing import choices_of, from_composed
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import OBJECTIVE
 from mnist_exp.overrides import JOB_KEY, check_ids, is_location, remember_locations, section_of
 from mnist_exp.paths import CONF, NAME
-from mnist_exp.settings import Recipe, choices_of, from_composed
+from mnist_exp.settings import Recipe
 from mnist_exp.signals import install_signal_handlers
 
 
@@ -60,8 +61,8 @@ def run_composed(composed: DictConfig) -> float | None:
         with open_dict(composed):
             context = parse_job_context(composed.pop(JOB_KEY))
     settings = from_composed(composed)
-    typed = [override for override in overrides if section_of(override) not in ("sweep", "plan", JOB_KEY)]
-    in_sweep_only = [override for override in overrides if section_of(override) in ("sweep", "plan")]
+    typed = [override for override in overrides if section_of(override) not in ("sweep", JOB_KEY)]
+    in_sweep_only = [override for override in overrides if section_of(override) == "sweep"]
     if in_sweep_only and job.mode == RunMode.RUN:
         raise UserError(f"{' '.join(in_sweep_only)} needs a sweep.", key=in_sweep_only[0], remedy="Add -m as the first argument.")
     prune = None

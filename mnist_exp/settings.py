@@ -13,30 +13,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import yaml
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from pydantic_core import PydanticCustomError
 
-from mnist_exp.errors import Count, MissingDataError, Positive, UserError
+from mnist_exp.errors import Count, MissingDataError, UserError
 from mnist_exp.overrides import GROUPS, PARTS, check_stored
-from mnist_exp.paths import CONF, CONFIG_DIR, HOME, LOCATIONS, NAME, config_dirs, take_credentials
+from mnist_exp.paths import CONFIG_DIR, HOME, LOCATIONS, NAME, config_dirs
 
 if TYPE_CHECKING:
     from mnist_exp.learning.data import Dataset
-
-OmegaConf.register_new_resolver("root", lambda path: str(HOME / path), replace=True)
-OmegaConf.register_new_resolver("scaled", lambda value, at, to: value * to / at, replace=True)
 
 TRIAL_STEPS = 1000  # of the schedules that are built to check their arguments
 OPTION_GROUPS = GROUPS | {"tracking"} - {"phase", "experiment", "arm"}  # the others are not nodes at a key of their own
 ID = "[0-9a-f]{6,32}"  # an id of a run, or its first digits
 # Keys that do not affect a run's outcome.
-NEUTRAL = ("output_dir", "tracking", "parameter_limit", "save_every", "resume", "rerun", "sweep", "plan", "shape")
-UNION_BRANCHES = ("str", "int", "float")  # in the places of pydantic's errors
+NEUTRAL = ("output_dir", "tracking", "parameter_limit", "save_every", "resume", "rerun", "sweep", "shape")
 CHECKED = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 EXPECTED = {  # the values that pydantic expects, by the type of its error
     "int_type": "an integer",
@@ -82,17 +75,6 @@ class SweepSettings(BaseModel):
     force: bool = False
 
 
-class PlanSettings(BaseModel):
-    """The keys of `plan`, as conf/config.yaml describes them."""
-
-    model_config = CHECKED
-    factor: str | None = None
-    baseline: str | int | float | None = None
-    metric: str | None = None
-    margin: Positive | None = None
-    seeds: Annotated[int, Field(ge=2)] | None = None
-
-
 class Settings(BaseModel):
     """A resolved configuration, as conf/config.yaml describes it. A stored one may lack newer keys: their defaults apply.
 
@@ -119,7 +101,6 @@ class Settings(BaseModel):
     resume: RunId | None = None
     rerun: RunId | None = None
     sweep: SweepSettings = SweepSettings()
-    plan: PlanSettings = PlanSettings()
     shape: dict[Literal["classes", "side", "in_channels"], Count] | None = None
 
     @property
@@ -162,43 +143,6 @@ class Recipe:
         return json.dumps({"config": config, "choices": self.choices, "overrides": self.overrides})
 
 
-def from_composed(composed: DictConfig) -> Settings:
-    """Return the settings of a composed configuration, resolved and checked; raises UserError."""
-    try:
-        config = OmegaConf.to_container(without_hydra(composed), resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, dict)
-    tracking = config.get("tracking")
-    if isinstance(tracking, dict) and isinstance(tracking.get("uri"), str):  # from conf/local, or a preset
-        tracking["uri"] = take_credentials(tracking["uri"])
-    return _checked(json.dumps(config))
-
-
-def without_hydra(composed: DictConfig) -> DictConfig:
-    """Return a composed configuration without its node `hydra`."""
-    if "hydra" not in composed:  # a copy takes longer than all checks of a job
-        return composed
-    config = composed.copy()
-    with open_dict(config):
-        config.pop("hydra", None)
-    return config
-
-
-def compose_recipe(*overrides: str) -> Recipe:
-    """Compose the default configuration as the command line does, with conf/local and the environment; raises UserError."""
-    folders = ",".join(f"file://{folder}" for folder in config_dirs()[1:])
-    search = [f"hydra.searchpath=[{folders}]"] if folders else []
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("config", [*overrides, *search], return_hydra_config=True)
-    return Recipe(from_composed(composed), choices_of(composed.hydra), list(overrides))
-
-
-def choices_of(hydra: Any) -> dict[str, str]:
-    """Return the option of each group of a composed configuration, given its node `hydra`."""
-    return {group: option for group, option in hydra.runtime.choices.items() if option and not group.startswith("hydra/")}
-
-
 def read_recipe(text: str | bytes, source: str) -> Recipe:
     """Return a recipe from a store or a checkpoint, which anyone who can write there can change.
 
@@ -216,7 +160,11 @@ def read_recipe(text: str | bytes, source: str) -> Recipe:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{source} contains no readable recipe: {error}") from error
     check_stored(overrides, source)
-    return Recipe(_checked(config), choices, overrides)
+    try:
+        return Recipe(check_settings(config), choices, overrides)
+    except UserError as error:
+        error.add_note(f"This is in {source}.")
+        raise
 
 
 def stored_node(group: str, node: Any, source: str) -> dict[str, Any]:
@@ -238,7 +186,8 @@ def defaults_of_newer_keys(settings: Settings) -> dict[str, Any]:
     return missing
 
 
-def _checked(text: str) -> Settings:
+def check_settings(text: str) -> Settings:
+    """Return the settings in JSON text; raises UserError if a key or a value is wrong, or a target is not allowed."""
     try:
         settings = Settings.model_validate_json(text)
     except ValidationError as error:
@@ -398,15 +347,10 @@ def explain(error: ValidationError, prefix: str = "", known: Iterable[str] = ())
     """
     first = error.errors(include_url=False)[0]
     parts = [str(part) for part in first["loc"]]
-    names = [
-        part for part in parts if re.fullmatch(r"\w+", part) and part not in ("str", "int", "float")
-    ]  # not branches of unions
-    key = ".".join([*([prefix] if prefix else []), *names])
+    names = [part for part in parts if re.fullmatch(r"\w+", part) and part not in ("int", "float")]  # not branches of unions
+    key = ".".join(filter(None, [prefix, *names]))
     if first["type"] == "extra_forbidden":
-        inner = (
-            {"sweep": SweepSettings.model_fields, "plan": PlanSettings.model_fields}.get(parts[0], {}) if len(parts) > 1 else {}
-        )
-        return _unknown(key, list(inner) or known or [])
+        return _unknown(key, SweepSettings.model_fields if parts[0] == "sweep" else known, "a key of the configuration")
     if first["type"] == "missing" and isinstance(first["loc"][-1], int):
         return UserError.invalid(key.rpartition(".")[0], first["input"], "more values in the list")
     if first["type"] == "missing":

@@ -25,7 +25,7 @@ from mnist_exp.settings import ID, read_recipe
 from mnist_exp.signals import defer_signals
 from mnist_exp.storage import run_dir
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.base import OUTCOME, PROCESS_DIED, Answer, RunInfo, RunRecord, StoredRun, StoreUnavailableError
+from mnist_exp.tracking.base import OUTCOME, PROCESS_DIED, Answer, RunInfo, RunRecord, Store, StoredRun, StoreUnavailableError
 from mnist_exp.tracking.connection import Result, check_uri, connect, first_line, is_refusal, retry, save_views
 from mnist_exp.tracking.definition import Definition, parse_definition
 from mnist_exp.tracking.mlflow_tracker import MLflowTracker, terminate
@@ -35,8 +35,8 @@ RUN_ID = re.compile("[0-9a-f]{32}")
 PROCESS_LEFT = "the process released its lock"
 
 
-class MLflowStore:
-    """The experiment `experiment` of the MLflow store at `uri`; a `Store`. Both are created if missing.
+class MLflowStore(Store):
+    """The experiment `experiment` of the MLflow store at `uri`. Both are created if missing.
 
     Args:
         uri: `sqlite:///` and the path of a database file, or the http(s) address of a tracking server.
@@ -78,8 +78,6 @@ class MLflowStore:
                 value=self.uri,
                 remedy="Make sure that the server answers and that its disk has space, or use another tracking.uri.",
             ) from error
-        if not RUN_ID.fullmatch(run.info.run_id):  # it becomes the name of a folder
-            raise UserError(f"{self.uri} created a run with the id {run.info.run_id!r}, expected 32 hexadecimal digits.")
         return MLflowTracker(self.client, self.uri, run, self.patience)
 
     def _retry(self, operation: Callable[[], Result]) -> Result:
@@ -168,13 +166,13 @@ class MLflowStore:
         if RUN_ID.fullmatch(text):
             return text
         if text == "latest":
-            found = [
-                run for run in self.runs("attributes.status = 'FINISHED'" if finished else "") if tag.SWEEP_JOBS not in run.tags
-            ]
+            newest = self.runs("attributes.status = 'FINISHED'" if finished else "")
+            trained = [run for run in newest if not {tag.SWEEP_JOBS, tag.MODEL} & run.tags.keys()]  # no sweeps and evaluations
+            found = trained[:1]
         else:
             prefix = text.lower() if re.fullmatch(ID, text.lower()) else None
             found = self.runs(f"attributes.run_id LIKE '{prefix}%'", everywhere=True) if prefix else []
-        if len(found) == 1 or (found and text == "latest"):
+        if len(found) == 1:
             return found[0].run_id
         raise _unresolved(text, self.uri, found)
 
