@@ -22,7 +22,6 @@ from mnist_exp.comparison.arms import (
 from mnist_exp.comparison.statistics import compare
 from mnist_exp.errors import UserError
 from mnist_exp.tracking.base import RunRecord
-from mnist_exp.tracking.definition import Plan
 
 
 def sweep(records: list[RunRecord], jobs: Jobs, factor: str | None = None, baseline: str | None = None) -> Arms:
@@ -203,9 +202,6 @@ def test_seeds_that_were_added_later_need_an_interval_that_is_valid_at_any_numbe
     assert "2 of 5 seeds" in arms.seeds_reason
     (row,) = compare_arms(arms, ["test/accuracy"])
     assert row.values.interval.anytime
-    planned = arrange([Source("s", records, TWO_MODELS, initial, Plan(seeds=5))], None, None)
-    assert planned.seeds_known
-    assert not arrange([Source("s", records, TWO_MODELS, initial, Plan(seeds=4))], None, None).seeds_known
 
 
 def test_a_look_at_an_unfinished_sweep_and_settings_added_later_need_the_wider_interval() -> None:
@@ -221,18 +217,6 @@ def test_a_look_at_an_unfinished_sweep_and_settings_added_later_need_the_wider_i
     assert "10 jobs" in arms.seeds_reason
 
 
-def test_only_the_plan_of_the_first_sweep_counts() -> None:
-    records = scored(TWO_MODELS, 0.02)
-    first = Source("s", records, TWO_MODELS, frozenset(TWO_MODELS))
-    jobs = grid(model=["se_cnn", "plain_cnn"], seed=["5", "6"])
-    more = [
-        RunRecord(**(vars(item) | {"run_id": f"{number + 50:032x}", "started": 100 + number}))
-        for number, item in enumerate(scored(jobs, 0.02))
-    ]
-    arms = arrange([Source("t", more, jobs, frozenset(jobs), Plan(seeds=7)), first], "model", None)
-    assert (arms.plan, arms.seeds_known) == (None, False)
-
-
 def test_a_key_that_only_some_jobs_set_has_the_default_in_the_others() -> None:
     jobs = dict(enumerate([{"lr": "2", "seed": seed} for seed in SEEDS] + [{"seed": seed} for seed in SEEDS]))
     arms = sweep([record(number, 0.9 + number / 1e4) for number in jobs], jobs)
@@ -243,9 +227,12 @@ def test_several_sweeps_are_pooled_and_an_added_arm_keeps_the_interval() -> None
     jobs = grid(model=["se_cnn", "plain_cnn"], seed=["5", "6"])
     more = [RunRecord(**(vars(item) | {"run_id": f"{number + 50:032x}"})) for number, item in enumerate(scored(jobs, 0.02))]
     first = Source("s", scored(TWO_MODELS, 0.02), TWO_MODELS, frozenset(TWO_MODELS))
-    arms = arrange([first, Source("t", more, jobs, frozenset(jobs))], "model", "plain_cnn")
-    assert arms.seeds("se_cnn") == [*SEEDS, "5", "6"]
-    assert not arms.seeds_known
+    more = [RunRecord(**(vars(item) | {"started": 100 + item.started})) for item in more]
+    second = Source("t", more, jobs, frozenset(jobs))
+    for sources in ([first, second], [second, first]):
+        arms = arrange(sources, "model", "plain_cnn")
+        assert sorted(arms.seeds("se_cnn")) == [*SEEDS, "5", "6"]
+        assert not arms.seeds_known
     with_arm = Source("s", scored(TWO_MODELS, 0.02), TWO_MODELS, frozenset(number for number in TWO_MODELS if number < 5))
     assert arrange([with_arm], None, None).seeds_known, "an arm was added, not a seed"
 

@@ -5,7 +5,7 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from mnist_exp.sweep.jobs import common_data, failed, failure_reason, result_of
 from mnist_exp.sweep.summary import describe_sweep, job_table
-from mnist_exp.tracking.base import PROCESS_DIED, NullStore, RunInfo, RunRecord, StoreLostError
+from mnist_exp.tracking.base import PROCESS_DIED, RunInfo, RunRecord, Store, StoreLostError
 from mnist_exp.tracking.definition import Definition, Extension, Job
 from mnist_exp.tracking.mlflow_store import MLflowStore
 
@@ -66,7 +66,7 @@ def test_runs_that_tie_are_named_together() -> None:
         children = [record(number, accuracy=accuracy) for number, accuracy in enumerate(accuracies)]
         jobs = [Job(number, [], "") for number in range(len(accuracies))]
         definition = Definition("grid", len(jobs), [], {}, jobs)
-        text = describe_sweep(job_table(jobs, children, {}), children, NullStore(), "1", "resume", definition)
+        text = describe_sweep(job_table(jobs, children, {}), children, Store(), "1", "resume", definition)
         return [number for number in range(len(jobs)) if f"[seed={number}]" in text]
 
     assert named(1, 0.99, 1) == [0, 2]
@@ -77,5 +77,5 @@ def test_runs_that_tie_are_named_together() -> None:
 def test_the_initial_jobs_are_those_before_the_first_extension() -> None:
     jobs = [Job(number, [], "") for number in range(5)]
     steps = [Extension("2026-01-01T00:00:00+00:00", ["seed=3"], 3, 1), Extension("2026-01-02T00:00:00+00:00", ["seed=4"], 4, 1)]
-    assert Definition("grid", 5, [], {}, jobs, None, steps).initial == {0, 1, 2}
+    assert Definition("grid", 5, [], {}, jobs, steps).initial == {0, 1, 2}
     assert Definition("grid", 5, [], {}, jobs).initial == {0, 1, 2, 3, 4}
