@@ -49,25 +49,21 @@ def test_a_higher_arm_takes_the_place() -> None:
     assert chosen.tags["verdict"] == "higher"
     assert chosen.tags["against"] == "model=old"
     assert " to " in chosen.tags["interval"]
-    assert "higher" in chosen.reason
 
 
 @pytest.mark.parametrize(("parameters", "wins"), [(100.0, False), (120.0, False), (80.0, True)])
 def test_an_equivalent_arm_needs_fewer_parameters(parameters: float, wins: bool) -> None:
-    chosen = decision(source(0.00001, noise=0.00002, parameters=parameters))
-    assert (chosen.run is not None) == wins
-    assert ("fewer parameters" in chosen.reason) or not wins
+    assert (decision(source(0.00001, noise=0.00002, parameters=parameters)).run is not None) == wins
 
 
 def test_an_undecided_arm_and_the_champions_own_arm_change_nothing() -> None:
     for found in (source(0.0005, noise=0.01), source(-0.002)):
-        chosen = decision(found)
-        assert chosen.run is None
-        assert "The champion stays" in chosen.reason
+        assert decision(found).run is None
 
 
 def test_runs_without_validation_images_of_their_own_are_refused() -> None:
     found = source(0.002)
     found = replace(found, records=[replace(record, digests={"test": "d"}) for record in found.records])
-    with pytest.raises(UserError, match="data=mnist_tuning"):
+    with pytest.raises(UserError) as error:
         decision(found)
+    assert "data=mnist_tuning" in str(error.value), "the remedy"
