@@ -78,6 +78,8 @@ class MLflowStore(Store):
                 value=self.uri,
                 remedy="Make sure that the server answers and that its disk has space, or use another tracking.uri.",
             ) from error
+        if not RUN_ID.fullmatch(run.info.run_id):  # it becomes the name of a folder
+            raise UserError(f"{self.uri} created a run with the id {run.info.run_id!r}, expected 32 hexadecimal digits.")
         return MLflowTracker(self.client, self.uri, run, self.patience)
 
     def _retry(self, operation: Callable[[], Result]) -> Result:
