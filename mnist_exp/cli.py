@@ -13,12 +13,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import GROUPS, PARTS, quoted, remember_locations
+from mnist_exp.overrides import GROUPS, PARTS, not_an_override, quoted, remember_locations
 from mnist_exp.paths import CONFIG_DIR, LOCATIONS, NAME, take_credentials, typed
 from mnist_exp.settings import build, compose_recipe, did_you_mean, walk
 from mnist_exp.signals import Interrupted
@@ -32,7 +32,7 @@ EXTRAS = {
     "ray_launcher": "ray",
     "submitit": "slurm",
     "optuna": "search",
-}  # part of the name of a package: the extra that installs it
+}  # by part of the name of a package
 # Names that people know from elsewhere, and ours.
 SYNONYMS = {
     "learning_rate": "lr", "num_epochs": "epochs", "max_epochs": "epochs", "bs": "batch_size", "batchsize": "batch_size",
@@ -204,10 +204,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain_composing(error)
     if isinstance(error, ValueError | RuntimeError) and "/hydra/" in traceback.extract_tb(error.__traceback__)[-1].filename:
-        return (
-            _missing_extra(str(error))
-            or f"The configuration cannot be composed: {error}\nThe command line was: {' '.join(sys.argv[1:])}"
-        )
+        return _missing_extra(str(error)) or f"The configuration cannot be composed: {error}\nTyped: {' '.join(sys.argv[1:])}"
     if isinstance(error, OSError) or any(kind.__module__.startswith(("mlflow.", "sqlalchemy.")) for kind in type(error).__mro__):
         return (
             f"The store, the disk or the network failed: {_first_line(error)}\n"
@@ -231,7 +228,7 @@ def _explain_composing(error: Exception) -> str:
             known = ", ".join(sorted(map(str, cause.parent_node)))
             return (
                 f"{cause.full_key} is not a key of the configuration{_hint(cause.full_key, cause.parent_node)}: expected one of "
-                f"{known}. Add a new key with +{cause.full_key}=..."
+                f"{known}." + (f" A new key needs a plus: +{cause.full_key}=..." if "." in cause.full_key else "")
             )
     if isinstance(error, MissingConfigException):
         if extra := _missing_extra(str(error.missing_cfg_file)):
@@ -246,11 +243,8 @@ def _explain_composing(error: Exception) -> str:
         other = f"write {key}=[{values}] for a list, \"{key}='{values}'\" for text"
         other = "choose one" if key.partition("@")[0] in GROUPS else other
         return f"{key}={values} gives several values: add -m as the first argument to run one job for each, or {other}."
-    if override := getattr(error, "override", None):  # OverrideParseException
-        return (
-            f"{override!r} is no override: expected KEY=VALUE, such as optimizer=adam, without spaces around = and with balanced "
-            f"quotes and brackets. Quote a value with special characters twice: \"output_dir='a b'\"."
-        )
+    if isinstance(error, OverrideParseException):
+        return str(not_an_override(error.override))
     return _missing_extra(text) or "\n".join(dict.fromkeys([text, *([str(cause)] if cause else [])]))
 
 

@@ -7,7 +7,6 @@ import argparse
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,7 +66,6 @@ def compare(arguments: argparse.Namespace) -> None:
     from mnist_exp.comparison import arms, outcomes, report, tables, wording
     from mnist_exp.console import show_comparison, show_lines
     from mnist_exp.tracking.base import Answer
-    from mnist_exp.tracking.definition import Plan
 
     settings = cli.default_settings()
     sweeps: list[tuple[RunRecord, Definition]] = []
@@ -79,12 +77,9 @@ def compare(arguments: argparse.Namespace) -> None:
         sources = [arms.source_of(store, *item) for item in sweeps]
     if arguments.export:
         tables.write_table(arguments.export, sources)
-    plan = arms.by_start(sources)[0].plan or Plan()
-    factor = arguments.factor or plan.factor
-    baseline = arguments.baseline if arguments.baseline is not None else plan.baseline if factor == plan.factor else None
-    compared = arms.arrange(sources, factor, baseline)
-    metrics = arms.choose_metrics(compared, arguments.metrics or ([plan.metric] if plan.metric else None))
-    rows = arms.compare_arms(compared, metrics, arguments.margin or (plan.margin if plan.metric in (None, metrics[0]) else None))
+    compared = arms.arrange(sources, arguments.factor, arguments.baseline)
+    metrics = arms.choose_metrics(compared, arguments.metrics)
+    rows = arms.compare_arms(compared, metrics, arguments.margin)
     levels = arms.compare_levels(compared, rows[0].metric)
     headline = wording.headline(compared, rows)
     show_comparison(wording.table(rows), headline, wording.notes(compared, rows, levels))
@@ -116,9 +111,7 @@ def commands(sweeps: "Sequence[tuple[RunRecord, Definition]]", arms: "Arms", arg
     for _, definition in sweeps:
         is_search = definition.sweeper == "optuna"
         search = ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={definition.total}"] if is_search else []
-        plan = asdict(definition.plan) if definition.plan else {}
-        planned = [f"plan.{key}={value}" for key, value in plan.items() if value is not None]
-        repeated.append(command("run", "-m", *search, *definition.overrides, *planned))
+        repeated.append(command("run", "-m", *search, *definition.overrides))
         repeated += [command("run", "-m", "sweep.extend=latest", *step.overrides) for step in definition.extensions]
     options = ["--metric", *arguments.metrics] if arguments.metrics else []
     options += ["--margin", str(arguments.margin)] if arguments.margin else []

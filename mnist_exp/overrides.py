@@ -25,12 +25,17 @@ def parse(override: str) -> Override:
     try:
         return OverridesParser.create().parse_overrides([override])[0]
     except HydraException as error:
-        raise UserError(
-            f"{override!r} is no override: expected KEY=VALUE, without spaces around =, and with balanced quotes and brackets.",
-            key=override,
-            expected="KEY=VALUE",
-            remedy="Write, for example, optimizer=adam. Quote a value with special characters twice: \"output_dir='a b'\".",
-        ) from error
+        raise not_an_override(override) from error
+
+
+def not_an_override(text: str) -> UserError:
+    """Return the error for text that Hydra cannot parse."""
+    return UserError(
+        f"{text!r} is no override: expected KEY=VALUE, without spaces around =, and with balanced quotes and brackets.",
+        key=text,
+        expected="KEY=VALUE",
+        remedy="Write, for example, optimizer=adam. Quote a value with special characters twice: \"output_dir='a b'\".",
+    )
 
 
 def key_of(override: str) -> str:

@@ -59,8 +59,8 @@ def run_composed(composed: DictConfig) -> float | None:
         with open_dict(composed):
             context = parse_job_context(composed.pop(JOB_KEY))
     settings = from_composed(composed)
-    typed = [override for override in overrides if section_of(override) not in ("sweep", "plan", JOB_KEY)]
-    in_sweep_only = [override for override in overrides if section_of(override) in ("sweep", "plan")]
+    typed = [override for override in overrides if section_of(override) not in ("sweep", JOB_KEY)]
+    in_sweep_only = [override for override in overrides if section_of(override) == "sweep"]
     if in_sweep_only and job.mode == RunMode.RUN:
         raise UserError(f"{' '.join(in_sweep_only)} needs a sweep.", key=in_sweep_only[0], remedy="Add -m as the first argument.")
     prune = None

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from pydantic_core import PydanticCustomError
 
-from mnist_exp.errors import Count, MissingDataError, Positive, UserError
+from mnist_exp.errors import Count, MissingDataError, UserError
 from mnist_exp.overrides import GROUPS, PARTS, check_stored
 from mnist_exp.paths import CONF, CONFIG_DIR, HOME, LOCATIONS, NAME, config_dirs, take_credentials
 
@@ -35,8 +35,7 @@ TRIAL_STEPS = 1000  # of the schedules that are built to check their arguments
 OPTION_GROUPS = GROUPS | {"tracking"} - {"phase", "experiment", "arm"}  # the others are not nodes at a key of their own
 ID = "[0-9a-f]{6,32}"  # an id of a run, or its first digits
 # Keys that do not affect a run's outcome.
-NEUTRAL = ("output_dir", "tracking", "parameter_limit", "save_every", "resume", "rerun", "sweep", "plan", "shape")
-UNION_BRANCHES = ("str", "int", "float")  # in the places of pydantic's errors
+NEUTRAL = ("output_dir", "tracking", "parameter_limit", "save_every", "resume", "rerun", "sweep", "shape")
 CHECKED = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 EXPECTED = {  # the values that pydantic expects, by the type of its error
     "int_type": "an integer",
@@ -82,17 +81,6 @@ class SweepSettings(BaseModel):
     force: bool = False
 
 
-class PlanSettings(BaseModel):
-    """The keys of `plan`, as conf/config.yaml describes them."""
-
-    model_config = CHECKED
-    factor: str | None = None
-    baseline: str | int | float | None = None
-    metric: str | None = None
-    margin: Positive | None = None
-    seeds: Annotated[int, Field(ge=2)] | None = None
-
-
 class Settings(BaseModel):
     """A resolved configuration, as conf/config.yaml describes it. A stored one may lack newer keys: their defaults apply.
 
@@ -119,7 +107,6 @@ class Settings(BaseModel):
     resume: RunId | None = None
     rerun: RunId | None = None
     sweep: SweepSettings = SweepSettings()
-    plan: PlanSettings = PlanSettings()
     shape: dict[Literal["classes", "side", "in_channels"], Count] | None = None
 
     @property
@@ -396,15 +383,9 @@ def explain(error: ValidationError, prefix: str = "", known: Iterable[str] = ())
     """
     first = error.errors(include_url=False)[0]
     parts = [str(part) for part in first["loc"]]
-    names = [
-        part for part in parts if re.fullmatch(r"\w+", part) and part not in ("str", "int", "float")
-    ]  # not branches of unions
-    key = ".".join([*([prefix] if prefix else []), *names])
+    key = ".".join(filter(None, [prefix, *(part for part in parts if re.fullmatch(r"\w+", part))]))  # not branches of unions
     if first["type"] == "extra_forbidden":
-        inner = (
-            {"sweep": SweepSettings.model_fields, "plan": PlanSettings.model_fields}.get(parts[0], {}) if len(parts) > 1 else {}
-        )
-        return _unknown(key, list(inner) or known or [])
+        return _unknown(key, SweepSettings.model_fields if parts[0] == "sweep" else known, "a key of the configuration")
     if first["type"] == "missing" and isinstance(first["loc"][-1], int):
         return UserError.invalid(key.rpartition(".")[0], first["input"], "more values in the list")
     if first["type"] == "missing":

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mnist_exp.comparison.arms import Arms, Row, Source, arrange, by_start, compare_arms
+from mnist_exp.comparison.arms import Arms, Row, Source, arrange, compare_arms
 from mnist_exp.comparison.wording import describe_verdict, format_difference
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import OBJECTIVE, format_metric
@@ -89,8 +89,7 @@ def _differing(champion: RunRecord, run: RunRecord, factor: str | None) -> list[
 
 def arrange_arms(sources: Sequence[Source], factor: str | None, baseline: str | None) -> Arms:
     """Sort the runs of a sweep into arms; raises UserError unless they validate on images that nothing trains on."""
-    plan = by_start(sources)[0].plan
-    arms = arrange(sources, factor or (plan.factor if plan else None), baseline)
+    arms = arrange(sources, factor, baseline)
     for record in arms.records:
         if "validation" not in record.digests:
             raise UserError(

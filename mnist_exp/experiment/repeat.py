@@ -103,7 +103,7 @@ def with_present_locations(stored: Recipe, settings: Settings, **changes: str) -
         print(f"The stored recipe is older than the key {key}: its default {value} applies.", file=sys.stderr)
     places = {"root": os.environ.get("MNIST_ROOT"), "default_root": str(HOME / "data")} | settings.data
     data = stored.settings.data | {name: places[name] for name in ("root", "default_root") if name in stored.settings.data}
-    present = {name: getattr(settings, name) for name in ("output_dir", "tracking", "sweep", "plan")}
+    present = {name: getattr(settings, name) for name in ("output_dir", "tracking", "sweep")}
     cleared: dict[str, Any] = {"resume": None, "rerun": None}
     return replace(stored, settings=stored.settings.model_copy(update=present | cleared | changes | {"data": data}))
 

@@ -25,7 +25,7 @@ from mnist_exp.settings import ID, read_recipe
 from mnist_exp.signals import defer_signals
 from mnist_exp.storage import run_dir
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.base import OUTCOME, PROCESS_DIED, Answer, RunInfo, RunRecord, StoredRun, StoreUnavailableError
+from mnist_exp.tracking.base import OUTCOME, PROCESS_DIED, Answer, RunInfo, RunRecord, Store, StoredRun, StoreUnavailableError
 from mnist_exp.tracking.connection import Result, check_uri, connect, first_line, is_refusal, retry, save_views
 from mnist_exp.tracking.definition import Definition, parse_definition
 from mnist_exp.tracking.mlflow_tracker import MLflowTracker, terminate
@@ -35,8 +35,8 @@ RUN_ID = re.compile("[0-9a-f]{32}")
 PROCESS_LEFT = "the process released its lock"
 
 
-class MLflowStore:
-    """The experiment `experiment` of the MLflow store at `uri`; a `Store`. Both are created if missing.
+class MLflowStore(Store):
+    """The experiment `experiment` of the MLflow store at `uri`. Both are created if missing.
 
     Args:
         uri: `sqlite:///` and the path of a database file, or the http(s) address of a tracking server.
