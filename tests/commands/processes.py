@@ -1,4 +1,4 @@
-"""Commands in processes of their own, servers that fail, and defaults of a user, for the tests of commands."""
+"""Commands in processes of their own, servers and disks that fail, and defaults of a user, for the tests of commands."""
 
 import json
 import os
@@ -6,12 +6,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from uuid import uuid4
 
+import pytest
 from mlflow import MlflowClient
 
 from mnist_exp.overrides import quoted
@@ -90,6 +91,25 @@ def broken_server(*, with_experiment: bool = False) -> Iterator[tuple[str, list[
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", seen
         server.shutdown()
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Callable[[], None]]:
+    """A file system of its own in `folder`; yields a function that fills what is left of it with the file `filler`."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system of one's own takes root")
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+
+    def fill() -> None:
+        with suppress(OSError), (folder / "filler").open("wb", buffering=0) as filler:
+            while filler.write(bytes(4096)):
+                pass
+
+    try:
+        yield fill
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @contextmanager

@@ -31,9 +31,6 @@ UNKNOWN = {  # keys, and those that the message suggests
     "+data.hue=1": ["finetune_fraction"],
     "phases.finetune.augmentation=null": ["+augmentation@phases.finetune.augmentation="],
     "+phase@phases.total=finetune": ["phases.total"],
-    "~model._target_": ["conf/"],
-    "optimizer.lr=-0.1": ["lr=-0.1", "torch.optim.SGD"],
-    "optimizer.momentum=0": ["momentum=0", "Nesterov"],
 }
 WRONG = {  # overrides that the message repeats, and the values that it expects
     "optimizer=adamm": ["adam", "sgd_nesterov"],
@@ -58,6 +55,9 @@ WRONG = {  # overrides that the message repeats, and the values that it expects
     "adam": ["KEY=VALUE"],
 }
 OTHERS = {
+    "~model._target_": ["model", "conf/"],
+    "optimizer.lr=-0.1": ["optimizer", "lr=-0.1", "torch.optim.SGD"],
+    "optimizer.momentum=0": ["optimizer", "momentum=0", "Nesterov"],
     "model.hidden_features=200": ["25,000", "parameter_limit"],
     "model.channels=[30000,30000,30000]": ["25,000", "parameter_limit"],
     "tracking.uri=postgresql://user:password@host": ["tracking.uri=postgresql://", "sqlite:///", "tracking=none"],
