@@ -101,7 +101,7 @@ class RunRecord:
     def job(self) -> int | None:
         """The number of the run's job in its sweep, None for a single run."""
         number = self.tags.get(JOB, "")
-        return int(number) if number.isdecimal() and len(number) < 10 else None
+        return int(number) if number.isdecimal() else None
 
     @property
     def data(self) -> str:

@@ -78,8 +78,6 @@ class MLflowStore(Store):
                 value=self.uri,
                 remedy="Make sure that the server answers and that its disk has space, or use another tracking.uri.",
             ) from error
-        if not RUN_ID.fullmatch(run.info.run_id):  # it becomes the name of a folder
-            raise UserError(f"{self.uri} created a run with the id {run.info.run_id!r}, expected 32 hexadecimal digits.")
         return MLflowTracker(self.client, self.uri, run, self.patience)
 
     def _retry(self, operation: Callable[[], Result]) -> Result:
@@ -168,13 +166,13 @@ class MLflowStore(Store):
         if RUN_ID.fullmatch(text):
             return text
         if text == "latest":
-            found = [
-                run for run in self.runs("attributes.status = 'FINISHED'" if finished else "") if tag.SWEEP_JOBS not in run.tags
-            ]
+            newest = self.runs("attributes.status = 'FINISHED'" if finished else "")
+            trained = [run for run in newest if not {tag.SWEEP_JOBS, tag.MODEL} & run.tags.keys()]  # no sweeps and evaluations
+            found = trained[:1]
         else:
             prefix = text.lower() if re.fullmatch(ID, text.lower()) else None
             found = self.runs(f"attributes.run_id LIKE '{prefix}%'", everywhere=True) if prefix else []
-        if len(found) == 1 or (found and text == "latest"):
+        if len(found) == 1:
             return found[0].run_id
         raise _unresolved(text, self.uri, found)
 
