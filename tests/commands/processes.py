@@ -83,7 +83,7 @@ def broken_server(*, with_experiment: bool = False) -> Iterator[tuple[str, list[
             self.end_headers()
             self.wfile.write(body if known else b"Internal Server Error")
 
-        do_GET = do_POST = do_PATCH = do_DELETE = answer
+        do_GET = do_POST = do_PATCH = do_DELETE = answer  # noqa: N815 -- the names that http.server calls
 
         def log_message(self, *_: object) -> None: ...
 
