@@ -11,11 +11,12 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp.cli import check_order, leave_credentials, reported_errors
+from mnist_exp.composing import choices_of, from_composed
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import OBJECTIVE
 from mnist_exp.overrides import JOB_KEY, check_ids, is_location, remember_locations, section_of
 from mnist_exp.paths import CONF
-from mnist_exp.settings import Recipe, choices_of, from_composed
+from mnist_exp.settings import Recipe
 from mnist_exp.signals import install_signal_handlers
 
 

@@ -13,23 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import yaml
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from pydantic_core import PydanticCustomError
 
 from mnist_exp.errors import Count, MissingDataError, UserError
 from mnist_exp.overrides import GROUPS, PARTS, check_stored
-from mnist_exp.paths import CONF, CONFIG_DIR, HOME, LOCATIONS, NAME, config_dirs, take_credentials
+from mnist_exp.paths import CONFIG_DIR, HOME, LOCATIONS, NAME, config_dirs
 
 if TYPE_CHECKING:
     from mnist_exp.learning.data import Dataset
-
-OmegaConf.register_new_resolver("root", lambda path: str(HOME / path), replace=True)
-OmegaConf.register_new_resolver("scaled", lambda value, at, to: value * to / at, replace=True)
 
 TRIAL_STEPS = 1000  # of the schedules that are built to check their arguments
 OPTION_GROUPS = GROUPS | {"tracking"} - {"phase", "experiment", "arm"}  # the others are not nodes at a key of their own
@@ -149,41 +143,6 @@ class Recipe:
         return json.dumps({"config": config, "choices": self.choices, "overrides": self.overrides})
 
 
-def from_composed(composed: DictConfig) -> Settings:
-    """Return the settings of a composed configuration, resolved and checked; raises UserError."""
-    try:
-        config = OmegaConf.to_container(without_hydra(composed), resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, dict)
-    tracking = config.get("tracking")
-    if isinstance(tracking, dict) and isinstance(tracking.get("uri"), str):  # from conf/local, or a preset
-        tracking["uri"] = take_credentials(tracking["uri"])
-    return _checked(json.dumps(config))
-
-
-def without_hydra(composed: DictConfig) -> DictConfig:
-    """Return a composed configuration without its node `hydra`."""
-    config = composed.copy()
-    with open_dict(config):
-        config.pop("hydra", None)
-    return config
-
-
-def compose_recipe(*overrides: str) -> Recipe:
-    """Compose the default configuration as the command line does, with conf/local and the environment; raises UserError."""
-    folders = ",".join(f"file://{folder}" for folder in config_dirs()[1:])
-    search = [f"hydra.searchpath=[{folders}]"] if folders else []
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("config", [*overrides, *search], return_hydra_config=True)
-    return Recipe(from_composed(composed), choices_of(composed.hydra), list(overrides))
-
-
-def choices_of(hydra: Any) -> dict[str, str]:
-    """Return the option of each group of a composed configuration, given its node `hydra`."""
-    return {group: option for group, option in hydra.runtime.choices.items() if option and not group.startswith("hydra/")}
-
-
 def read_recipe(text: str | bytes, source: str) -> Recipe:
     """Return a recipe from a store or a checkpoint, which anyone who can write there can change.
 
@@ -201,7 +160,11 @@ def read_recipe(text: str | bytes, source: str) -> Recipe:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{source} contains no readable recipe: {error}") from error
     check_stored(overrides, source)
-    return Recipe(_checked(config), choices, overrides)
+    try:
+        return Recipe(check_settings(config), choices, overrides)
+    except UserError as error:
+        error.add_note(f"This is in {source}.")
+        raise
 
 
 def stored_node(group: str, node: Any, source: str) -> dict[str, Any]:
@@ -223,7 +186,8 @@ def defaults_of_newer_keys(settings: Settings) -> dict[str, Any]:
     return missing
 
 
-def _checked(text: str) -> Settings:
+def check_settings(text: str) -> Settings:
+    """Return the settings in JSON text; raises UserError if a key or a value is wrong, or a target is not allowed."""
     try:
         settings = Settings.model_validate_json(text)
     except ValidationError as error:
@@ -383,7 +347,8 @@ def explain(error: ValidationError, prefix: str = "", known: Iterable[str] = ())
     """
     first = error.errors(include_url=False)[0]
     parts = [str(part) for part in first["loc"]]
-    key = ".".join(filter(None, [prefix, *(part for part in parts if re.fullmatch(r"\w+", part))]))  # not branches of unions
+    names = [part for part in parts if re.fullmatch(r"\w+", part) and part not in ("int", "float")]  # not branches of unions
+    key = ".".join(filter(None, [prefix, *names]))
     if first["type"] == "extra_forbidden":
         return _unknown(key, SweepSettings.model_fields if parts[0] == "sweep" else known, "a key of the configuration")
     if first["type"] == "missing" and isinstance(first["loc"][-1], int):

@@ -17,11 +17,12 @@ import pytest
 import torch
 
 from mnist_exp import paths
+from mnist_exp.composing import compose_recipe
 from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.datasets import MNIST_FILES, MNIST_SHAPE, load_digits
 from mnist_exp.paths import HOME
 from mnist_exp.run import main
-from mnist_exp.settings import Recipe, Settings, build, compose_recipe
+from mnist_exp.settings import Recipe, Settings, build
 from mnist_exp.signals import SIGNALS
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.tracking.base import RunInfo

@@ -15,9 +15,10 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mnist_exp.composing import from_composed, without_hydra
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import GROUPS, key_of, parse
-from mnist_exp.settings import Settings, Trial, from_composed, without_hydra
+from mnist_exp.settings import Settings, Trial
 from mnist_exp.tracking.base import COLORS, RunRecord
 from mnist_exp.tracking.definition import Job
 

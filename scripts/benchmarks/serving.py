@@ -29,8 +29,9 @@ import numpy as np
 import torch
 from playwright.sync_api import sync_playwright
 
+from mnist_exp.composing import compose_recipe
 from mnist_exp.learning.datasets import MNIST_SHAPE
-from mnist_exp.settings import build, compose_recipe
+from mnist_exp.settings import build
 from mnist_exp.tracking.base import RunInfo
 from mnist_exp.tracking.mlflow_store import MLflowStore
 from mnist_exp.tracking.model_export import save_model
