@@ -49,11 +49,16 @@ def test_frame_has_a_row_for_each_job(uri: str, trained: RunResult) -> None:
     jobs = [Job(number, [f"optimizer.lr={lr}", "seed=0"], str(number)) for number, lr in enumerate((0.1, 0.2))]
     with store.start(RunInfo("sweep", "", {"sweep_jobs": "2"})) as parent:
         parent.log_text(Definition("grid", 2, ["optimizer.lr=0.1,0.2"], {}, jobs).as_json(), "sweep.json")
-    with store.start(RunInfo("job", "", {"sweep_id": parent.run_id, "job_num": "1", "data": "digits"})) as job:
-        job.log_metrics({"val/accuracy": 0.5}, 1)
+    ids = []
+    for number, accuracy in enumerate((0.5, 0.25)):
+        tags = {"sweep_id": parent.run_id, "job_num": str(number), "data": "digits"}
+        with store.start(RunInfo("job", "", tags)) as job:
+            job.log_metrics({"val/accuracy": accuracy}, 1)
+        ids.append(job.run_id)
     table = api.frame(parent.run_id[:8])
     assert table["optimizer.lr"].tolist() == [0.1, 0.2]
-    assert table.loc[table["run"] == job.run_id, "val/accuracy"].tolist() == [0.5]
+    assert table["val/accuracy"].tolist() == [0.5, 0.25]
+    assert table["run"].tolist() == ids
 
 
 @pytest.mark.parametrize(

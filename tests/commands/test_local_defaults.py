@@ -2,8 +2,8 @@ import pytest
 from processes import local_defaults
 
 from mnist_exp.cli import default_settings, find_store
+from mnist_exp.composing import compose_recipe
 from mnist_exp.paths import DEFAULT_STORE, typed
-from mnist_exp.settings import compose_recipe
 
 
 def test_a_local_file_sets_defaults_that_the_command_line_overrides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from conftest import exit_status
 from mlflow.store.entities import PagedList
 
 from mnist_exp import runs
+from mnist_exp.composing import compose_recipe
 from mnist_exp.errors import UserError
-from mnist_exp.settings import compose_recipe
 from mnist_exp.storage import run_dir
 from mnist_exp.tracking.base import DatasetInfo, RunInfo
 from mnist_exp.tracking.definition import Definition, Job
@@ -166,7 +166,7 @@ def test_best_prints_the_command_of_the_best_arm_by_the_mean(opened: MLflowStore
     sweep = make_sweep(opened, tmp_path, {"plain_cnn": [0.90, 0.99], "se_cnn": [0.96, 0.97]})
     for name in (sweep[:8], "latest"):
         shown = command("best", name)
-        assert shown.splitlines()[-1] == "python -m mnist_exp.run data=mnist model=se_cnn"
+        assert shown.splitlines()[-1].startswith("python -m mnist_exp.run data=mnist model=se_cnn output_dir=")
         assert "96.50 %" in shown
     empty = make_sweep(opened, tmp_path, {})
     assert empty in command("best", empty, status=1)
@@ -253,7 +253,7 @@ def test_ages() -> None:
 
 def test_every_table_of_runs_fits_80_columns(opened: MLflowStore, command: Command, tmp_path: Path) -> None:
     long_id = record(opened, tmp_path, "se_cnn_separable_small bs=256 optimizer.lr=0.012345", accuracy=0.98765)
-    other_id = record(opened, tmp_path, accuracy=0.97654, overrides=("seed=1", f"output_dir=/{'a' * 90}"))
+    other_id = record(opened, tmp_path, accuracy=0.97654, overrides=("seed=1", f"phases.train.split={'a' * 90}"))
     make_sweep(opened, tmp_path, {"se_cnn_separable_small": [0.9], "plain_cnn": [0.8]}, age=1)
     for arguments in (
         ["list"],
