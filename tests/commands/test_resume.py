@@ -146,19 +146,3 @@ def test_the_printed_command_resumes(
         for key in ("mlflow.source.name", "overrides"):
             assert run.data.tags[key] == before.get(run.info.run_id, run).data.tags[key], "runs that had started keep theirs"
     assert "mnist_exp.ui" in shown
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sweep", [(), ("-m", "seed=0,1")], ids=["run", "sweep"])
-def test_of_two_that_resume_at_the_same_moment_one_is_refused(sweep: tuple[str, ...], store: str, tmp_path: Path) -> None:
-    process = begin(store, tmp_path, epochs=60, more=sweep)
-    process.terminate()
-    process.communicate(timeout=60)
-    resume = ["-m", "sweep.resume=latest"] if sweep else ["resume=latest"]
-    command = [sys.executable, "-m", "mnist_exp.run", *resume, f"output_dir={tmp_path}/outputs"]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    errors = [process.communicate(timeout=240)[1] for process in both]
-    assert sorted(process.returncode for process in both) == [0, 1], errors
-    assert not any("Traceback" in error for error in errors)
-    runs = MlflowClient(store).search_runs(["1"])
-    assert [run.info.status for run in runs] == ["FINISHED"] * (3 if sweep else 1)

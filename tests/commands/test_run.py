@@ -178,7 +178,7 @@ def test_every_printed_command_works_when_copied(finished, call: Call, tmp_path:
         assert run_id[:8] in done.stdout
     refused = call(predict.main, *shlex.split(line), "--model", "0" * 6, str(tmp_path / "digit.png"))
     (listing,) = re.findall(r"`python -m mnist_exp\.runs ([^`]*)`", refused.stderr)
-    assert run_id in call(runs.main, *shlex.split(listing)).stdout
+    assert run_id[:8] in call(runs.main, *shlex.split(listing)).stdout
 
 
 def test_latest_is_repeated_and_its_start_is_found_in_any_experiment(
@@ -296,9 +296,6 @@ def test_help_configuration_and_completion_import_neither_torch_nor_mlflow(flags
 
 def test_the_console_script_completes_in_bash() -> None:
     script = Path(sys.executable).with_name("mnist-exp")
-    for shell in ("bash", "zsh", "fish"):
-        installed = subprocess.run([script, "-sc", f"install={shell}"], capture_output=True, text=True, check=True)
-        assert "mnist-exp" in installed.stdout
     typed = """
         eval "$(mnist-exp -sc install=bash)"
         COMP_LINE="mnist-exp optimizer=sgd_"; COMP_POINT=${#COMP_LINE}; COMP_WORDS=(mnist-exp "optimizer=sgd_"); COMP_CWORD=1

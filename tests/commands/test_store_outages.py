@@ -159,23 +159,6 @@ def test_a_server_that_stays_away_loses_nothing(server, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_is_resumed_with_a_password_that_is_recorded_nowhere(server, tmp_path: Path) -> None:
-    address = server[0].replace("://", f"://user:{SECRET}@")
-    process = begin(address, tmp_path, epochs=100)
-    process.send_signal(signal.SIGTERM)
-    out, error = process.communicate(timeout=60)
-    (folder,) = (tmp_path / "outputs").iterdir()
-    assert f"resume={folder.name}" in error
-    environment = os.environ | {"MLFLOW_TRACKING_URI": "sqlite:////proc/nowhere.db"}
-    command = [sys.executable, "-m", "mnist_exp.run", f"resume={folder.name}", f"output_dir={folder.parent}"]
-    typed = [*command, f"tracking.uri='{address}'"]
-    done = subprocess.run(typed, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert_complete(server[0], 100)
-    assert_nowhere(SECRET, tmp_path, out, error, done.stdout, done.stderr)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("typed", [False, True], ids=["environment", "typed"])
 def test_a_sweep_is_resumed_with_a_password_that_is_recorded_nowhere(server, tmp_path: Path, typed: bool) -> None:
     address = server[0].replace("://", f"://user:{SECRET}@")
