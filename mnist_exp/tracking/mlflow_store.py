@@ -198,7 +198,13 @@ class MLflowStore(Store):
             raise UserError(f"sweep.resume=latest: all {len(sweeps)} sweeps in {self.uri} have finished; nothing is left to do.")
         known = ", ".join(f"{record.run_id} ({record.status})" for record in sweeps[:5]) or "none"
         kind = "" if finished_too else " unfinished"
-        raise UserError(f"There is no{kind} sweep {sweep} in {self.uri}. The newest there: {known}.")
+        raise UserError(
+            f"There is no{kind} sweep {sweep} in {self.uri}.",
+            key="sweep",
+            value=sweep,
+            expected="latest, an id, or its first 6 or more hexadecimal digits",
+            remedy=f"The newest there: {known}.",
+        )
 
     def _definition(self, record: RunRecord) -> Definition | None:
         try:
