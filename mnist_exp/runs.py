@@ -204,13 +204,13 @@ def promote_model(store: "MLflowStore", settings: "Settings", arguments: argpars
                 remedy="Promote a run of your choice with --run.",
             )
         parent, definition = store.find_sweep(arguments.sweep, finished_too=True)
-        decision = decide_by_sweep(store, source_of(store, parent, definition), before.run_id if before else None)
+        decision = decide_by_sweep(source_of(store, parent, definition), before.run_id if before else None)
         if decision.run is None:
             show_lines([decision.reason])
             return
         record, reason, tags = decision.run, decision.reason, decision.tags | {"sweep": parent.run_id}
     source = models.verified_model(store, record)
-    version = models.register(store, source, arguments.name, arguments.alias, reason, tags, before)
+    version = models.register(store, source, arguments.name, arguments.alias, reason, tags)
     show_lines([reason, f"models:/{arguments.name}@{arguments.alias} is version {version}, of run {record.run_id}."])
 
 

@@ -50,7 +50,7 @@ def promote_model(folder: Path) -> None:
     with store.start(RunInfo("se_cnn", "", {})) as tracker:
         tracker.log_model(folder / "model", "se_cnn")
     (model,) = store.client.search_logged_models(["1"])
-    register(store, ModelSource(f"models:/{model.model_id}", "", model.model_id), "mnist", "champion", "benchmark", {}, None)
+    register(store, ModelSource(f"models:/{model.model_id}", "", model.model_id), "mnist", "champion", "benchmark", {})
 
 
 @contextmanager
