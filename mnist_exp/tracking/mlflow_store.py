@@ -235,14 +235,10 @@ class MLflowStore(Store):
 
     def link_curves(self, sweep_id: str, finished: int) -> str:
         key = f"{CURVES}-{sweep_id[:8]}"
-        name = VIEW_PREFIX + key
-        try:
-            tags = dict(self.client.get_experiment(self.experiment_id).tags)
-            if "updatedAt" not in json.loads(tags.get(name, "{}")):  # else a user has changed the view
-                tags[name] = curves_tag(sweep_id, finished)
-                self.client.set_experiment_tag(self.experiment_id, name, tags[name])
-            for surplus in surplus_curves(tags):
-                self.client.delete_experiment_tag(self.experiment_id, surplus)
+        try:  # each time, because the name of the view counts the runs
+            self.client.set_experiment_tag(self.experiment_id, VIEW_PREFIX + key, curves_tag(sweep_id, finished))
+            for name in surplus_curves(self.client.get_experiment(self.experiment_id).tags):
+                self.client.delete_experiment_tag(self.experiment_id, name)
         except MlflowException:  # the sweep has its results without a view
             return ""
         return view_path(self.experiment_id, key).removeprefix("/")

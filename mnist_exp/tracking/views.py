@@ -35,7 +35,7 @@ HOST = "mnist-exp.localhost"
 
 
 def view_tag(view: Mapping[str, Any]) -> str:
-    """Return a view as the value of its tag, without `updatedAt`: the UI adds it when a user changes the view."""
+    """Return a view as the value of its tag."""
     packed = base64.b64encode(zlib.compress(json.dumps(view["state"]).encode(), 9)).decode()
     return json.dumps({"name": view["name"], "createdAt": int(time.time() * 1000), "state": f"deflate;{packed}"})
 
