@@ -87,7 +87,7 @@ def serve(store: "MLflowStore", port: int, pages: dict[str, str]) -> None:
         ),
     }
     line = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri", store.uri, "--port", str(port)]
-    server = subprocess.Popen(line, env=environment)
+    server = subprocess.Popen(line, env=environment, stdout=sys.stderr)  # the links alone are on stdout
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda *_: server.terminate())
     try:
