@@ -33,7 +33,11 @@ def train(*overrides: str) -> RunResult:
     """
     remember_locations([override for override in overrides if is_location(override)], None)
     if repeated := [override for override in overrides if section_of(override) in ("resume", "rerun", "sweep")]:
-        raise UserError(f"train trains a new run: {repeated[0]} is for the command line.", key=repeated[0])
+        raise UserError(
+            f"train trains a new run: {repeated[0]} is for the command line.",
+            key=repeated[0],
+            remedy="Use python -m mnist_exp.run.",
+        )
     recipe = compose_recipe(*overrides)
     kept = [override for override in overrides if not is_location(override)]
     return run(request(Recipe(recipe.settings, recipe.choices, kept), quiet=True))

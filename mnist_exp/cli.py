@@ -192,7 +192,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
         return f"Out of memory: {_first_line(error)}\nChoose a smaller batch_size or model, or stop other programs."
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return composing.explain(error)
+        return str(composing.explain(error))
     innermost = traceback.extract_tb(error.__traceback__)[-1].filename
     if isinstance(error, ValueError | RuntimeError) and "/hydra/" in innermost:  # of no class of its own
         return composing.missing_extra(str(error)) or f"The configuration cannot be composed: {error}"

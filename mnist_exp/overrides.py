@@ -72,6 +72,16 @@ def check_ids(overrides: Iterable[str]) -> None:
                 raise UserError.invalid(key, text, "an id that is not a number", f'Type it in quotes: "{key}={quotes}".')
 
 
+def check_groups(overrides: Iterable[str]) -> None:
+    """Raise UserError on a group that is set to null: Hydra's own error does not name it."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if value == "null" and key.lstrip("+").partition("@")[0] in GROUPS:
+            raise UserError.invalid(
+                key, value, "an option of its group", f"Leave the group out with ~{key}, or choose an option."
+            )
+
+
 def remember_locations(overrides: Iterable[str], config_dir: str | None) -> None:
     """Note the locations of a command line, which printed commands repeat."""
     typed.clear()

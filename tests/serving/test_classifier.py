@@ -17,7 +17,7 @@ from mnist_exp.errors import UserError
 from mnist_exp.learning.data import Dataset
 from mnist_exp.serving import Classifier, load
 from mnist_exp.serving.classifier import open_picture
-from mnist_exp.tracking.registry import ModelSource
+from mnist_exp.tracking.models import ModelSource
 
 
 @pytest.fixture
