@@ -76,7 +76,7 @@ WRONG: dict[str, str] = dict.fromkeys(
     [
         "seed=-1", "seed=true", "batch_size=0", "batch_size=12.5", "batch_size=true", "precision=fp8", "device=tpu",
         "parameter_limit=0", "parameter_limit=19000", "save_every=0", "resume=123456", "resume=xyz", "sweep.dry_run=3",
-        "plan.seeds=1", "tracking.uri=5", "~data", "+sede=1", "+plan.hue=1",
+        "tracking.uri=5", "~data", "+sede=1", "+sweep.hue=1",
         "data.finetune_fraction=2", "data.finetune_fraction=nan", "data.subset=0", "data.validation_size=-1", "data.root=''",
         "data.fallback=cifar", "+data.hue=1",
         "model.channels=[8,16]", "model.channels=[8,16,20,24]", "model.kernel_sizes=[3,2,3]", "model.mean_pool=3",

@@ -38,20 +38,16 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @settings(max_examples=300, deadline=None, suppress_health_check=PATIENT)
 @given(edits=EDITS)
 def test_edited_checkpoints(saved: bytes, tmp_path: Path, edits: list[tuple[int, bytes, int]]) -> None:
-    path = tmp_path / CHECKPOINT
-    path.write_bytes(edited(saved, edits))
-    if path.read_bytes() != saved:
-        with pytest.raises(UserError):
-            checkpoint.load(path)
-    assert [file.name for file in tmp_path.iterdir()] == [CHECKPOINT]
+    """Each is refused, or differs where no value is."""
+    (tmp_path / "saved").write_bytes(saved)
+    (tmp_path / CHECKPOINT).write_bytes(edited(saved, edits))
+    with contextlib.suppress(UserError):
+        assert checkpoint.load(tmp_path / CHECKPOINT) == checkpoint.load(tmp_path / "saved")
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=PATIENT)
 @given(content=st.binary(max_size=300))
-@example(content=checkpoint.MAGIC)
-@example(content=checkpoint.MAGIC + b"{}\n")
-@example(content=checkpoint.MAGIC + b"[]\n")
-@example(content=checkpoint.MAGIC + b'{"format_version": 6, "bytes": 0, "sha256": null}\n')
+@example(content=b"PK\x05\x06" + bytes(18))  # an empty archive
 def test_any_bytes_as_a_checkpoint(tmp_path: Path, content: bytes) -> None:
     (tmp_path / CHECKPOINT).write_bytes(content)
     with pytest.raises(UserError):

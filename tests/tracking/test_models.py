@@ -15,9 +15,10 @@ from conftest import Bomb, Compose
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from mnist_exp.composing import compose_recipe
 from mnist_exp.errors import UserError
 from mnist_exp.learning.datasets import MNIST_SHAPE
-from mnist_exp.settings import build, compose_recipe
+from mnist_exp.settings import build
 from mnist_exp.tracking import models
 from mnist_exp.tracking.mlflow_store import MLflowStore, record_of
 
@@ -92,6 +93,14 @@ def edit_settings(folder: Path, edit: Callable[[dict[str, Any]], object]) -> Non
 
 def edit_model(folder: Path, **changes: object) -> None:
     edit_settings(folder, lambda settings: settings["model"].update(changes))
+
+
+def test_predicting_needs_the_model_and_the_shape_only(folder: Path) -> None:
+    """A model of an older or a newer version has other keys."""
+    settings = json.loads((folder / models.SETTINGS).read_text())
+    kept = {key: settings[key] for key in ("model", "shape")}
+    (folder / models.SETTINGS).write_text(json.dumps(kept | {"newer": "${x}", "seed": "another type"}))
+    assert models.read_model(str(folder))[1] == MNIST_SHAPE
 
 
 def link_to(folder: Path, name: str) -> None:
