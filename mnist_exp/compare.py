@@ -7,16 +7,15 @@ import argparse
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnist_exp import cli
+from mnist_exp.errors import UserError
 from mnist_exp.overrides import command
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from mnist_exp.comparison.arms import Arms
     from mnist_exp.tracking.base import RunRecord, Store
     from mnist_exp.tracking.definition import Definition
@@ -66,8 +65,8 @@ def compare(arguments: argparse.Namespace) -> None:
     """Show the answer, and publish a report in the parents of the sweeps."""
     from mnist_exp.comparison import arms, outcomes, report, tables, wording
     from mnist_exp.console import show_comparison, show_lines
+    from mnist_exp.learning.datasets import find_test_images
     from mnist_exp.tracking.base import Answer
-    from mnist_exp.tracking.definition import Plan
 
     settings = cli.default_settings()
     sweeps: list[tuple[RunRecord, Definition]] = []
@@ -79,12 +78,9 @@ def compare(arguments: argparse.Namespace) -> None:
         sources = [arms.source_of(store, *item) for item in sweeps]
     if arguments.export:
         tables.write_table(arguments.export, sources)
-    plan = arms.by_start(sources)[0].plan or Plan()
-    factor = arguments.factor or plan.factor
-    baseline = arguments.baseline if arguments.baseline is not None else plan.baseline if factor == plan.factor else None
-    compared = arms.arrange(sources, factor, baseline)
-    metrics = arms.choose_metrics(compared, arguments.metrics or ([plan.metric] if plan.metric else None))
-    rows = arms.compare_arms(compared, metrics, arguments.margin or (plan.margin if plan.metric in (None, metrics[0]) else None))
+    compared = arms.arrange(sources, arguments.factor, arguments.baseline)
+    metrics = arms.choose_metrics(compared, arguments.metrics)
+    rows = arms.compare_arms(compared, metrics, arguments.margin)
     levels = arms.compare_levels(compared, rows[0].metric)
     headline = wording.headline(compared, rows)
     show_comparison(wording.table(rows), headline, wording.notes(compared, rows, levels))
@@ -92,7 +88,10 @@ def compare(arguments: argparse.Namespace) -> None:
         return
     parsed = {record.run_id: outcomes.parse_outcome(content) for record, content in store.outcomes(compared.records)}
     repeated = commands(sweeps, compared, arguments)
-    images = test_images(compared, settings.data.get("root") or settings.data.get("default_root"))
+    images, record = None, compared.records[0]
+    with suppress(UserError):  # a damaged file
+        root = settings.data.get("root") or settings.data.get("default_root")
+        images = find_test_images(record.data, root, record.digests.get("test", ""))
     for parent, _ in sweeps:
         page = report.render(compared, rows, levels, parsed, parent, repeated, images, store.page)
         with tempfile.TemporaryDirectory() as folder:
@@ -116,26 +115,12 @@ def commands(sweeps: "Sequence[tuple[RunRecord, Definition]]", arms: "Arms", arg
     for _, definition in sweeps:
         is_search = definition.sweeper == "optuna"
         search = ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={definition.total}"] if is_search else []
-        plan = asdict(definition.plan) if definition.plan else {}
-        planned = [f"plan.{key}={value}" for key, value in plan.items() if value is not None]
-        repeated.append(command("run", "-m", *search, *definition.overrides, *planned))
+        repeated.append(command("run", "-m", *search, *definition.overrides))
         repeated += [command("run", "-m", "sweep.extend=latest", *step.overrides) for step in definition.extensions]
     options = ["--metric", *arguments.metrics] if arguments.metrics else []
     options += ["--margin", str(arguments.margin)] if arguments.margin else []
     ids = [parent.run_id for parent, _ in sweeps]
     return [*repeated, command("compare", *ids, "--factor", arms.factor, "--baseline", arms.baseline, *options)]
-
-
-def test_images(arms: "Arms", root: str | None) -> "Tensor | None":
-    """Return the test images that the runs were evaluated on, None if this machine lacks them."""
-    from mnist_exp.errors import UserError
-    from mnist_exp.learning.datasets import find_test_images
-
-    record = arms.records[0]
-    try:
-        return find_test_images(record.data, root, record.digests.get("test", ""))
-    except UserError:  # a damaged file
-        return None
 
 
 if __name__ == "__main__":

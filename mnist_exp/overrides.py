@@ -25,12 +25,17 @@ def parse(override: str) -> Override:
     try:
         return OverridesParser.create().parse_overrides([override])[0]
     except HydraException as error:
-        raise UserError(
-            f"{override!r} is no override: expected KEY=VALUE, without spaces around =, and with balanced quotes and brackets.",
-            key=override,
-            expected="KEY=VALUE",
-            remedy="Write, for example, optimizer=adam. Quote a value with special characters twice: \"output_dir='a b'\".",
-        ) from error
+        raise not_an_override(override) from error
+
+
+def not_an_override(text: str) -> UserError:
+    """Return the error for text that Hydra cannot parse."""
+    return UserError(
+        f"{text!r} is no override: expected KEY=VALUE, without spaces around =, and with balanced quotes and brackets.",
+        key=text,
+        expected="KEY=VALUE",
+        remedy="Write, for example, optimizer=adam. Quote a value with special characters twice: \"output_dir='a b'\".",
+    )
 
 
 def key_of(override: str) -> str:
@@ -65,6 +70,16 @@ def check_ids(overrides: Iterable[str]) -> None:
                 key, text = key_of(override), text_of(override)
                 quotes = ",".join(f"'{item}'" for item in text.split(","))
                 raise UserError.invalid(key, text, "an id that is not a number", f'Type it in quotes: "{key}={quotes}".')
+
+
+def check_groups(overrides: Iterable[str]) -> None:
+    """Raise UserError on a group that is set to null: Hydra's own error does not name it."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if value == "null" and key.lstrip("+").partition("@")[0] in GROUPS:
+            raise UserError.invalid(
+                key, value, "an option of its group", f"Leave the group out with ~{key}, or choose an option."
+            )
 
 
 def remember_locations(overrides: Iterable[str], config_dir: str | None) -> None:
@@ -118,12 +133,12 @@ def _problem(override: str) -> str:
         parsed = parse(override)
     except UserError:
         return "Hydra cannot parse"
-    if re.search(r"\$\{[^}]*:", override):
-        return "contains a resolver"
+    if re.search(r"\$\{(?![\w.]+\})", override):
+        return "contains another interpolation than ${KEY}"
     if parsed.key_or_group in GROUPS:
         if parsed.package is not None and parsed.package.partition(".")[0] not in RECIPE:
             return f"inserts an option at {parsed.package}"
-        return "chooses an option by its path" if "/" in text_of(override) or ".." in text_of(override) else ""
+        return "chooses no option by its plain name" if re.search(r"[/{]|\.\.", text_of(override)) else ""
     is_id = re.fullmatch(r"(resume|rerun)=[0-9a-f,]+", override)  # of runs whose own recipes are checked in turn
     if is_location(override) or not (section_of(override) in RECIPE or is_id):
         return "is not a key of the recipe"

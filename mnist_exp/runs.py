@@ -204,13 +204,13 @@ def promote_model(store: "MLflowStore", settings: "Settings", arguments: argpars
                 remedy="Promote a run of your choice with --run.",
             )
         parent, definition = store.find_sweep(arguments.sweep, finished_too=True)
-        decision = decide_by_sweep(store, source_of(store, parent, definition), before.run_id if before else None)
+        decision = decide_by_sweep(source_of(store, parent, definition), before.run_id if before else None)
         if decision.run is None:
             show_lines([decision.reason])
             return
         record, reason, tags = decision.run, decision.reason, decision.tags | {"sweep": parent.run_id}
     source = models.verified_model(store, record)
-    version = models.register(store, source, arguments.name, arguments.alias, reason, tags, before)
+    version = models.register(store, source, arguments.name, arguments.alias, reason, tags)
     show_lines([reason, f"models:/{arguments.name}@{arguments.alias} is version {version}, of run {record.run_id}."])
 
 
@@ -222,21 +222,19 @@ def prune_runs(store: "MLflowStore", settings: "Settings", arguments: argparse.N
     output_dir = settings.output_dir.absolute()
     reap(store, output_dir)
     plan = housekeeping.plan_pruning(store, output_dir, arguments.older_than, arguments.keep_best, arguments.by)
-    sizes = {record.run_id: housekeeping.size(store, record, output_dir) for record in plan.runs}
     left = {}
     for record in plan.runs if arguments.yes else []:
         if reason := housekeeping.delete(store, record, output_dir):
             left[record.run_id] = reason
-    rows = [
-        tables.run_row(record.name, record) | {"MB": f"{sizes[record.run_id] / 1e6:.1f}", "error": left.get(record.run_id, "")}
-        for record in plan.runs
-    ]
-    if rows:
+    if plan.runs:
+        rows = [tables.run_row(record.name, record) | {"error": left.get(record.run_id, "")} for record in plan.runs]
         show_table(rows, optional=tables.METRICS)
     kept = "; ".join(f"{reason} ({count})" for reason, count in plan.kept.items()) or "none"
-    freed = sum(size for run_id, size in sizes.items() if run_id not in left) / 1e6
-    done = "deleted" if arguments.yes else "would be deleted; add --yes to delete them"
-    show_lines([f"Kept: {kept}.", f"{len(plan.runs) - len(left)} runs, {freed:,.1f} MB: {done}."])
+    count = len(plan.runs) - len(left)
+    done = "deleted" if arguments.yes else "would be deleted with their folders; add --yes to delete them"
+    show_lines([f"Kept: {kept}.", f"{count} runs {done}."])
+    if arguments.yes and count:
+        show_lines([f"Remove their artifacts for good with: {housekeeping.gc_command(store)}"])
     if left:
         raise UserError(f"{len(left)} runs could not be deleted.")
 

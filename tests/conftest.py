@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from mnist_exp import paths
+from mnist_exp.composing import compose_recipe
 from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.datasets import MNIST_FILES, MNIST_SHAPE, load_digits
 from mnist_exp.paths import HOME
 from mnist_exp.run import main
-from mnist_exp.settings import Recipe, Settings, build, compose_recipe
+from mnist_exp.settings import Recipe, Settings, build
 from mnist_exp.signals import SIGNALS
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.tracking.base import RunInfo
@@ -69,9 +70,10 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the tests apart from the run of an `mlflow run` that started them, and from each other's experiments and draws."""
     torch.manual_seed(0)
     paths.typed.clear()
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")  # puts back, after the test, what the commands set
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which a run sets for Hydra
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from mnist_exp.errors import UserError
 from mnist_exp.metrics import metric_of
 from mnist_exp.overrides import key_of, text_of
 from mnist_exp.tracking.base import RunRecord, Store
-from mnist_exp.tracking.definition import Definition, Plan, storable
+from mnist_exp.tracking.definition import Definition, storable
 
 Jobs = Mapping[int, Mapping[str, str]]  # the overrides of each job by its number, as values by key
 Block = tuple[tuple[str, str], ...]  # (key, value) of every key that varied except the factor, the seed included
@@ -29,20 +29,18 @@ class Source:
         records: The runs.
         jobs: The jobs that the sweep defines.
         initial: The numbers of the jobs that were defined before the first job started.
-        plan: The plan of the comparison that was stored with the sweep.
     """
 
     name: str
     records: Sequence[RunRecord]
     jobs: Jobs
     initial: frozenset[int]
-    plan: Plan | None = None
 
 
 def source_of(store: Store, parent: RunRecord, definition: Definition) -> Source:
     """Return the runs of a sweep as a source of a comparison."""
     jobs = {job.number: {key_of(item): text_of(item) for item in job.overrides} for job in definition.jobs}
-    return Source(parent.run_id, store.children(parent.run_id), jobs, definition.initial, definition.plan)
+    return Source(parent.run_id, store.children(parent.run_id), jobs, definition.initial)
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,6 @@ class Arms:
         baseline: The value that the other arms are compared with.
         runs: The runs by arm, the baseline first, and by block.
         flags: One message for each run that is left out.
-        plan: The plan of the comparison.
         seeds_known: Whether the seeds were chosen before any result was seen: else intervals must hold at any number of them.
         seeds_reason: The sentence that says why.
     """
@@ -63,7 +60,6 @@ class Arms:
     baseline: str
     runs: dict[str, dict[Block, RunRecord]]
     flags: list[str] = field(default_factory=list)
-    plan: Plan | None = None
     seeds_known: bool = True
     seeds_reason: str = ""
 
@@ -176,7 +172,7 @@ def _in_order(block: Block) -> tuple[int, str, Block]:
 
 
 def by_start(sources: Sequence[Source]) -> list[Source]:
-    """Return sources in the order in which their first runs started: only the plan of the first was made before any result."""
+    """Return sources in the order in which their first runs started."""
     return sorted(sources, key=lambda source: min((record.started for record in source.records), default=0))
 
 
@@ -199,9 +195,8 @@ def arrange(sources: Sequence[Source], factor: str | None, baseline: str | None)
     if baseline is not None and baseline not in values:
         raise UserError.invalid("--baseline", baseline, f"an arm of {factor}: {', '.join(values)}")
     baseline = values[0] if baseline is None else baseline
-    plan = sources[0].plan  # a later one may have been made after a look at the first results
-    known, reason = _seeds_known(sources, plan, factor)
-    arms = Arms(factor, baseline, {value: {} for value in (baseline, *values)}, [], plan, known, reason)
+    known, reason = _seeds_known(sources, factor)
+    arms = Arms(factor, baseline, {value: {} for value in (baseline, *values)}, [], known, reason)
     for source in sources:
         _add_runs(arms, source, varied)
     _check_agreement(arms, varied)
@@ -212,7 +207,7 @@ def arrange(sources: Sequence[Source], factor: str | None, baseline: str | None)
     return arms
 
 
-def _seeds_known(sources: Sequence[Source], plan: Plan | None, factor: str) -> tuple[bool, str]:
+def _seeds_known(sources: Sequence[Source], factor: str) -> tuple[bool, str]:
     """Return whether the values that are compared were chosen before the first result, and the sentence that says why.
 
     Arms that were added later do not change the values of the others, so the interval stays that of a fixed number of pairs.
@@ -226,7 +221,6 @@ def _seeds_known(sources: Sequence[Source], plan: Plan | None, factor: str) -> t
     changed = [job for job in later if job.get(factor, DEFAULT) in arms]
     seeds = {job.get(SEED, "") for source in sources for job in source.jobs.values()}
     added = seeds - {job.get(SEED, "") for job in initial}
-    planned = plan.seeds if plan else None
     ended = {
         (source.name, record.job)
         for source in sources
@@ -239,15 +233,11 @@ def _seeds_known(sources: Sequence[Source], plan: Plan | None, factor: str) -> t
     anytime = "so the interval is one that stays valid however often one looks; it is wider."
     if waiting:
         return False, f"Jobs of {len(waiting)} of {len(seeds)} seeds have not ended, {anytime}"
-    if planned and len(seeds) < planned:
-        return False, f"{len(seeds)} of the {planned} planned seeds are there, {anytime}"
     if not changed:
         return True, "All seeds were defined before the first job, so the interval is that of a fixed number of pairs."
     if not added:
         return False, f"{len(changed)} jobs with other settings were added after the first job had started, {anytime}"
     text = f"{len(added)} of {len(seeds)} seeds were added after the first job had started"
-    if planned == len(seeds):
-        return True, f"{text}, up to the number that the plan names, so the interval is that of a fixed number of pairs."
     return False, f"{text}, {anytime}"
 
 

@@ -3,17 +3,18 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter, ValidationError
 
 from mnist_exp.comparison.arms import Arms
 from mnist_exp.tracking.base import RunRecord
 
 Curve = tuple[list[float], list[float]]  # x and y of each point
 MOST_DISAGREED = 12  # images
-MOST_CLASSES = 1000  # in a file that anyone can have changed
+Index = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Outcome:
     """
 
     history: list[tuple[int, dict[str, float]]]
-    mistakes: list[tuple[int, int, int]]
+    mistakes: list[tuple[Index, Index, Index]]
     split: str
 
 
@@ -35,17 +36,11 @@ Outcomes = Mapping[str, Outcome | None]  # by run id, None without a readable ou
 
 
 def parse_outcome(content: Any) -> Outcome | None:
-    """Return the outcome with each value in its type and range, None if one is not."""
+    """Return the outcome in the content of a file, None if it is not one."""
     try:
-        history = [(int(seen), {str(key): float(value) for key, value in found.items()}) for seen, found in content["history"]]
-        mistakes = [(int(index), int(label), int(prediction)) for index, label, prediction in content["mistakes"]]
-        split = str(content["split"])
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        return TypeAdapter(Outcome).validate_python(content)
+    except ValidationError:
         return None
-    are_indices = all(0 <= number < 2**31 for mistake in mistakes for number in mistake)
-    in_range = all(max(label, prediction) < MOST_CLASSES for _, label, prediction in mistakes)
-    timed = all(metrics.get("train/examples_per_second", 1) > 0 for _, metrics in history)
-    return Outcome(history, mistakes, split) if are_indices and in_range and timed else None
 
 
 def curve(outcome: Outcome | None, metric: str, against: str) -> Curve:

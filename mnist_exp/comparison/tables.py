@@ -1,23 +1,18 @@
 """Tables of runs as CSV files: one row per run, with everything that a comparison needs."""
 
 import csv
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from pydantic import TypeAdapter, ValidationError
 
 from mnist_exp.comparison.arms import Source
 from mnist_exp.errors import UserError
 from mnist_exp.tracking.base import RunRecord
-from mnist_exp.tracking.definition import Plan
 from mnist_exp.tracking.tags import DATA, JOB, PRUNED
 
-FIELDS = ("sweep", "job", "run", "name", "status", "started", "initial", "plan", "data")
+FIELDS = ("sweep", "job", "run", "name", "status", "started", "initial", "data")
 TAGS = ("code", "torch", "threads", "cpu", "gpu", PRUNED)
 MISSING = "NOT STARTED"  # the status of a job without a run
 # Columns with a prefix: their number depends on the sweep.
@@ -59,7 +54,6 @@ def row_of(source: Source, record: RunRecord) -> dict[str, str]:
         "status": record.status,
         "started": str(record.started),
         "initial": str(record.job in source.initial).lower(),
-        "plan": json.dumps(asdict(source.plan)) if source.plan else "",
         "data": record.data,
     }
     return (
@@ -130,7 +124,7 @@ def _problem(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _source(name: str, rows: Sequence[Mapping[str, str]]) -> Source:
-    records, jobs, initial, plan = [], {}, set(), None
+    records, jobs, initial = [], {}, set()
     for row in rows:
         record = _record(row)
         assert record.job is not None
@@ -141,9 +135,8 @@ def _source(name: str, rows: Sequence[Mapping[str, str]]) -> Source:
             raise UserError(f"{row['']}: initial={row['initial']} is invalid: expected true or false.")
         if row["initial"].lower() == "true":
             initial.add(record.job)
-        plan = plan or _plan(row)
     in_order = dict(sorted(jobs.items()))  # as in the sweep: the first arm is the baseline by default
-    return Source(name, records, in_order, frozenset(initial), plan)
+    return Source(name, records, in_order, frozenset(initial))
 
 
 def _record(row: Mapping[str, str]) -> RunRecord:
@@ -171,15 +164,6 @@ def _number(row: Mapping[str, str], name: str, *, finite: bool) -> float:
     if finite and not math.isfinite(value):
         raise UserError(f"{row['']}: {name}={row[name]} is invalid: expected a finite number. Correct it, or delete the line.")
     return value
-
-
-def _plan(row: Mapping[str, str]) -> Plan | None:
-    if not row["plan"]:
-        return None
-    try:
-        return TypeAdapter(Plan).validate_json(row["plan"])
-    except ValidationError as error:
-        raise UserError(f"{row['']}: plan={row['plan']} is invalid: expected the plan of a sweep, or an empty cell.") from error
 
 
 def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, str]:

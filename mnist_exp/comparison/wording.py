@@ -63,33 +63,6 @@ def _result(row: Row) -> str:
     return f"{row.arm} {'undecided' if verdict == 'undecided' else f'is {verdict}'}: {format_difference(row)}"
 
 
-def plan_notes(arms: Arms, rows: Sequence[Row]) -> list[str]:
-    """Return whether the comparison was made as planned, and every deviation from the plan."""
-    plan = arms.plan
-    if plan is None:
-        return [
-            "Explored: the sweep has no plan (plan.factor, plan.margin, plan.seeds, ...), so the question came after the runs."
-        ]
-    metric = metric_of(rows[0].metric)
-    margin = None if rows[0].margin is None else rows[0].margin * metric.scale
-    found = {
-        "factor": (plan.factor, arms.factor),
-        "baseline": (plan.baseline, arms.baseline),
-        "metric": (plan.metric, rows[0].metric),
-        "margin": (plan.margin, None if margin is None else round(margin, 12)),
-        "seeds": (plan.seeds, min(row.values.n for row in rows if row.metric == rows[0].metric)),
-    }
-    deviations = [
-        f"{name} {planned:g} planned, {actual:g} used" if isinstance(planned, int | float) and isinstance(actual, int | float)
-        else f"{name} {planned} planned, {actual} used"
-        for name, (planned, actual) in found.items()
-        if planned is not None and planned != actual
-    ]  # fmt: skip
-    if deviations:
-        return [f"Explored: the comparison deviates from the sweep's plan: {'; '.join(deviations)}."]
-    return ["As planned: the plan was stored before the first job."]
-
-
 def power_notes(arms: Arms, rows: Sequence[Row]) -> list[str]:
     """Return what the number of seeds can show in the first metric, from its spread and margin.
 
@@ -135,9 +108,9 @@ def caveats(rows: Sequence[Row]) -> list[str]:
 
 
 def notes(arms: Arms, rows: Sequence[Row], levels: Sequence[Level]) -> list[str]:
-    """Return the notes below the headline: plan, kind of interval, power, levels, caveats, and the runs that are left out."""
+    """Return the notes below the headline: kind of interval, power, levels, caveats, and the runs that are left out."""
     metric = rows[0].metric
-    intervals = [*plan_notes(arms, rows), arms.seeds_reason, *power_notes(arms, rows)]
+    intervals = [arms.seeds_reason, *power_notes(arms, rows)]
     return [*intervals, *level_notes(levels, metric), *caveats(rows), *arms.flags]
 
 

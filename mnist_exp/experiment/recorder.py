@@ -56,10 +56,11 @@ class Recorder:
         self.tracker.log_text(yaml.safe_dump(recipe.settings.model_dump(mode="json"), sort_keys=False), "config.yaml")
         self.tracker.log_text(recipe.as_json(), "recipe.json")
         if resumed is None:
-            uncommitted = provenance.uncommitted()
-            self.tracker.log_text(provenance.packages(), "provenance/packages.txt")
-            self.tracker.log_text(uncommitted.patch, "provenance/uncommitted.diff")
-            self.tracker.log_text(uncommitted.unrecorded, "provenance/unrecorded.txt")
+            patch, status = provenance.uncommitted()
+            texts = {"packages.txt": provenance.packages(), "uncommitted.diff": patch, "status.txt": status}
+            for name, text in texts.items():
+                if text:
+                    self.tracker.log_text(text, f"provenance/{name}")
             self.save_checkpoint(None)
         else:
             self.tracker.set_tags(provenance.process_tags(recipe.settings.output_dir) | {RESUMED: resumed})

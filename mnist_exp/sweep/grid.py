@@ -10,12 +10,12 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from mnist_exp.composing import from_composed
 from mnist_exp.console import SweepDisplay, show_lines, show_table
 from mnist_exp.errors import UserError
-from mnist_exp.learning.evaluation import EVALUATED
-from mnist_exp.overrides import check_ids, check_stored, is_location, key_of, parse, remember_locations, section_of, text_of
+from mnist_exp.overrides import check_ids, check_stored, is_location, key_of, remember_locations, section_of
 from mnist_exp.paths import take_credentials
-from mnist_exp.settings import PlanSettings, Settings, build, from_composed
+from mnist_exp.settings import Settings, build
 from mnist_exp.signals import install_signal_handlers
 from mnist_exp.storage import run_dir
 from mnist_exp.sweep.jobs import Composer, failed, varied_keys
@@ -23,7 +23,7 @@ from mnist_exp.sweep.parent import Parent, check_definition, check_output_dir, o
 from mnist_exp.sweep.summary import Progress, preview
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import Store
-from mnist_exp.tracking.definition import Definition, Extension, Job, Plan
+from mnist_exp.tracking.definition import Definition, Extension, Job
 
 
 class GridSweep:
@@ -60,8 +60,7 @@ class GridSweep:
             run_dir.ensure_writable_dir(settings.output_dir)
         # The command line: locations, the sweep's own keys, and what defines its jobs.
         locations = [override for override in arguments if is_location(override)]
-        self.typed_plan = [override for override in arguments if section_of(override) == "plan"]
-        apart = {*locations, *self.typed_plan, *(override for override in arguments if section_of(override) == "sweep")}
+        apart = {*locations, *(override for override in arguments if section_of(override) == "sweep")}
         overrides = [f"{key}={value}" for key, value in self.params.items()]
         overrides += [override for override in arguments if override not in apart]
         stored = None
@@ -70,10 +69,7 @@ class GridSweep:
             definition = self.extend(sweep_id, stored, overrides) if settings.sweep.extend else self.resume(stored)
         else:
             sweep_id, jobs = None, self.define(overrides)
-            if any(parse(override).is_sweep_override() for override in self.typed_plan):
-                raise UserError(f"{' '.join(self.typed_plan)} is invalid: expected one value, because a sweep has one plan.")
-            plan = make_plan(settings.plan, jobs)
-            definition = Definition(self.name, self.total(jobs), overrides, provenance.software(), jobs, plan)
+            definition = Definition(self.name, self.total(jobs), overrides, provenance.software(), jobs)
         if definition is not stored:  # what could not be read back from the store is refused before anything is recorded
             check_stored(definition.all_overrides, "The command line")
         if settings.sweep.dry_run:
@@ -110,11 +106,6 @@ class GridSweep:
         key = "sweep.extend" if sweep.extend else "sweep.resume"
         if sweep.extend and sweep.resume:
             raise UserError("sweep.resume and sweep.extend exclude each other: resume the sweep first, then extend it.")
-        if self.typed_plan:
-            raise UserError(
-                f"{' '.join(self.typed_plan)} is invalid: the plan of a sweep is stored before its first job, and {key} cannot "
-                "change it. Leave it out."
-            )
         if not sweep.dry_run:
             store.reap(output_dir)
         record, stored = store.find_sweep(sweep.extend or sweep.resume or "", finished_too=bool(sweep.extend))
@@ -187,41 +178,6 @@ class GridSweep:
             results = [failed(error) for _ in missing]
         parent.results |= dict(zip(missing, results, strict=True))
         parent.mark_killed(list(missing))
-
-
-def make_plan(values: PlanSettings, jobs: Sequence[Job]) -> Plan | None:
-    """Return the plan of a sweep, None without one.
-
-    Args:
-        values: The plan in the settings.
-        jobs: The jobs of the sweep.
-
-    Raises:
-        UserError: The plan names a factor or a baseline that the sweep does not contain, or an unknown metric.
-    """
-    if values == PlanSettings():
-        return None
-    baseline = None if values.baseline is None else str(values.baseline)
-    varied = [key for key in varied_keys(jobs) if key != "seed"]
-    factor = values.factor or (varied[0] if len(varied) == 1 else None)
-    plan = Plan(factor, baseline, values.metric, values.margin, values.seeds)
-    if plan.factor is not None and plan.factor not in varied:
-        raise UserError(
-            f"plan.factor={plan.factor} is invalid: expected a key that the sweep varies: {', '.join(varied) or 'none'}."
-        )
-    arms = dict.fromkeys(text_of(item) for job in jobs for item in job.overrides if key_of(item) == factor)
-    if baseline is not None and baseline not in arms:
-        raise UserError(f"plan.baseline={baseline} is invalid: expected a value of plan.factor: {', '.join(arms) or 'none'}.")
-    if plan.metric is not None and not _is_recorded(plan.metric):
-        raise UserError(f"plan.metric={plan.metric} is invalid: expected a metric of a run, such as test/accuracy or val/loss.")
-    return plan
-
-
-def _is_recorded(metric: str) -> bool:
-    """Return whether finished runs have one value of a metric."""
-    part, _, name = metric.rpartition("/")
-    of_time = part == "time" and name.endswith("_seconds")
-    return of_time or metric == "model/parameters" or (part in ("val", "test") and name in EVALUATED)
 
 
 def _show(parent: Parent, display: SweepDisplay) -> list[dict[str, str]]:

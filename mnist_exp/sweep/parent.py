@@ -80,7 +80,7 @@ class Parent:
                 continue
             overrides = job.overrides
             if child and run_dir.has_checkpoint(self.output_dir / child.run_id):
-                overrides = [f"resume={child.run_id}"]
+                overrides = [f"resume={quoted(child.run_id)}"]
             elif child:
                 self.store.delete(child.run_id)
             context = JobContext(self.tracker.run_id, job.number, colors[job.number], self.swept_keys, data, self.in_search)

@@ -5,7 +5,7 @@ import io
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -188,7 +188,7 @@ def describe_sweep(
         store: The store, for links.
         sweep_id: The id of the parent.
         resume_command: The command that resumes the sweep.
-        definition: The sweep's definition, with its plan and its extensions.
+        definition: The sweep's definition, with its extensions.
     """
     counts = ", ".join(f"{count} {status}" for status, count in Counter(row["status"] for row in rows).most_common())
     latest = latest_run_per_job(children).values()
@@ -204,9 +204,6 @@ def describe_sweep(
     finished = sum(row["status"] == "FINISHED" for row in rows)
     if finished and (curves := store.link_curves(sweep_id, finished)):
         lines += ["", f"[Curves by arm]({curves}), each the mean over its runs."]
-    if definition.plan:
-        plan = ", ".join(f"{key} {value}" for key, value in asdict(definition.plan).items() if value is not None)
-        lines += ["", f"Plan, stored before the first job: {plan}."]
     for step in definition.extensions:
         lines += ["", f"Extended {step.time}: `{' '.join(step.overrides)}` added {step.count} jobs from job {step.first} on."]
     shown = ("job", "name", "status", *SHOWN)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Self
 from uuid import uuid4
 
 from mnist_exp.errors import ResumableError, UserError
@@ -101,7 +101,7 @@ class RunRecord:
     def job(self) -> int | None:
         """The number of the run's job in its sweep, None for a single run."""
         number = self.tags.get(JOB, "")
-        return int(number) if number.isdecimal() and len(number) < 10 else None
+        return int(number) if number.isdecimal() else None
 
     @property
     def data(self) -> str:
@@ -145,13 +145,22 @@ class Answer:
     metrics: Mapping[str, float]
 
 
-class Tracker(Protocol):
-    """Records one run. Leaving the context sets the final status: FINISHED, FAILED on an error, KILLED on a signal."""
+class Tracker:
+    """Records one run; this one, of `tracking=none`, records nothing.
 
-    run_id: str
-    is_recording: bool
+    A context manager: leaving it sets the final status: FINISHED, FAILED on an error, KILLED on a signal.
 
-    def __enter__(self) -> Self: ...
+    Args:
+        run_id: The id of the run.
+    """
+
+    is_recording = False
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
@@ -196,31 +205,36 @@ class Tracker(Protocol):
 
     def use_commands(self) -> dict[str, str]:
         """Return the commands that use the run's model, by purpose."""
+        return {}
 
 
-class Store(Protocol):
-    """Starts runs, and reads and corrects those that are stored."""
+class Store:
+    """Starts runs, and reads and corrects those that are stored; this one, `tracking=none`, keeps nothing."""
 
     def open(self, *, wait: bool = False) -> None:
         """Connect without starting a run; with `wait`, try for a while before raising UserError."""
 
     def start(self, info: RunInfo, run_id: str | None = None) -> Tracker:
         """Start a run, or resume the run `run_id`, whose name and tags stay as they are."""
+        return Tracker(run_id or uuid4().hex)
 
     def children(self, sweep_id: str, ended_after: int = 0) -> list[RunRecord]:
         """Return the runs of a sweep; ended_after: milliseconds since 1970, limits them to ended runs."""
+        return []
 
     def delete(self, run_id: str) -> None:
         """Delete a run that another one replaces."""
 
     def mark_killed(self, run_id: str, reason: str) -> bool:
         """Set a RUNNING run to KILLED with `reason`, unless the run recorded one itself; return whether it was RUNNING."""
+        return False
 
     def reap(self, output_dir: Path) -> list[RunRecord]:
         """Set RUNNING runs whose process has died to KILLED and return them.
 
         Only locks below `output_dir` are examined. For runs of other folders only the process id counts.
         """
+        return []
 
     def resolve_id(self, text: str, *, finished: bool = False) -> str:
         """Return the id of a run, given its start, in any experiment; or that of the newest run of this one, given `latest`.
@@ -232,93 +246,20 @@ class Store(Protocol):
         Raises:
             UserError: There is no such run, or there are several.
         """
-
-    def read(self, run_id: str) -> StoredRun:
-        """Return a run with its recipe; raises UserError if the store lacks a part."""
-
-    def find_sweep(self, sweep: str, *, finished_too: bool) -> tuple[RunRecord, Definition]:
-        """Return the parent and the definition of a sweep, by id or `latest`; raises UserError."""
-
-    def outcomes(self, records: list[RunRecord]) -> list[tuple[RunRecord, Any]]:
-        """Return each run with the content of its outcome.json, unchecked, or None if it cannot be read."""
-
-    def publish(self, run_id: str, answer: Answer) -> str:
-        """Add an answer to the parent of a sweep; return the address of its report. Raises UserError."""
-
-    def link(self, run_id: str) -> str:
-        """Return a link to a run, for a description."""
-
-    def page(self, run_id: str) -> str | None:
-        """Return the http(s) address of a run's page, None if the store is no server."""
-
-    def link_curves(self, sweep_id: str, finished: int) -> str:
-        """Save the view of the curves of a sweep with `finished` finished runs; return a link to it, empty if that fails."""
-
-
-class NullTracker:
-    """Records nothing."""
-
-    is_recording = False
-
-    def __init__(self, run_id: str) -> None:
-        self.run_id = run_id
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
-
-    def _ignore(self, *values: object) -> None: ...
-
-    log_params = set_tags = set_description = log_metrics = use_model = log_results = flush = _ignore
-    log_text = log_file = log_image = log_dataset = log_model = _ignore
-
-    def ui_command(self) -> str | None:
-        return None
-
-    def use_commands(self) -> dict[str, str]:
-        return {}
-
-
-class NullStore:
-    """`tracking=none`: keeps nothing and holds no runs."""
-
-    def open(self, *, wait: bool = False) -> None: ...
-
-    def start(self, info: RunInfo, run_id: str | None = None) -> NullTracker:
-        return NullTracker(run_id or uuid4().hex)
-
-    def children(self, sweep_id: str, ended_after: int = 0) -> list[RunRecord]:
-        return []
-
-    def delete(self, run_id: str) -> None: ...
-
-    def mark_killed(self, run_id: str, reason: str) -> bool:
-        return False
-
-    def reap(self, output_dir: Path) -> list[RunRecord]:
-        return []
-
-    def resolve_id(self, text: str, *, finished: bool = False) -> str:
         return text
 
     def read(self, run_id: str) -> StoredRun:
+        """Return a run with its recipe; raises UserError if the store lacks a part."""
         raise UserError("tracking=none stores no runs: set MLFLOW_TRACKING_URI to the store that does.")
 
     def find_sweep(self, sweep: str, *, finished_too: bool) -> tuple[RunRecord, Definition]:
+        """Return the parent and the definition of a sweep, by id or `latest`; raises UserError."""
         raise UserError("tracking=none stores no sweeps: set MLFLOW_TRACKING_URI to the store that does.")
 
-    def outcomes(self, records: list[RunRecord]) -> list[tuple[RunRecord, Any]]:
-        return [(record, None) for record in records]
-
-    def publish(self, run_id: str, answer: Answer) -> str:
-        return ""
-
     def link(self, run_id: str) -> str:
+        """Return a link to a run, for a description."""
         return ""
-
-    def page(self, run_id: str) -> str | None:
-        return None
 
     def link_curves(self, sweep_id: str, finished: int) -> str:
+        """Save the view of the curves of a sweep with `finished` finished runs; return a link to it, empty if that fails."""
         return ""

@@ -1,7 +1,6 @@
 """The definition of a sweep, which its parent run stores, and the context that it sets for each job."""
 
 import json
-import math
 import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -65,32 +64,6 @@ def parse_job_context(values: str | dict[str, Any]) -> JobContext:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The comparison for which a sweep was started, stored before its first job.
-
-    Args:
-        factor: The key whose values are compared.
-        baseline: The value that the others are compared with.
-        metric: The metric that decides.
-        margin: The smallest difference that matters, as the metric is displayed.
-        seeds: The number of seeds after which the comparison is made.
-    """
-
-    factor: str | None = None
-    baseline: str | None = None
-    metric: str | None = None
-    margin: float | None = None
-    seeds: int | None = None
-
-    def __post_init__(self) -> None:
-        """Raise ValueError on a margin or a number of seeds that no plan has; stores and tables are not trusted."""
-        if self.margin is not None and not 0 < self.margin < math.inf:
-            raise ValueError(f"margin={self.margin}")
-        if self.seeds is not None and self.seeds < 2:
-            raise ValueError(f"seeds={self.seeds}")
-
-
-@dataclass(frozen=True)
 class Extension:
     """Jobs that were added to a sweep after its start.
 
@@ -117,7 +90,6 @@ class Definition:
         overrides: The overrides of the command line.
         software: The versions that affect the outcome, from `provenance.software`.
         jobs: The jobs that are defined so far.
-        plan: The plan of the comparison, None without one.
         extensions: The steps in which jobs were added.
     """
 
@@ -126,7 +98,6 @@ class Definition:
     overrides: list[str]
     software: dict[str, str]
     jobs: list[Job]
-    plan: Plan | None = None
     extensions: list[Extension] = field(default_factory=list)
 
     @property
@@ -153,7 +124,7 @@ def storable(name: str) -> str:
 
 
 def sweep_params(definition: Definition) -> dict[str, str]:
-    """Return the parameters of a sweep's parent: the sweeper, the values of each key, the plan, and what was added.
+    """Return the parameters of a sweep's parent: the sweeper, the values of each key, and what was added.
 
     None has the name of a run's parameter: grouping runs by `model` must not find the parent. A parameter cannot change, so
     extensions have their own.
@@ -161,8 +132,6 @@ def sweep_params(definition: Definition) -> dict[str, str]:
     steps = {"sweep": definition.overrides}
     steps |= {f"extension{number}": step.overrides for number, step in enumerate(definition.extensions, start=1)}
     params = {f"{step}.{key_of(item)}": text_of(item) or item for step, overrides in steps.items() for item in overrides}
-    plan = asdict(definition.plan) if definition.plan else {}
-    params |= {f"plan.{key}": str(value) for key, value in plan.items() if value is not None}
     return {"sweep.sweeper": definition.sweeper} | {storable(key): value for key, value in params.items()}
 
 

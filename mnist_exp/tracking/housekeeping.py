@@ -1,18 +1,16 @@
-"""Choose old runs, and delete them with their files: from the store, the artifact store and the output folder."""
+"""Choose old runs, and delete them from the store and the output folder."""
 
 import re
+import shlex
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import EVALUATION, metric_of
@@ -126,22 +124,19 @@ def _registered(store: MLflowStore) -> set[str | None]:
 
 
 def delete(store: MLflowStore, record: RunRecord, output_dir: Path) -> str | None:
-    """Delete a run with its models, artifacts and folder; return the reason if a part is left."""
+    """Delete a run and its folder, and mark its models as deleted; return the reason if a part is left.
+
+    Its artifacts stay until `mlflow gc` removes them: their address comes from the store, which could name any folder.
+    """
     folder = output_dir / record.run_id
-    models = logged_models(store, record)
-    places = _places(record, models)
-    if foreign := [address for address, name in places if not _is_own(store, address, name)]:
-        return f"its artifacts are outside the store's own folder: {foreign[0]}"
     with ExitStack() as lock:
         if folder.is_dir() and not folder.is_symlink() and not lock.enter_context(run_dir.try_lock(folder)):
             return "a process works on it"
         if store.get_run(record.run_id).info.status != record.status:
             return "it was resumed in the meantime"
         try:  # the run last: what is left of an interrupted deletion can be deleted again
-            for address, _ in places:
-                _delete_artifacts(address)
             run_dir.remove_folder(folder)
-            for model in models:
+            for model in logged_models(store, record):
                 store.client.delete_logged_model(model.model_id)
             store.delete(record.run_id)
         except Exception as error:  # servers, databases and disks raise exceptions of their own
@@ -149,43 +144,13 @@ def delete(store: MLflowStore, record: RunRecord, output_dir: Path) -> str | Non
     return None
 
 
+def gc_command(store: MLflowStore) -> str:
+    """Return the command that removes the artifacts of deleted runs for good."""
+    if store.uri.startswith("http"):
+        return f"MLFLOW_TRACKING_URI={shlex.quote(store.uri)} mlflow gc --backend-store-uri DATABASE   (on the server)"
+    return shlex.join(["mlflow", "gc", "--backend-store-uri", store.uri])
+
+
 def logged_models(store: MLflowStore, record: RunRecord) -> list[LoggedModel]:
     """Return the models that a run has recorded."""
     return list(store.client.search_logged_models([record.experiment_id], f"source_run_id='{record.run_id}'"))
-
-
-def _places(record: RunRecord, models: Sequence[LoggedModel]) -> list[tuple[str, str]]:
-    """Return the addresses of all files of a run, each with the id that it must contain."""
-    return [(record.artifacts, record.run_id), *((model.artifact_location, model.model_id) for model in models)]
-
-
-def _is_own(store: MLflowStore, address: str, name: str) -> bool:
-    """Return whether an address is where MLflow puts the files of a run or a model: a store could name any folder."""
-    if not re.fullmatch("(m-)?[0-9a-f]{32}", name):
-        return False
-    if store.uri.startswith("http"):
-        parts = urlsplit(address)
-        path = unquote(parts.path).split("/")
-        return parts.scheme == "mlflow-artifacts" and not parts.netloc and name in path and ".." not in path
-    root = (Path(store.uri.removeprefix("sqlite:///")).parent / "mlartifacts").resolve()
-    local = _local_path(address)
-    return local is not None and local.resolve() in (root / name / "artifacts", root / "models" / name / "artifacts")
-
-
-def _local_path(address: str) -> Path | None:
-    """Return the path in a file: address, None for any other."""
-    parts = urlsplit(address)
-    return Path(unquote(parts.path)) if parts.scheme == "file" and not parts.netloc else None
-
-
-def _delete_artifacts(address: str) -> None:
-    repository: Any = get_artifact_repository(address)
-    repository.delete_artifacts()
-
-
-def size(store: MLflowStore, record: RunRecord, output_dir: Path) -> int:
-    """Return the bytes on this machine's disks that deleting a run frees."""
-    places = _places(record, logged_models(store, record))
-    folders = [_local_path(address) for address, name in places if _is_own(store, address, name)]
-    files = [path for folder in [output_dir / record.run_id, *folders] if folder for path in folder.rglob("*")]
-    return sum(path.lstat().st_size for path in files if path.is_file() and not path.is_symlink())

@@ -25,18 +25,18 @@ from mnist_exp.settings import ID, read_recipe
 from mnist_exp.signals import defer_signals
 from mnist_exp.storage import run_dir
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.base import OUTCOME, PROCESS_DIED, Answer, RunInfo, RunRecord, StoredRun, StoreUnavailableError
-from mnist_exp.tracking.connection import Result, check_uri, connect, first_line, is_refusal, retry, save_views
+from mnist_exp.tracking.base import OUTCOME, PROCESS_DIED, Answer, RunInfo, RunRecord, Store, StoredRun, StoreUnavailableError
+from mnist_exp.tracking.connection import Result, check_uri, connect, first_line, is_refusal, retry
 from mnist_exp.tracking.definition import Definition, parse_definition
 from mnist_exp.tracking.mlflow_tracker import MLflowTracker, terminate
-from mnist_exp.tracking.views import artifact_path, current_key, curves_key, curves_view, run_path, view_path
+from mnist_exp.tracking.views import CURVES, VIEW_PREFIX, artifact_path, curves_tag, run_path, surplus_curves, view_path
 
 RUN_ID = re.compile("[0-9a-f]{32}")
 PROCESS_LEFT = "the process released its lock"
 
 
-class MLflowStore:
-    """The experiment `experiment` of the MLflow store at `uri`; a `Store`. Both are created if missing.
+class MLflowStore(Store):
+    """The experiment `experiment` of the MLflow store at `uri`. Both are created if missing.
 
     Args:
         uri: `sqlite:///` and the path of a database file, or the http(s) address of a tracking server.
@@ -168,13 +168,13 @@ class MLflowStore:
         if RUN_ID.fullmatch(text):
             return text
         if text == "latest":
-            found = [
-                run for run in self.runs("attributes.status = 'FINISHED'" if finished else "") if tag.SWEEP_JOBS not in run.tags
-            ]
+            newest = self.runs("attributes.status = 'FINISHED'" if finished else "")
+            trained = [run for run in newest if not {tag.SWEEP_JOBS, tag.MODEL} & run.tags.keys()]  # no sweeps and evaluations
+            found = trained[:1]
         else:
             prefix = text.lower() if re.fullmatch(ID, text.lower()) else None
             found = self.runs(f"attributes.run_id LIKE '{prefix}%'", everywhere=True) if prefix else []
-        if len(found) == 1 or (found and text == "latest"):
+        if len(found) == 1:
             return found[0].run_id
         raise _unresolved(text, self.uri, found)
 
@@ -198,7 +198,13 @@ class MLflowStore:
             raise UserError(f"sweep.resume=latest: all {len(sweeps)} sweeps in {self.uri} have finished; nothing is left to do.")
         known = ", ".join(f"{record.run_id} ({record.status})" for record in sweeps[:5]) or "none"
         kind = "" if finished_too else " unfinished"
-        raise UserError(f"There is no{kind} sweep {sweep} in {self.uri}. The newest there: {known}.")
+        raise UserError(
+            f"There is no{kind} sweep {sweep} in {self.uri}.",
+            key="sweep",
+            value=sweep,
+            expected="latest, an id, or its first 6 or more hexadecimal digits",
+            remedy=f"The newest there: {known}.",
+        )
 
     def _definition(self, record: RunRecord) -> Definition | None:
         try:
@@ -228,12 +234,14 @@ class MLflowStore:
         return f"{self.uri}{path}" if self.uri.startswith("http") else None
 
     def link_curves(self, sweep_id: str, finished: int) -> str:
-        key, view = curves_key(sweep_id), curves_view(sweep_id, finished)
-        try:
-            tags = save_views(self.client, self.client.get_experiment(self.experiment_id), {key: view})
+        key = f"{CURVES}-{sweep_id[:8]}"
+        try:  # each time, because the name of the view counts the runs
+            self.client.set_experiment_tag(self.experiment_id, VIEW_PREFIX + key, curves_tag(sweep_id, finished))
+            for name in surplus_curves(self.client.get_experiment(self.experiment_id).tags):
+                self.client.delete_experiment_tag(self.experiment_id, name)
         except MlflowException:  # the sweep has its results without a view
             return ""
-        return view_path(self.experiment_id, current_key(tags, key, view)).removeprefix("/")
+        return view_path(self.experiment_id, key).removeprefix("/")
 
 
 def download(client: MlflowClient, run_id: str, path: str) -> bytes:

@@ -29,7 +29,7 @@ from mnist_exp.errors import PrunedError
 from mnist_exp.overrides import command
 from mnist_exp.signals import defer_signals
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.base import DatasetInfo, StoreLostError
+from mnist_exp.tracking.base import DatasetInfo, StoreLostError, Tracker
 from mnist_exp.tracking.connection import first_line, is_refusal, restore_command
 from mnist_exp.tracking.views import model_name, run_path
 
@@ -64,8 +64,8 @@ class Outbox:
         return None
 
 
-class MLflowTracker:
-    """A run in an MLflow store; a `Tracker`.
+class MLflowTracker(Tracker):
+    """A run in an MLflow store.
 
     Args:
         client: Of the store.
@@ -118,15 +118,18 @@ class MLflowTracker:
                 ) from error
             time.sleep(1)
 
+    def _send(self, method: str, *values: object, at_once: bool = True, **named: object) -> None:
+        """Queue a call of the client for this run, and send the queue unless it can wait."""
+        self._outbox.add(partial(getattr(self.client, method), self.run_id, *values, **named), send=at_once)
+
     def log_params(self, params: Mapping[str, object]) -> None:
         # MLflow refuses a second value, which a parent of a sweep may have after a resume.
         entities = [Param(key, str(value)) for key, value in params.items() if key not in self._params]
         self._params |= params.keys()
-        self._outbox.add(lambda: self.client.log_batch(self.run_id, params=entities))
+        self._send("log_batch", params=entities)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        entities = [RunTag(key, value) for key, value in tags.items()]
-        self._outbox.add(lambda: self.client.log_batch(self.run_id, tags=entities))
+        self._send("log_batch", tags=[RunTag(key, value) for key, value in tags.items()])
 
     def set_description(self, description: str) -> None:
         self.set_tags({tag.DESCRIPTION: description})
@@ -139,7 +142,7 @@ class MLflowTracker:
 
     def use_model(self, model_id: str) -> None:
         self._model_id = model_id
-        self._outbox.add(lambda: self.client.log_inputs(self.run_id, models=[LoggedModelInput(model_id)]))
+        self._send("log_inputs", models=[LoggedModelInput(model_id)])
 
     def log_results(self, metrics: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
@@ -174,14 +177,14 @@ class MLflowTracker:
         # The store treats a point that it has, with the same millisecond, as the same point: a batch may be sent twice.
         for start in range(0, len(self._metrics), BATCH_LIMIT):
             batch = self._metrics[start : start + BATCH_LIMIT]
-            self._outbox.add(partial(self.client.log_batch, self.run_id, metrics=batch), send=False)
+            self._send("log_batch", metrics=batch, at_once=False)
         self._metrics = []
 
     def log_text(self, text: str, path: str) -> None:
-        self._outbox.add(lambda: self.client.log_text(self.run_id, text, path))
+        self._send("log_text", text, path)
 
     def log_file(self, file: Path, folder: str | None = None) -> None:
-        self._outbox.add(lambda: self.client.log_artifact(self.run_id, str(file), folder))
+        self._send("log_artifact", str(file), folder)
 
     def log_image(self, file: Path, key: str) -> None:
         def send() -> None:
@@ -205,7 +208,7 @@ class MLflowTracker:
             profile=json.dumps({"num_rows": dataset.size, "epoch_size": dataset.epoch_size}),
         )
         inputs = [DatasetInput(entity, [InputTag(tag.DATASET_CONTEXT, dataset.context)])]
-        self._outbox.add(lambda: self.client.log_inputs(self.run_id, inputs))
+        self._send("log_inputs", inputs)
 
     def log_model(self, folder: Path, name: str) -> None:
         self._outbox.add(lambda: self._log_model(folder, model_name(name)))

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
@@ -36,7 +35,6 @@ WEIGHTS, SETTINGS, MLMODEL = "weights.pt", "settings.json", "MLmodel"  # the las
 FILES = {WEIGHTS, SETTINGS, MLMODEL}
 FLAVORS = {"python_function": {"loader_module": __name__}}  # with further keys, such as `code`, MLflow would import other files
 DOWNLOADED = "registered_model_meta"  # a file that MLflow adds to a registered model that it downloads
-PROMOTION = "promotion"  # tag of a version: incomplete until the alias points to it, then complete
 
 
 def save_model(folder: Path, model: nn.Module, settings: Settings) -> None:
@@ -221,18 +219,8 @@ def verified_model(store: MLflowStore, record: RunRecord) -> ModelSource:
     return source
 
 
-def register(
-    store: MLflowStore,
-    source: ModelSource,
-    name: str,
-    alias: str,
-    reason: str,
-    tags: dict[str, str],
-    before: ModelVersion | None,
-) -> str:
-    """Register a verified model and point the alias to it; return the number of the new version.
-
-    The registry has no transactions. The alias is set last, after the version that it points to was read again.
+def register(store: MLflowStore, source: ModelSource, name: str, alias: str, reason: str, tags: dict[str, str]) -> str:
+    """Register a verified model and point the alias to it, which comes last; return the number of the new version.
 
     Args:
         store: The store.
@@ -240,36 +228,22 @@ def register(
         name: The name of the registered model, created if missing.
         alias: The alias.
         reason: Why the model is promoted, for the version's description.
-        tags: Further tags of the version.
-        before: The version that the alias pointed to when the decision was made.
+        tags: Tags of the version.
 
     Raises:
-        UserError: The alias was moved in the meantime, or the store refuses.
+        UserError: The store refuses.
     """
     client = store.client
     try:
-        _create_name(client, name)
-        details = {PROMOTION: "incomplete"} | tags
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
         version = client.create_model_version(
-            name, source.address, source.run_id, details, description=reason, model_id=source.model_id
+            name, source.address, source.run_id, tags, description=reason, model_id=source.model_id
         )
-        now = find_champion(store, name, alias)
-        if (now.version if now else None) != (before.version if before else None):
-            raise UserError(
-                f"{name}@{alias} was moved by someone else in the meantime: version {version.version} was registered without the "
-                "alias. Repeat the command to decide again."
-            )
         client.set_registered_model_alias(name, alias, version.version)
-        client.set_model_version_tag(name, version.version, PROMOTION, "complete")
     except MlflowException as error:
         raise UserError(f"{name} cannot be registered in {store.uri}: {first_line(error)}") from error
     return str(version.version)
-
-
-def _create_name(client: MlflowClient, name: str) -> None:
-    """Create a registered model unless it exists."""
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise

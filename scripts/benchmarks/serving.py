@@ -29,8 +29,9 @@ import numpy as np
 import torch
 from playwright.sync_api import sync_playwright
 
+from mnist_exp.composing import compose_recipe
 from mnist_exp.learning.datasets import MNIST_SHAPE
-from mnist_exp.settings import build, compose_recipe
+from mnist_exp.settings import build
 from mnist_exp.tracking.base import RunInfo
 from mnist_exp.tracking.mlflow_store import MLflowStore
 from mnist_exp.tracking.models import ModelSource, register, save_model
@@ -49,7 +50,7 @@ def promote_model(folder: Path) -> None:
     with store.start(RunInfo("se_cnn", "", {})) as tracker:
         tracker.log_model(folder / "model", "se_cnn")
     (model,) = store.client.search_logged_models(["1"])
-    register(store, ModelSource(f"models:/{model.model_id}", "", model.model_id), "mnist", "champion", "benchmark", {}, None)
+    register(store, ModelSource(f"models:/{model.model_id}", "", model.model_id), "mnist", "champion", "benchmark", {})
 
 
 @contextmanager
