@@ -15,9 +15,10 @@ from conftest import Bomb, Compose
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from mnist_exp.composing import compose_recipe
 from mnist_exp.errors import UserError
 from mnist_exp.learning.datasets import MNIST_SHAPE
-from mnist_exp.settings import build, compose_recipe
+from mnist_exp.settings import build
 from mnist_exp.tracking import models
 from mnist_exp.tracking.mlflow_store import MLflowStore, record_of
 
