@@ -44,6 +44,8 @@ def from_composed(composed: DictConfig) -> Settings:
 
 def without_hydra(composed: DictConfig) -> DictConfig:
     """Return a composed configuration without its node `hydra`."""
+    if "hydra" not in composed:  # a copy takes longer than all checks of a job
+        return composed
     config = composed.copy()
     with open_dict(config):
         config.pop("hydra", None)

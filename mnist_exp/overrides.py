@@ -133,12 +133,12 @@ def _problem(override: str) -> str:
         parsed = parse(override)
     except UserError:
         return "Hydra cannot parse"
-    if re.search(r"\$\{.*:", override, re.DOTALL):  # also of a name that another interpolation gives
-        return "contains a resolver"
+    if re.search(r"\$\{(?![\w.]+\})", override):
+        return "contains another interpolation than ${KEY}"
     if parsed.key_or_group in GROUPS:
         if parsed.package is not None and parsed.package.partition(".")[0] not in RECIPE:
             return f"inserts an option at {parsed.package}"
-        return "chooses an option by its path" if "/" in text_of(override) or ".." in text_of(override) else ""
+        return "chooses no option by its plain name" if re.search(r"[/{]|\.\.", text_of(override)) else ""
     is_id = re.fullmatch(r"(resume|rerun)=[0-9a-f,]+", override)  # of runs whose own recipes are checked in turn
     if is_location(override) or not (section_of(override) in RECIPE or is_id):
         return "is not a key of the recipe"

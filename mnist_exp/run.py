@@ -15,7 +15,7 @@ from mnist_exp.composing import choices_of, from_composed
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import OBJECTIVE
 from mnist_exp.overrides import JOB_KEY, check_groups, check_ids, is_location, remember_locations, section_of
-from mnist_exp.paths import CONF
+from mnist_exp.paths import CONF, NAME
 from mnist_exp.settings import Recipe
 from mnist_exp.signals import install_signal_handlers
 
@@ -56,7 +56,8 @@ def run_composed(composed: DictConfig) -> float | None:
     folders = [source.path for source in job.runtime.config_sources if source.provider == "command-line"]
     remember_locations(overrides, folders[0] if folders else None)
     context = None
-    if job.mode == RunMode.MULTIRUN and JOB_KEY in composed:  # typed by a user, the key is unknown
+    by_parent = job.mode == RunMode.MULTIRUN and job.sweeper["_target_"].startswith(f"hydra_plugins.{NAME}.")
+    if by_parent and JOB_KEY in composed:  # typed by a user, the key is unknown
         composed = composed.copy()
         with open_dict(composed):
             context = parse_job_context(composed.pop(JOB_KEY))

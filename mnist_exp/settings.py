@@ -46,6 +46,9 @@ EXPECTED = {  # the values that pydantic expects, by the type of its error
     "less_than": "a number < {lt:g}",
     "less_than_equal": "a number <= {le:g}",
     "finite_number": "a finite number",
+    "string_too_short": "at least {min_length} character(s)",
+    "too_short": "at least {min_length} value(s)",
+    "too_long": "at most {max_length} value(s)",
 }
 
 
@@ -117,7 +120,8 @@ class Settings(BaseModel):
         shared = {part: getattr(self, part) for part in PARTS}
         return {
             name: {
-                part: (part if phase.get(part) == shared[part] else f"phases.{name}.{part}", phase.get(part)) for part in PARTS
+                part: (part if str(phase.get(part)) == str(shared[part]) else f"phases.{name}.{part}", phase.get(part))
+                for part in PARTS  # compared as text, because NaN differs from itself
             }
             for name, phase in self.phases.items()
         }
@@ -214,32 +218,33 @@ def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_nodes(config: Mapping[str, Any]) -> None:
-    """Raise UserError on a target that no file of its group names, or on text that Hydra would resolve again."""
+    """Raise UserError on a target that no file of its group names at its place, or on text that Hydra would resolve again."""
     for key, value in walk(config):
         if isinstance(value, str) and "${" in value:
             raise UserError.invalid(key, value, "a plain value, without ${...}")
-        if key.endswith("_target_") and value not in _targets(tuple(config_dirs())).get(_group(key), ()):
+        if key.endswith("_target_") and (_place(key), str(value)) not in _targets(tuple(config_dirs())):
+            group = _place(key).partition(".")[0]
             raise UserError.invalid(
                 key,
                 value,
-                f"a target that a file of conf/{_group(key)}/ names",
-                f"Write it into a file, conf/{_group(key)}/NAME.yaml, and choose {_group(key)}=NAME. If the file is in another "
-                f"folder, add {CONFIG_DIR} FOLDER.",
+                f"a target that a file of conf/{group}/ names at this place",
+                f"Write it into a file, conf/{group}/NAME.yaml, and choose {group}=NAME. If the file is in another folder, add "
+                f"{CONFIG_DIR} FOLDER.",
             )
 
 
-def _group(key: str) -> str:
-    """Return the group of the node that a dotted key is part of: optimizer, for phases.train.optimizer._target_."""
+def _place(key: str) -> str:
+    """Return the dotted key of a node from its group on: optimizer._target_, for phases.train.optimizer._target_."""
     first, *rest = key.split(".")
     if first != "phases":
-        return first
-    return rest[1] if len(rest) > 2 and rest[1] in PARTS else "phase"
+        return key
+    return ".".join(rest[1:] if len(rest) > 2 and rest[1] in PARTS else ["phase", *rest[1:]])
 
 
 @cache
-def _targets(folders: tuple[Path, ...]) -> dict[str, set[str]]:
-    """Return the targets that the files of each group name."""
-    found: dict[str, set[str]] = {}
+def _targets(folders: tuple[Path, ...]) -> set[tuple[str, str]]:
+    """Return the place and the name of each target in the files of options."""
+    found = set()
     for file in (file for folder in folders for file in folder.rglob("*.yaml")):
         group = file.parent.name
         with file.open() as text:
@@ -247,9 +252,7 @@ def _targets(folders: tuple[Path, ...]) -> dict[str, set[str]]:
         prefix = (
             "phases.any." if group == "phase" else f"{group}." if group in GROUPS | {"tracking"} - {"experiment", "arm"} else ""
         )
-        for key, value in walk(content):
-            if key.endswith("_target_"):
-                found.setdefault(_group(prefix + key), set()).add(value)
+        found |= {(_place(prefix + key), str(value)) for key, value in walk(content) if key.endswith("_target_")}
     return found
 
 
@@ -360,7 +363,7 @@ def explain(error: ValidationError, prefix: str = "", known: Iterable[str] = ())
 
 
 def _unknown(key: str, known: Iterable[str], kind: str) -> UserError:
-    expected = f"one of {', '.join(sorted(known))}"
+    expected = f"one of {', '.join(sorted(known))}" if known else "none"
     hint = did_you_mean(key.rpartition(".")[2], known)
     return UserError(f"{key} is not {kind}{hint}: expected {expected}.", key=key, expected=expected)
 
@@ -398,8 +401,8 @@ class Trial:
         for name, parts in settings.phase_parts.items():
             (optimizer_key, optimizer), (scheduler_key, scheduler) = parts["optimizer"], parts["scheduler"]
             self._once(_try_schedule, optimizer, optimizer_key, scheduler, scheduler_key)
-            for part, given in (("augmentation", ()), ("teacher", ("data", "output_dir"))):
-                self._once(check_arguments, *reversed(parts[part]), *given)
+            self._once(build, *reversed(parts["augmentation"]))
+            self._once(check_arguments, *reversed(parts["teacher"]), "data", "output_dir")
             phase = self._once(build, settings.phases[name], f"phases.{name}")
             if data:
                 _check_split(name, phase, data)

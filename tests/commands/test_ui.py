@@ -17,6 +17,7 @@ from mnist_exp.api import frame
 from mnist_exp.experiment.summary import describe_run
 from mnist_exp.tracking.base import DatasetInfo, RunInfo
 from mnist_exp.tracking.mlflow_store import MLflowStore
+from mnist_exp.tracking.views import VERSION
 
 CHROMIUM = chromium()
 pytestmark = [
@@ -192,7 +193,7 @@ def test_every_question_takes_three_clicks_at_most(
 
     page = visit(start)  # the answer
     page.get_by_role("button", name="Leaderboard").click()
-    page.get_by_test_id("saved-views-item-sweeps").click()
+    page.get_by_test_id(f"saved-views-item-sweeps-{VERSION}").click()
     page.get_by_role("link", name="sweep model by seed").click()
     expect(page.get_by_text("In test/accuracy, against model=plain_cnn").first).to_be_visible()
     picture = page.locator("img[src*='differences.png']")
@@ -212,5 +213,5 @@ def test_every_question_takes_three_clicks_at_most(
     expect(picture).to_be_visible()
     assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
 
-    page = visit(start.replace("=leaderboard", "=cost&compareRunsMode=CHART"))  # the mistakes of several runs, side by side
+    page = visit(start.replace("leaderboard", "cost") + "&compareRunsMode=CHART")  # the mistakes of several runs, side by side
     expect(page.get_by_text("worst_mistakes").first).to_be_attached()
