@@ -17,6 +17,7 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
+from mlflow.pyfunc import add_to_model
 from mlflow.types import Schema, TensorSpec
 from numpy.typing import NDArray
 from torch import nn
@@ -31,6 +32,7 @@ from mnist_exp.tracking.housekeeping import logged_models
 from mnist_exp.tracking.mlflow_store import MLflowStore, record_of
 
 WEIGHTS, SETTINGS, MLMODEL = "weights.pt", "settings.json", "MLmodel"  # the last is MLflow's name
+FILES = {WEIGHTS, SETTINGS, MLMODEL}
 FLAVORS = {"python_function": {"loader_module": __name__}}  # with further keys, such as `code`, MLflow would import other files
 DOWNLOADED = "registered_model_meta"  # a file that MLflow adds to a registered model that it downloads
 
@@ -57,7 +59,9 @@ def save_model(folder: Path, model: nn.Module, settings: Settings) -> None:
         folder.mkdir()
         torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, folder / WEIGHTS)
         (folder / SETTINGS).write_text(settings.model_dump_json(indent=2))
-        Model(flavors=FLAVORS, signature=signature).save(str(folder / MLMODEL))
+        description = Model(signature=signature)
+        add_to_model(description, loader_module=__name__)  # type: ignore[no-untyped-call]  # MLflow's
+        description.save(str(folder / MLMODEL))
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
         raise disk_error(folder, error) from error
 
@@ -206,14 +210,12 @@ def verified_model(store: MLflowStore, record: RunRecord) -> ModelSource:
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*")} - {DOWNLOADED}
     try:
         flavors = yaml.safe_load((folder / MLMODEL).read_bytes())["flavors"]
+        flavors["python_function"].pop("python_version")
     except Exception as error:  # a forged file can fail anywhere within yaml
         raise UserError(f"{folder} is damaged: its {MLMODEL} is unreadable.") from error
-    if files != {WEIGHTS, SETTINGS, MLMODEL} or flavors != FLAVORS:
-        foreign = ", ".join(sorted(files - {WEIGHTS, SETTINGS, MLMODEL})) or f"other flavors in {MLMODEL}"
-        raise UserError(
-            f"{folder} is not a model as this program writes it: it contains {foreign}.",
-            remedy="Promote a model of another run.",
-        )
+    if files != FILES or flavors != FLAVORS:
+        foreign = ", ".join(sorted(files - FILES)) or f"other flavors in {MLMODEL}"
+        raise UserError(f"{folder} is not as this program writes a model: it contains {foreign}.", remedy="Promote another run.")
     return source
 
 

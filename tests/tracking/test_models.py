@@ -139,21 +139,23 @@ def test_a_damaged_or_forged_model_is_refused_and_runs_nothing(
     assert not (tmp_path / "exploded").exists()
 
 
-def edit_flavors(folder: Path, **flavors: object) -> None:
+def edit_flavors(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     described = yaml.safe_load((folder / models.MLMODEL).read_text())
-    described["flavors"] |= flavors
+    edit(described["flavors"])
     (folder / models.MLMODEL).write_text(yaml.safe_dump(described))
+
+
+def edit_flavor(folder: Path, **changes: str) -> None:
+    edit_flavors(folder, lambda flavors: flavors["python_function"].update(changes))
 
 
 # With these, MLflow's own loader, which trusts a folder, would run code of others.
 UNPROMOTED: dict[str, Callable[[Path], object]] = {
     "code in the folder": lambda folder: (folder / "code.py").touch(),
     "a folder": lambda folder: (folder / "code").mkdir(),
-    "code elsewhere": lambda folder: edit_flavors(
-        folder, python_function=models.FLAVORS["python_function"] | {"code": "../code"}
-    ),
-    "a loader": lambda folder: edit_flavors(folder, python_function={"loader_module": "antigravity"}),
-    "another flavor": lambda folder: edit_flavors(folder, pytorch={"model_data": "data"}),
+    "code elsewhere": lambda folder: edit_flavor(folder, code="../code"),
+    "a loader": lambda folder: edit_flavor(folder, loader_module="antigravity"),
+    "another flavor": lambda folder: edit_flavors(folder, lambda flavors: flavors.update(pytorch={"model_data": "data"})),
     "a tag": lambda folder: (folder / models.MLMODEL).write_text("!!python/object/apply:os.system [touch exploded]"),
     "no MLmodel": lambda folder: (folder / models.MLMODEL).unlink(),
     "no weights": lambda folder: (folder / models.WEIGHTS).unlink(),
