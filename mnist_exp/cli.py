@@ -143,7 +143,7 @@ def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
 
 def default_settings(*overrides: str) -> "Settings":
     """Return the settings that a command without keys uses: conf/, conf/local, the environment and the locations typed."""
-    locations = [f"{key}={quoted(value)}" for key, value in typed.items() if key != CONFIG_DIR]
+    locations = [f"{key}={text}" for key, text in typed.items() if key != CONFIG_DIR]
     return composing.compose_recipe(*locations, *overrides).settings
 
 

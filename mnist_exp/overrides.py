@@ -85,7 +85,7 @@ def check_groups(overrides: Iterable[str]) -> None:
 def remember_locations(overrides: Iterable[str], config_dir: str | None) -> None:
     """Note the locations of a command line, which printed commands repeat."""
     typed.clear()
-    typed.update({key_of(override): str(parse(override).value()) for override in overrides if is_location(override)})
+    typed.update({key_of(override): text_of(override) for override in overrides if is_location(override)})
     if config_dir:
         typed[CONFIG_DIR] = config_dir
 
@@ -101,10 +101,10 @@ def quoted(value: str) -> str:
 def command(module: str, *arguments: str) -> str:
     """Return the shell command that runs a module of this package, with the locations that the user typed."""
     if module == "run":
-        locations = [f"{key}={quoted(value)}" for key, value in typed.items() if key != CONFIG_DIR]
+        locations = [f"{key}={text}" for key, text in typed.items() if key != CONFIG_DIR]
         locations = [override for override in locations if override not in arguments]
     else:
-        options = {LOCATIONS.get(key): value for key, value in typed.items()}
+        options = {LOCATIONS[key]: str(parse(f"{key}={text}").value()) for key, text in typed.items() if key in LOCATIONS}
         locations = [word for name in ("--tracking-uri", "--experiment", "--output-dir") if name in options
                      for word in (name, options[name])]  # fmt: skip
     folder = [CONFIG_DIR, typed[CONFIG_DIR]] if CONFIG_DIR in typed else []

@@ -23,7 +23,8 @@ LOCATIONS = {
     "tracking": None,
 }
 CONFIG_DIR = "--config-dir"
-typed: dict[str, str] = {}  # the locations that this command line names, by key, and its --config-dir; set once by each command
+# The locations that this command line names, as text of overrides by key, and its --config-dir; set once by each command.
+typed: dict[str, str] = {}
 
 # user@ or user:password@ in the address of a server. A password may contain slashes and @: it extends to the last @ of the word.
 _USER_PART = re.compile(r"((?:https?|(?:postgresql|mysql|mssql)[+\w]*)://)([^/\s\"'@:]*)(?::([^\s\"']*))?@")
