@@ -6,13 +6,14 @@ Mistakes raise `mnist_exp.errors.UserError`, whose fields `key`, `value`, `expec
 import pandas as pd
 
 from mnist_exp.cli import find_store
+from mnist_exp.composing import compose_recipe
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.repeat import request
 from mnist_exp.experiment.runner import RunResult, run
 from mnist_exp.overrides import is_location, remember_locations, section_of
 from mnist_exp.serving import Classifier
 from mnist_exp.serving.classifier import load_from
-from mnist_exp.settings import Recipe, compose_recipe
+from mnist_exp.settings import Recipe
 from mnist_exp.sweep.summary import frame_of
 
 __all__ = ["frame", "load", "train"]
@@ -32,7 +33,11 @@ def train(*overrides: str) -> RunResult:
     """
     remember_locations([override for override in overrides if is_location(override)], None)
     if repeated := [override for override in overrides if section_of(override) in ("resume", "rerun", "sweep")]:
-        raise UserError(f"train trains a new run: {repeated[0]} is for the command line.", key=repeated[0])
+        raise UserError(
+            f"train trains a new run: {repeated[0]} is for the command line.",
+            key=repeated[0],
+            remedy="Use python -m mnist_exp.run.",
+        )
     recipe = compose_recipe(*overrides)
     kept = [override for override in overrides if not is_location(override)]
     return run(request(Recipe(recipe.settings, recipe.choices, kept), quiet=True))

@@ -13,14 +13,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
+from mnist_exp import composing
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import GROUPS, PARTS, not_an_override, quoted, remember_locations
+from mnist_exp.overrides import quoted, remember_locations
 from mnist_exp.paths import CONFIG_DIR, LOCATIONS, NAME, take_credentials, typed
-from mnist_exp.settings import build, compose_recipe, did_you_mean, walk
+from mnist_exp.settings import build
 from mnist_exp.signals import Interrupted
 
 if TYPE_CHECKING:
@@ -28,16 +28,6 @@ if TYPE_CHECKING:
     from mnist_exp.tracking.mlflow_store import MLflowStore
 
 TRACE = os.environ.get("HYDRA_FULL_ERROR") == "1"  # whether the user wants stack traces
-EXTRAS = {
-    "ray_launcher": "ray",
-    "submitit": "slurm",
-    "optuna": "search",
-}  # by part of the name of a package
-# Names that people know from elsewhere, and ours.
-SYNONYMS = {
-    "learning_rate": "lr", "num_epochs": "epochs", "max_epochs": "epochs", "bs": "batch_size", "batchsize": "batch_size",
-    "wd": "weight_decay", "random_seed": "seed", "random_state": "seed", "train_batch_size": "batch_size",
-}  # fmt: skip
 
 
 class SafeOutput:
@@ -153,8 +143,8 @@ def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
 
 def default_settings(*overrides: str) -> "Settings":
     """Return the settings that a command without keys uses: conf/, conf/local, the environment and the locations typed."""
-    locations = [f"{key}={quoted(value)}" for key, value in typed.items() if key != CONFIG_DIR]
-    return compose_recipe(*locations, *overrides).settings
+    locations = [f"{key}={text}" for key, text in typed.items() if key != CONFIG_DIR]
+    return composing.compose_recipe(*locations, *overrides).settings
 
 
 def find_store(settings: "Settings | None" = None) -> "MLflowStore":
@@ -202,9 +192,10 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
         return f"Out of memory: {_first_line(error)}\nChoose a smaller batch_size or model, or stop other programs."
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return _explain_composing(error)
-    if isinstance(error, ValueError | RuntimeError) and "/hydra/" in traceback.extract_tb(error.__traceback__)[-1].filename:
-        return _missing_extra(str(error)) or f"The configuration cannot be composed: {error}\nTyped: {' '.join(sys.argv[1:])}"
+        return str(composing.explain(error))
+    innermost = traceback.extract_tb(error.__traceback__)[-1].filename
+    if isinstance(error, ValueError | RuntimeError) and "/hydra/" in innermost:  # of no class of its own
+        return composing.missing_extra(str(error)) or f"The configuration cannot be composed: {error}"
     if isinstance(error, OSError) or any(kind.__module__.startswith(("mlflow.", "sqlalchemy.")) for kind in type(error).__mro__):
         return (
             f"The store, the disk or the network failed: {_first_line(error)}\n"
@@ -215,59 +206,6 @@ def explain(error: Exception) -> str | None:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _explain_composing(error: Exception) -> str:
-    """Return the message for an error that Hydra has raised while it composed the configuration."""
-    text, cause = str(error).strip(), error.__cause__
-    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
-        shared = re.match(rf"phases\.\w+\.(({'|'.join(PARTS)})\..+)", cause.full_key)
-        if shared:
-            return f"{cause.full_key} refers to a key at the top level: override {shared[1]} instead."
-        if isinstance(cause.parent_node, DictConfig):
-            known = ", ".join(sorted(map(str, cause.parent_node)))
-            return (
-                f"{cause.full_key} is not a key of the configuration{_hint(cause.full_key, cause.parent_node)}: expected one of "
-                f"{known}." + (f" A new key needs a plus: +{cause.full_key}=..." if "." in cause.full_key else "")
-            )
-    if isinstance(error, MissingConfigException):
-        if extra := _missing_extra(str(error.missing_cfg_file)):
-            return extra
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        if error.options:
-            options = ", ".join(sorted(error.options))
-            return f"{group}={option} is invalid: expected one of {options}{did_you_mean(option, list(error.options))}."
-    ambiguous = re.match(r"Ambiguous value for argument '([^=']+)=(.*)'", text)
-    if ambiguous:
-        key, values = ambiguous.groups()
-        other = f"write {key}=[{values}] for a list, \"{key}='{values}'\" for text"
-        other = "choose one" if key.partition("@")[0] in GROUPS else other
-        return f"{key}={values} gives several values: add -m as the first argument to run one job for each, or {other}."
-    if isinstance(error, OverrideParseException):
-        return str(not_an_override(error.override))
-    return _missing_extra(text) or "\n".join(dict.fromkeys([text, *([str(cause)] if cause else [])]))
-
-
-def _missing_extra(text: str) -> str | None:
-    for package, extra in EXTRAS.items():
-        if package in text:
-            return f"{text} needs a package that is not installed. Install it with: pip install -e '.[{extra}]'"
-    return None
-
-
-def _hint(full_key: str, node: DictConfig) -> str:
-    """Return ' (did you mean ...?)' for an unknown key of `node`: a synonym, a key further down, or one of similar spelling."""
-    path, _, name = full_key.rpartition(".")
-    name = SYNONYMS.get(name, name)
-    prefix = f"{path}." if path else ""
-    if name in node:
-        return f" (did you mean {prefix}{name}?)"
-    content = OmegaConf.to_container(node, resolve=False)
-    below = [f"{prefix}{key}" for key, _ in walk(content) if key.rpartition(".")[2] == name]
-    first = " in the first phase" if name == "lr" and not path else ""
-    if below:
-        return f" (did you mean {f'{first} or '.join(below[:2])}?)"
-    return did_you_mean(name, [str(key) for key in node]).replace("did you mean ", f"did you mean {prefix}")
 
 
 def check_order(arguments: Sequence[str]) -> None:

@@ -72,10 +72,20 @@ def check_ids(overrides: Iterable[str]) -> None:
                 raise UserError.invalid(key, text, "an id that is not a number", f'Type it in quotes: "{key}={quotes}".')
 
 
+def check_groups(overrides: Iterable[str]) -> None:
+    """Raise UserError on a group that is set to null: Hydra's own error does not name it."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if value == "null" and key.lstrip("+").partition("@")[0] in GROUPS:
+            raise UserError.invalid(
+                key, value, "an option of its group", f"Leave the group out with ~{key}, or choose an option."
+            )
+
+
 def remember_locations(overrides: Iterable[str], config_dir: str | None) -> None:
     """Note the locations of a command line, which printed commands repeat."""
     typed.clear()
-    typed.update({key_of(override): str(parse(override).value()) for override in overrides if is_location(override)})
+    typed.update({key_of(override): text_of(override) for override in overrides if is_location(override)})
     if config_dir:
         typed[CONFIG_DIR] = config_dir
 
@@ -91,10 +101,10 @@ def quoted(value: str) -> str:
 def command(module: str, *arguments: str) -> str:
     """Return the shell command that runs a module of this package, with the locations that the user typed."""
     if module == "run":
-        locations = [f"{key}={quoted(value)}" for key, value in typed.items() if key != CONFIG_DIR]
+        locations = [f"{key}={text}" for key, text in typed.items() if key != CONFIG_DIR]
         locations = [override for override in locations if override not in arguments]
     else:
-        options = {LOCATIONS.get(key): value for key, value in typed.items()}
+        options = {LOCATIONS[key]: str(parse(f"{key}={text}").value()) for key, text in typed.items() if key in LOCATIONS}
         locations = [word for name in ("--tracking-uri", "--experiment", "--output-dir") if name in options
                      for word in (name, options[name])]  # fmt: skip
     folder = [CONFIG_DIR, typed[CONFIG_DIR]] if CONFIG_DIR in typed else []
@@ -123,12 +133,12 @@ def _problem(override: str) -> str:
         parsed = parse(override)
     except UserError:
         return "Hydra cannot parse"
-    if re.search(r"\$\{[^}]*:", override):
-        return "contains a resolver"
+    if re.search(r"\$\{(?![\w.]+\})", override):
+        return "contains another interpolation than ${KEY}"
     if parsed.key_or_group in GROUPS:
         if parsed.package is not None and parsed.package.partition(".")[0] not in RECIPE:
             return f"inserts an option at {parsed.package}"
-        return "chooses an option by its path" if "/" in text_of(override) or ".." in text_of(override) else ""
+        return "chooses no option by its plain name" if re.search(r"[/{]|\.\.", text_of(override)) else ""
     is_id = re.fullmatch(r"(resume|rerun)=[0-9a-f,]+", override)  # of runs whose own recipes are checked in turn
     if is_location(override) or not (section_of(override) in RECIPE or is_id):
         return "is not a key of the recipe"

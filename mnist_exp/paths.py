@@ -23,10 +23,11 @@ LOCATIONS = {
     "tracking": None,
 }
 CONFIG_DIR = "--config-dir"
-typed: dict[str, str] = {}  # the locations that this command line names, by key, and its --config-dir; set once by each command
+# The locations that this command line names, as text of overrides by key, and its --config-dir; set once by each command.
+typed: dict[str, str] = {}
 
-# user@ or user:password@ after http(s)://. A password may contain slashes and @, so it extends to the last @ of the word.
-_USER_PART = re.compile(r"(https?://)([^/\s\"'@:]*)(?::([^\s\"']*))?@")
+# user@ or user:password@ in the address of a server. A password may contain slashes and @: it extends to the last @ of the word.
+_USER_PART = re.compile(r"((?:https?|(?:postgresql|mysql|mssql)[+\w]*)://)([^/\s\"'@:]*)(?::([^\s\"']*))?@")
 
 
 def config_dirs() -> list[Path]:
@@ -35,7 +36,7 @@ def config_dirs() -> list[Path]:
 
 
 def without_credentials(text: str) -> str:
-    """Return text without the user and the password of the http(s) addresses in it."""
+    """Return text without the user and the password of the servers' addresses in it."""
     return _USER_PART.sub(r"\1", text)
 
 

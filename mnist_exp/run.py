@@ -11,11 +11,12 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp.cli import check_order, leave_credentials, reported_errors
+from mnist_exp.composing import choices_of, from_composed
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import OBJECTIVE
-from mnist_exp.overrides import JOB_KEY, check_ids, is_location, remember_locations, section_of
-from mnist_exp.paths import CONF
-from mnist_exp.settings import Recipe, choices_of, from_composed
+from mnist_exp.overrides import JOB_KEY, check_groups, check_ids, is_location, remember_locations, section_of
+from mnist_exp.paths import CONF, NAME
+from mnist_exp.settings import Recipe
 from mnist_exp.signals import install_signal_handlers
 
 
@@ -24,6 +25,7 @@ def main() -> None:
     leave_credentials()
     with reported_errors():
         check_order(sys.argv[1:])
+        check_groups(sys.argv[1:])
         os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra pass on exceptions; its own messages suggest wrong remedies
         task()
 
@@ -54,7 +56,8 @@ def run_composed(composed: DictConfig) -> float | None:
     folders = [source.path for source in job.runtime.config_sources if source.provider == "command-line"]
     remember_locations(overrides, folders[0] if folders else None)
     context = None
-    if job.mode == RunMode.MULTIRUN and JOB_KEY in composed:  # typed by a user, the key is unknown
+    by_parent = job.mode == RunMode.MULTIRUN and job.sweeper["_target_"].startswith(f"hydra_plugins.{NAME}.")
+    if by_parent and JOB_KEY in composed:  # typed by a user, the key is unknown
         composed = composed.copy()
         with open_dict(composed):
             context = parse_job_context(composed.pop(JOB_KEY))

@@ -13,23 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import yaml
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from pydantic_core import PydanticCustomError
 
 from mnist_exp.errors import Count, MissingDataError, UserError
 from mnist_exp.overrides import GROUPS, PARTS, check_stored
-from mnist_exp.paths import CONF, CONFIG_DIR, HOME, LOCATIONS, NAME, config_dirs, take_credentials
+from mnist_exp.paths import CONFIG_DIR, HOME, LOCATIONS, NAME, config_dirs
 
 if TYPE_CHECKING:
     from mnist_exp.learning.data import Dataset
-
-OmegaConf.register_new_resolver("root", lambda path: str(HOME / path), replace=True)
-OmegaConf.register_new_resolver("scaled", lambda value, at, to: value * to / at, replace=True)
 
 TRIAL_STEPS = 1000  # of the schedules that are built to check their arguments
 OPTION_GROUPS = GROUPS | {"tracking"} - {"phase", "experiment", "arm"}  # the others are not nodes at a key of their own
@@ -52,6 +46,9 @@ EXPECTED = {  # the values that pydantic expects, by the type of its error
     "less_than": "a number < {lt:g}",
     "less_than_equal": "a number <= {le:g}",
     "finite_number": "a finite number",
+    "string_too_short": "at least {min_length} character(s)",
+    "too_short": "at least {min_length} value(s)",
+    "too_long": "at most {max_length} value(s)",
 }
 
 
@@ -123,7 +120,8 @@ class Settings(BaseModel):
         shared = {part: getattr(self, part) for part in PARTS}
         return {
             name: {
-                part: (part if phase.get(part) == shared[part] else f"phases.{name}.{part}", phase.get(part)) for part in PARTS
+                part: (part if str(phase.get(part)) == str(shared[part]) else f"phases.{name}.{part}", phase.get(part))
+                for part in PARTS  # compared as text, because NaN differs from itself
             }
             for name, phase in self.phases.items()
         }
@@ -149,41 +147,6 @@ class Recipe:
         return json.dumps({"config": config, "choices": self.choices, "overrides": self.overrides})
 
 
-def from_composed(composed: DictConfig) -> Settings:
-    """Return the settings of a composed configuration, resolved and checked; raises UserError."""
-    try:
-        config = OmegaConf.to_container(without_hydra(composed), resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, dict)
-    tracking = config.get("tracking")
-    if isinstance(tracking, dict) and isinstance(tracking.get("uri"), str):  # from conf/local, or a preset
-        tracking["uri"] = take_credentials(tracking["uri"])
-    return _checked(json.dumps(config))
-
-
-def without_hydra(composed: DictConfig) -> DictConfig:
-    """Return a composed configuration without its node `hydra`."""
-    config = composed.copy()
-    with open_dict(config):
-        config.pop("hydra", None)
-    return config
-
-
-def compose_recipe(*overrides: str) -> Recipe:
-    """Compose the default configuration as the command line does, with conf/local and the environment; raises UserError."""
-    folders = ",".join(f"file://{folder}" for folder in config_dirs()[1:])
-    search = [f"hydra.searchpath=[{folders}]"] if folders else []
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("config", [*overrides, *search], return_hydra_config=True)
-    return Recipe(from_composed(composed), choices_of(composed.hydra), list(overrides))
-
-
-def choices_of(hydra: Any) -> dict[str, str]:
-    """Return the option of each group of a composed configuration, given its node `hydra`."""
-    return {group: option for group, option in hydra.runtime.choices.items() if option and not group.startswith("hydra/")}
-
-
 def read_recipe(text: str | bytes, source: str) -> Recipe:
     """Return a recipe from a store or a checkpoint, which anyone who can write there can change.
 
@@ -201,7 +164,11 @@ def read_recipe(text: str | bytes, source: str) -> Recipe:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{source} contains no readable recipe: {error}") from error
     check_stored(overrides, source)
-    return Recipe(_checked(config), choices, overrides)
+    try:
+        return Recipe(check_settings(config), choices, overrides)
+    except UserError as error:
+        error.add_note(f"This is in {source}.")
+        raise
 
 
 def stored_node(group: str, node: Any, source: str) -> dict[str, Any]:
@@ -223,7 +190,8 @@ def defaults_of_newer_keys(settings: Settings) -> dict[str, Any]:
     return missing
 
 
-def _checked(text: str) -> Settings:
+def check_settings(text: str) -> Settings:
+    """Return the settings in JSON text; raises UserError if a key or a value is wrong, or a target is not allowed."""
     try:
         settings = Settings.model_validate_json(text)
     except ValidationError as error:
@@ -250,32 +218,33 @@ def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_nodes(config: Mapping[str, Any]) -> None:
-    """Raise UserError on a target that no file of its group names, or on text that Hydra would resolve again."""
+    """Raise UserError on a target that no file of its group names at its place, or on text that Hydra would resolve again."""
     for key, value in walk(config):
         if isinstance(value, str) and "${" in value:
             raise UserError.invalid(key, value, "a plain value, without ${...}")
-        if key.endswith("_target_") and value not in _targets(tuple(config_dirs())).get(_group(key), ()):
+        if key.endswith("_target_") and (_place(key), str(value)) not in _targets(tuple(config_dirs())):
+            group = _place(key).partition(".")[0]
             raise UserError.invalid(
                 key,
                 value,
-                f"a target that a file of conf/{_group(key)}/ names",
-                f"Write it into a file, conf/{_group(key)}/NAME.yaml, and choose {_group(key)}=NAME. If the file is in another "
-                f"folder, add {CONFIG_DIR} FOLDER.",
+                f"a target that a file of conf/{group}/ names at this place",
+                f"Write it into a file, conf/{group}/NAME.yaml, and choose {group}=NAME. If the file is in another folder, add "
+                f"{CONFIG_DIR} FOLDER.",
             )
 
 
-def _group(key: str) -> str:
-    """Return the group of the node that a dotted key is part of: optimizer, for phases.train.optimizer._target_."""
+def _place(key: str) -> str:
+    """Return the dotted key of a node from its group on: optimizer._target_, for phases.train.optimizer._target_."""
     first, *rest = key.split(".")
     if first != "phases":
-        return first
-    return rest[1] if len(rest) > 2 and rest[1] in PARTS else "phase"
+        return key
+    return ".".join(rest[1:] if len(rest) > 2 and rest[1] in PARTS else ["phase", *rest[1:]])
 
 
 @cache
-def _targets(folders: tuple[Path, ...]) -> dict[str, set[str]]:
-    """Return the targets that the files of each group name."""
-    found: dict[str, set[str]] = {}
+def _targets(folders: tuple[Path, ...]) -> set[tuple[str, str]]:
+    """Return the place and the name of each target in the files of options."""
+    found = set()
     for file in (file for folder in folders for file in folder.rglob("*.yaml")):
         group = file.parent.name
         with file.open() as text:
@@ -283,9 +252,7 @@ def _targets(folders: tuple[Path, ...]) -> dict[str, set[str]]:
         prefix = (
             "phases.any." if group == "phase" else f"{group}." if group in GROUPS | {"tracking"} - {"experiment", "arm"} else ""
         )
-        for key, value in walk(content):
-            if key.endswith("_target_"):
-                found.setdefault(_group(prefix + key), set()).add(value)
+        found |= {(_place(prefix + key), str(value)) for key, value in walk(content) if key.endswith("_target_")}
     return found
 
 
@@ -383,7 +350,8 @@ def explain(error: ValidationError, prefix: str = "", known: Iterable[str] = ())
     """
     first = error.errors(include_url=False)[0]
     parts = [str(part) for part in first["loc"]]
-    key = ".".join(filter(None, [prefix, *(part for part in parts if re.fullmatch(r"\w+", part))]))  # not branches of unions
+    names = [part for part in parts if re.fullmatch(r"\w+", part) and part not in ("int", "float")]  # not branches of unions
+    key = ".".join(filter(None, [prefix, *names]))
     if first["type"] == "extra_forbidden":
         return _unknown(key, SweepSettings.model_fields if parts[0] == "sweep" else known, "a key of the configuration")
     if first["type"] == "missing" and isinstance(first["loc"][-1], int):
@@ -395,7 +363,7 @@ def explain(error: ValidationError, prefix: str = "", known: Iterable[str] = ())
 
 
 def _unknown(key: str, known: Iterable[str], kind: str) -> UserError:
-    expected = f"one of {', '.join(sorted(known))}"
+    expected = f"one of {', '.join(sorted(known))}" if known else "none"
     hint = did_you_mean(key.rpartition(".")[2], known)
     return UserError(f"{key} is not {kind}{hint}: expected {expected}.", key=key, expected=expected)
 
@@ -433,8 +401,8 @@ class Trial:
         for name, parts in settings.phase_parts.items():
             (optimizer_key, optimizer), (scheduler_key, scheduler) = parts["optimizer"], parts["scheduler"]
             self._once(_try_schedule, optimizer, optimizer_key, scheduler, scheduler_key)
-            for part, given in (("augmentation", ()), ("teacher", ("data", "output_dir"))):
-                self._once(check_arguments, *reversed(parts[part]), *given)
+            self._once(build, *reversed(parts["augmentation"]))
+            self._once(check_arguments, *reversed(parts["teacher"]), "data", "output_dir")
             phase = self._once(build, settings.phases[name], f"phases.{name}")
             if data:
                 _check_split(name, phase, data)

@@ -19,7 +19,7 @@ from mnist_exp.overrides import command
 from mnist_exp.signals import Interrupted, defer_signals
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
-from mnist_exp.tracking import model_export, provenance
+from mnist_exp.tracking import models, provenance
 from mnist_exp.tracking.base import OUTCOME, DatasetInfo, RunInfo, Store, Tracker
 from mnist_exp.tracking.tags import RESUMED
 
@@ -107,11 +107,11 @@ class Recorder:
         """Record the history, and the mistakes in `split` as (index, label, prediction), for comparisons."""
         self.tracker.log_text(json.dumps({"split": split, "history": self.history, "mistakes": mistakes}), OUTCOME)
 
-    def log_model(self, model: nn.Module, example: Any, name: str) -> None:
-        """Record the last checkpoint and the exported model; example: a uint8 array (2, channels, side, side)."""
+    def log_model(self, model: nn.Module, name: str) -> None:
+        """Record the last checkpoint and the model."""
         self.tracker.log_file(self.folder / run_dir.CHECKPOINT)
         if self.tracker.is_recording:
-            model_export.save_model(self.folder / "model", model, example, self._initial.recipe.settings)
+            models.save_model(self.folder / "model", model, self._initial.recipe.settings)
             self.tracker.log_model(self.folder / "model", name)
 
     def finish(self, results: dict[str, float], description: str) -> None:

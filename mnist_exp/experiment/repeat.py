@@ -9,7 +9,7 @@ from typing import Any
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.runner import MakeShouldPrune, RunRequest, RunResult, run
 from mnist_exp.metrics import metric_of
-from mnist_exp.overrides import command, is_location, key_of
+from mnist_exp.overrides import check_stored, command, is_location, key_of
 from mnist_exp.paths import HOME
 from mnist_exp.settings import Recipe, Settings, build, defaults_of_newer_keys
 from mnist_exp.storage import checkpoint, run_dir
@@ -19,7 +19,8 @@ from mnist_exp.tracking.definition import JobContext, parse_job_context
 
 
 def request(recipe: Recipe, job: JobContext | None = None, **options: Any) -> RunRequest:
-    """Return the request of a run; options: further fields of `RunRequest`."""
+    """Return the request of a run; options: further fields of `RunRequest`. Raises UserError if it could not be resumed."""
+    check_stored(recipe.overrides, "The command line")
     repeat = command("run", *recipe.overrides) if job else provenance.command_line()
     return RunRequest(recipe, repeat, job=job, **options)
 

@@ -251,8 +251,7 @@ def finalize(request: RunRequest, prepared: Prepared, recorder: Recorder, evalua
     seed, with_recipe = request.settings.seed, request.job is None
     recorder.log_figures(run_figures(evaluation, split, data, prepared.phases, recorder.history, seed, with_recipe=with_recipe))
     recorder.log_history(split, evaluation.mistakes)
-    example = data.splits[split].images[:2].cpu().numpy()
-    recorder.log_model(prepared.model.eval(), example, f"{choices.get('model', 'model')}-{data.name}")
+    recorder.log_model(prepared.model.eval(), f"{choices.get('model', 'model')}-{data.name}")
     results = {f"time/{phase}_seconds": seconds for phase, seconds in recorder.seconds.items()}
     results["model/parameters"] = prepared.parameter_count
     if split == "test":

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, MinLen
 from torch import Tensor
 
-from mnist_exp.errors import Count, Fraction, UserError
+from mnist_exp.errors import Count, Fraction, MissingDataError, UserError
 from mnist_exp.learning.data import Dataset, Split, generator
 
 MNIST_EPOCH = 60_000
@@ -121,7 +121,7 @@ def load_mnist(
     """
     try:
         used_root = _root_with_files(MNIST, root, default_root)
-    except UserError as error:
+    except MissingDataError as error:
         if root is not None or fallback is None:
             raise
         warning = (
@@ -206,10 +206,10 @@ def _root_with_files(source: _Source, root: str | None, default_root: str) -> st
     """Return the root that has the files: `root` unless it is None, else `default_root`; download them if they are missing.
 
     Raises:
-        UserError: `root` does not exist, or the download failed.
+        MissingDataError: `root` does not exist, or the download failed.
     """
     if root is not None and not Path(root).is_dir():
-        raise UserError.invalid("root", root, "a folder that exists", "Set MNIST_ROOT or data.root to one.")
+        raise MissingDataError.invalid("root", root, "a folder that exists", "Set MNIST_ROOT or data.root to one.")
     used_root = default_root if root is None else root
     try:
         if not source.has(used_root):
@@ -217,7 +217,7 @@ def _root_with_files(source: _Source, root: str | None, default_root: str) -> st
     except Exception as error:  # torchvision raises URLError, RuntimeError or OSError, depending on the mirror
         reason = " ".join(str(error).split()) or type(error).__name__
         files = f"{source.torchvision}/raw/*-ubyte.gz"
-        raise UserError(
+        raise MissingDataError(
             f"{source.torchvision} is not in {used_root} and could not be downloaded: {reason}.",
             remedy=f"Set MNIST_ROOT or data.root to a folder with {files}, or choose data=digits.",
         ) from error
@@ -278,7 +278,7 @@ def _read(path: Path, md5: str) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
     try:
         packed = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}.", remedy=remedy) from error
+        raise MissingDataError(f"{path} cannot be read: {error}.", remedy=remedy) from error
     if hashlib.md5(packed, usedforsecurity=False).hexdigest() != md5:
         raise UserError(
             f"{path} is truncated or corrupted: its {len(packed)} bytes do not have the published MD5.", remedy=remedy

@@ -60,7 +60,9 @@ def find_run(output_dir: Path, run: str) -> Path:
     check_unfinished(folder)
     if not folder.is_dir():
         found = ", ".join(sorted(path.parent.name for path in output_dir.glob(f"*/{CHECKPOINT}"))[:5]) or "none"
-        raise UserError(f"resume={run}: output_dir={output_dir} has no such run. Runs with a checkpoint: {found}.")
+        raise UserError(
+            f"resume={run}: output_dir={output_dir} has no such run. Runs with a checkpoint: {found}.", key="resume", value=run
+        )
     return folder
 
 
@@ -83,7 +85,12 @@ def is_complete(folder: Path) -> bool:
 def check_unfinished(folder: Path) -> None:
     """Raise UserError if the run in `folder` is complete."""
     if is_complete(folder):
-        raise UserError(f"resume={folder.name}: this run has finished; nothing is left to do. Start a new run.")
+        raise UserError(
+            f"resume={folder.name}: this run has finished; nothing is left to do.",
+            key="resume",
+            value=folder.name,
+            remedy="Start a new run.",
+        )
 
 
 @contextmanager

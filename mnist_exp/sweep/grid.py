@@ -10,11 +10,12 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from mnist_exp.composing import from_composed
 from mnist_exp.console import SweepDisplay, show_lines, show_table
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import check_ids, check_stored, is_location, key_of, remember_locations, section_of
 from mnist_exp.paths import take_credentials
-from mnist_exp.settings import Settings, build, from_composed
+from mnist_exp.settings import Settings, build
 from mnist_exp.signals import install_signal_handlers
 from mnist_exp.storage import run_dir
 from mnist_exp.sweep.jobs import Composer, failed, varied_keys

@@ -1,7 +1,7 @@
 """The jobs of a sweep: composed and validated before the first starts, and matched with their runs in the store."""
 
-import copy
 import itertools
+import pickle
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,9 +15,10 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mnist_exp.composing import from_composed, without_hydra
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import GROUPS, key_of, parse
-from mnist_exp.settings import Settings, Trial, from_composed, without_hydra
+from mnist_exp.settings import Settings, Trial
 from mnist_exp.tracking.base import COLORS, RunRecord
 from mnist_exp.tracking.definition import Job
 
@@ -32,15 +33,12 @@ class Composer:
 
     def __init__(self, loader: ConfigLoader, composed: DictConfig, check: Callable[[Settings], None]) -> None:
         self._loader, self._composed, self._check = loader, composed, check
-        self._bases: dict[tuple[str, ...], DictConfig] = {}
+        self._bases: dict[tuple[str, ...], bytes] = {}  # pickled: copies of a configuration take four times as long
         self._trial = Trial()
 
     def job(self, number: int, overrides: Sequence[str]) -> Job:
         """Return a job, composed and checked; raises UserError."""
-        settings = from_composed(self._compose(list(overrides)))
-        self._trial.try_out(settings, read_data=True)
-        self._check(settings)
-        return Job(number, list(overrides), settings.digest)
+        return self._checked(number, overrides, from_composed(self._compose(overrides)))
 
     def parse(self, overrides: list[str]) -> list[Override]:
         """Return overrides as parsed by Hydra, with globs resolved against conf/."""
@@ -65,8 +63,10 @@ class Composer:
     def grid(self, overrides: list[str]) -> list[Job]:
         """Return every combination of the choices in `overrides`; combinations that compose equal configurations count once."""
         jobs: dict[tuple[str, ...], Job] = {}
-        for combination in itertools.product(*self.choices(overrides).values()):
-            job = self.job(len(jobs), combination)
+        combinations = list(itertools.product(*self.choices(overrides).values()))
+        composed = [from_composed(self._compose(combination)) for combination in combinations]  # finds most mistakes, and is fast
+        for combination, settings in zip(combinations, composed, strict=True):
+            job = self._checked(len(jobs), combination, settings)
             runs = (override for override in combination if key_of(override) in ("resume", "rerun"))
             jobs.setdefault((job.config_hash, *runs), job)
         return list(jobs.values())
@@ -95,17 +95,22 @@ class Composer:
                     added.append(new)
         return added
 
-    def _compose(self, overrides: list[str]) -> DictConfig:
+    def _checked(self, number: int, overrides: Sequence[str], settings: Settings) -> Job:
+        self._trial.try_out(settings, read_data=True)
+        self._check(settings)
+        return Job(number, list(overrides), settings.digest)
+
+    def _compose(self, overrides: Sequence[str]) -> DictConfig:
         plain = {override: parsed for override in overrides if (parsed := _plain_value(override))}
         rest = tuple(override for override in overrides if override not in plain)
         if rest not in self._bases:
-            self._bases[rest] = without_hydra(self._loader.load_sweep_config(self._composed, list(rest)))
-        config = copy.deepcopy(self._bases[rest])
+            self._bases[rest] = pickle.dumps(without_hydra(self._loader.load_sweep_config(self._composed, list(rest))))
+        config: DictConfig = pickle.loads(self._bases[rest])
         try:
             for parsed in plain.values():
                 OmegaConf.update(config, parsed.key_or_group, parsed.value(), merge=True)
         except OmegaConfBaseException:  # either invalid, which Hydra explains, or the order matters
-            return without_hydra(self._loader.load_sweep_config(self._composed, overrides))
+            return without_hydra(self._loader.load_sweep_config(self._composed, list(overrides)))
         return config
 
 

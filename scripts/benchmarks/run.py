@@ -29,9 +29,10 @@ from mlflow import MlflowClient
 from rich.console import Console
 from rich.table import Table
 
+from mnist_exp.composing import compose_recipe
 from mnist_exp.learning.datasets import MNIST_FILES, MNIST_SHAPE
 from mnist_exp.learning.training import choose_precision, disable_malloc_trim, fit, prepare_phases
-from mnist_exp.settings import build, compose_recipe
+from mnist_exp.settings import build
 
 OURS = "mnist_exp"
 TRANSFORMS = {"DataLoader, v2 on tensors": "v2", "DataLoader, PIL": "pil"}

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -19,15 +20,19 @@ from mnist_exp.comparison.arms import (
     differing_params,
 )
 from mnist_exp.comparison.statistics import compare
-from mnist_exp.comparison.wording import format_difference
 from mnist_exp.errors import UserError
 from mnist_exp.tracking.base import RunRecord
-from mnist_exp.tracking.definition import Plan
 
 
 def sweep(records: list[RunRecord], jobs: Jobs, factor: str | None = None, baseline: str | None = None) -> Arms:
     """The arms of a single sweep whose jobs were all defined at its start."""
     return arrange([Source("s", records, jobs, frozenset(jobs))], factor, baseline)
+
+
+def refusal(function: Callable[..., object], *arguments: object) -> UserError:
+    with pytest.raises(UserError) as error:
+        function(*arguments)
+    return error.value
 
 
 def values(arms: Arms, arm: str) -> list[float]:
@@ -73,32 +78,25 @@ def test_unfinished_missing_duplicated_and_unpaired_runs_are_flagged_and_left_ou
     assert "unpaired: model=se_cnn seed=4 has no partner in model=plain_cnn" in flags
 
 
-MISTAKES = {
-    "factor=optimizer is invalid: expected a key that the sweep varied besides the seed: model": {"factor": "optimizer"},
-    "Seeds pair the runs of the arms": {"factor": "seed"},
-    "baseline=resnet is invalid: expected an arm of model: se_cnn, plain_cnn": {"baseline": "resnet"},
-}
-
-
-@pytest.mark.parametrize("message", MISTAKES)
-def test_a_mistake_is_answered_with_the_valid_values(message: str) -> None:
-    arguments = {"factor": "model", "baseline": None} | MISTAKES[message]
-    with pytest.raises(UserError, match=message):
-        sweep(scored(TWO_MODELS, 0), TWO_MODELS, **arguments)
+@pytest.mark.parametrize(
+    ("factor", "baseline", "key", "value"),
+    [
+        ("optimizer", None, "--factor", "optimizer"),
+        ("seed", None, "--factor", "seed"),
+        ("model", "resnet", "--baseline", "resnet"),
+    ],
+)
+def test_a_mistake_is_answered_with_the_valid_values(factor: str, baseline: str | None, key: str, value: str) -> None:
+    error = refusal(sweep, scored(TWO_MODELS, 0), TWO_MODELS, factor, baseline)
+    assert (error.key, error.value) == (key, value)
+    assert ("se_cnn, plain_cnn" if baseline else "model") in error.expected
 
 
 def test_several_factors_must_be_named() -> None:
     jobs = grid(model=["a", "b"], batch_size=["64", "128"], seed=SEEDS)
-    with pytest.raises(UserError, match=r"factor=null is invalid: .* besides the seed: model, batch_size\. Add factor=KEY"):
-        sweep(scored(jobs, 0), jobs)
-
-
-def test_one_seed_is_refused() -> None:
-    jobs = grid(model=["a", "b"], seed=["0"])
-    with pytest.raises(
-        UserError, match=r"No arm of model has two seeds .* with model=a, .* Sweep with 'seed=range\(0,5\)' or more"
-    ):
-        sweep(scored(jobs, 0), jobs)
+    error = refusal(sweep, scored(jobs, 0), jobs)
+    assert error.key == "--factor"
+    assert "model, batch_size" in str(error)
 
 
 def test_an_arm_that_did_not_finish_is_left_out_and_no_finished_arm_is_refused() -> None:
@@ -108,8 +106,9 @@ def test_an_arm_that_did_not_finish_is_left_out_and_no_finished_arm_is_refused()
     assert arms.others == ["b"]
     assert "left out: model=c has 0 seeds of finished runs; expected at least two" in arms.flags
     failed = [RunRecord(**(item | {"status": "FAILED"})) for item in records]
-    with pytest.raises(UserError, match=r"finish the sweep with sweep.resume=<its id>, .*\n- unfinished: run 0 is FAILED"):
-        sweep(failed, jobs)
+    assert "run 0 is FAILED" in str(refusal(sweep, failed, jobs))
+    jobs = grid(model=["a", "b"], seed=["0"])
+    assert "'seed=range(0,5)'" in str(refusal(sweep, scored(jobs, 0), jobs)), "one seed is too few"
 
 
 def test_two_pairs_that_happen_to_agree_prove_nothing() -> None:
@@ -117,7 +116,7 @@ def test_two_pairs_that_happen_to_agree_prove_nothing() -> None:
     records = [record(number, accuracy) for number, accuracy in enumerate((0.95, 0.96, 0.96, 0.97))]
     (row,) = compare_arms(sweep(records, jobs), ["test/accuracy"])
     assert row.verdict == "undecided"
-    assert format_difference(row) == "+1.00 points (in all pairs, no interval)"
+    assert math.isnan(row.values.p)
 
 
 def test_validation_on_different_images_is_not_compared() -> None:
@@ -127,39 +126,33 @@ def test_validation_on_different_images_is_not_compared() -> None:
         item.digests["validation"] = str(number % 5 + (number == 7))
     arms = sweep(records, TWO_MODELS)
     compare_arms(arms, ["test/accuracy"])
-    with pytest.raises(UserError, match="run 7 and run 2 were validated on different images"):
-        compare_arms(arms, ["val/accuracy"])
+    error = str(refusal(compare_arms, arms, ["val/accuracy"]))
+    assert "run 7" in error
+    assert "run 2" in error
     for item in records:
         item.digests.clear()
-    with pytest.raises(UserError, match=r"mnist \(not recorded by run 0\)"):
-        sweep(records, TWO_MODELS)
+    refusal(sweep, records, TWO_MODELS)
 
 
 def test_missing_metrics_and_metrics_without_finite_values_are_refused() -> None:
     records = scored(TWO_MODELS, 0)
-    arms = sweep(records, TWO_MODELS, "model", None)
-    with pytest.raises(UserError, match=r"metrics=f1 is invalid: .* every run has: model/parameters, test/accuracy, test/loss"):
-        choose_metrics(arms, ["f1"])
+    error = refusal(choose_metrics, sweep(records, TWO_MODELS), ["f1"])
+    assert (error.key, error.value) == ("--metric", "f1")
+    assert "model/parameters, test/accuracy, test/loss" in error.expected
     records[2] = record(2, math.nan)
-    with pytest.raises(UserError, match=r"metrics=test/accuracy is invalid: .* finite values, but 1 of 10 runs, such as run 2"):
-        choose_metrics(sweep(records, TWO_MODELS, "model", None), None)
+    assert "run 2" in str(refusal(choose_metrics, sweep(records, TWO_MODELS), None))
 
 
 def test_runs_on_different_data_are_not_compared() -> None:
     records = scored(TWO_MODELS, 0)
     records[7] = record(7, 0.9, digest="other")
-    with pytest.raises(UserError, match=r"different data .* mnist \(d\): run 0; mnist \(other\): run 7"):
-        sweep(records, TWO_MODELS, "model", None)
-
-
-def test_pairs_that_were_trained_on_different_images_are_not_compared() -> None:
+    assert "run 7" in str(refusal(sweep, records, TWO_MODELS))
     records = scored(TWO_MODELS, 0)
     for number, item in enumerate(records):
         item.digests["train"] = str(number % 5)
-    sweep(records, TWO_MODELS, "model", None)
+    sweep(records, TWO_MODELS)
     records[7].digests["train"] = "other"
-    with pytest.raises(UserError, match="differ in the images of train and cannot be compared: other in run 7, 2 in run 2"):
-        sweep(records, TWO_MODELS, "model", None)
+    assert "run 7" in str(refusal(sweep, records, TWO_MODELS)), "the images that a pair was trained on"
 
 
 def test_configuration_differences_are_found() -> None:
@@ -196,49 +189,32 @@ def test_other_processors_code_or_configuration_do_not_pair() -> None:
     assert arms.seeds("se_cnn") == SEEDS[1:]
     assert any("incomplete: seed 0 ran on" in flag for flag in arms.flags)
     records[1].tags["torch"] = "2.0"
-    with pytest.raises(UserError, match=r"The runs differ in torch and cannot be compared: unknown: run \d; 2\.0: run 1"):
-        sweep(records, TWO_MODELS)
+    assert "torch" in str(refusal(sweep, records, TWO_MODELS))
     records = scored(TWO_MODELS, 0.02)
     records[2].params["batch_size"] = "64"
-    with pytest.raises(UserError, match=r"The runs of model=se_cnn differ in batch_size and cannot be compared"):
-        sweep(records, TWO_MODELS)
+    assert "batch_size" in str(refusal(sweep, records, TWO_MODELS))
 
 
 def test_seeds_that_were_added_later_need_an_interval_that_is_valid_at_any_number() -> None:
     records, initial = scored(TWO_MODELS, 0.02), frozenset(number for number in TWO_MODELS if number % 5 < 3)
     arms = arrange([Source("s", records, TWO_MODELS, initial)], None, None)
     assert not arms.seeds_known
-    assert "2 of 5 seeds were added after the first job had started" in arms.seeds_reason
+    assert "2 of 5 seeds" in arms.seeds_reason
     (row,) = compare_arms(arms, ["test/accuracy"])
     assert row.values.interval.anytime
-    planned = arrange([Source("s", records, TWO_MODELS, initial, Plan(seeds=5))], None, None)
-    assert planned.seeds_known
-    assert not arrange([Source("s", records, TWO_MODELS, initial, Plan(seeds=4))], None, None).seeds_known
 
 
 def test_a_look_at_an_unfinished_sweep_and_settings_added_later_need_the_wider_interval() -> None:
     records = scored(TWO_MODELS, 0.02)
     killed = [*records[:4], record(4, 0.9, status="KILLED"), *records[5:]]
     arms = sweep(killed, TWO_MODELS)
-    assert (arms.seeds_known, arms.seeds_reason[:43]) == (False, "Jobs of 1 of 5 seeds have not ended, so the")
+    assert not arms.seeds_known
     assert sweep([*records[:4], record(4, 0.9, status="FAILED"), *records[5:]], TWO_MODELS).seeds_known
     jobs = grid(model=["se_cnn", "plain_cnn"], lr=["1", "2"], seed=SEEDS)
     initial = frozenset(number for number, job in jobs.items() if job["lr"] == "1")
     arms = arrange([Source("s", scored(jobs, 0.02), jobs, initial)], "model", None)
     assert not arms.seeds_known
-    assert "10 jobs with other settings were added" in arms.seeds_reason
-
-
-def test_only_the_plan_of_the_first_sweep_counts() -> None:
-    records = scored(TWO_MODELS, 0.02)
-    first = Source("s", records, TWO_MODELS, frozenset(TWO_MODELS))
-    jobs = grid(model=["se_cnn", "plain_cnn"], seed=["5", "6"])
-    more = [
-        RunRecord(**(vars(item) | {"run_id": f"{number + 50:032x}", "started": 100 + number}))
-        for number, item in enumerate(scored(jobs, 0.02))
-    ]
-    arms = arrange([Source("t", more, jobs, frozenset(jobs), Plan(seeds=7)), first], "model", None)
-    assert (arms.plan, arms.seeds_known) == (None, False)
+    assert "10 jobs" in arms.seeds_reason
 
 
 def test_a_key_that_only_some_jobs_set_has_the_default_in_the_others() -> None:
@@ -251,9 +227,12 @@ def test_several_sweeps_are_pooled_and_an_added_arm_keeps_the_interval() -> None
     jobs = grid(model=["se_cnn", "plain_cnn"], seed=["5", "6"])
     more = [RunRecord(**(vars(item) | {"run_id": f"{number + 50:032x}"})) for number, item in enumerate(scored(jobs, 0.02))]
     first = Source("s", scored(TWO_MODELS, 0.02), TWO_MODELS, frozenset(TWO_MODELS))
-    arms = arrange([first, Source("t", more, jobs, frozenset(jobs))], "model", "plain_cnn")
-    assert arms.seeds("se_cnn") == [*SEEDS, "5", "6"]
-    assert not arms.seeds_known
+    more = [RunRecord(**(vars(item) | {"started": 100 + item.started})) for item in more]
+    second = Source("t", more, jobs, frozenset(jobs))
+    for sources in ([first, second], [second, first]):
+        arms = arrange(sources, "model", "plain_cnn")
+        assert sorted(arms.seeds("se_cnn")) == [*SEEDS, "5", "6"]
+        assert not arms.seeds_known
     with_arm = Source("s", scored(TWO_MODELS, 0.02), TWO_MODELS, frozenset(number for number in TWO_MODELS if number < 5))
     assert arrange([with_arm], None, None).seeds_known, "an arm was added, not a seed"
 

@@ -1,32 +1,81 @@
+"""Jobs, their reports and their runs in the store, without a sweep that runs."""
+
+import pytest
 from hydra.core.utils import JobReturn, JobStatus
 
-from mnist_exp.sweep.jobs import common_data, failed, failure_reason, job_colors, return_value
-from mnist_exp.tracking.base import RunRecord
-from mnist_exp.tracking.definition import Job
+from mnist_exp.sweep.jobs import common_data, failed, failure_reason, result_of
+from mnist_exp.sweep.summary import describe_sweep, job_table
+from mnist_exp.tracking.base import PROCESS_DIED, RunInfo, RunRecord, Store, StoreLostError
+from mnist_exp.tracking.definition import Definition, Extension, Job
+from mnist_exp.tracking.mlflow_store import MLflowStore
+
+
+def record(number: int, status: str = "FINISHED", *, data: str = "", error: str = "", **metrics: float) -> RunRecord:
+    tags = {"job_num": str(number), "data": data, "error": error}
+    return RunRecord(
+        f"{number:032x}", "1", f"seed={number}", status, 0, 1, {}, {"val/" + key: value for key, value in metrics.items()},
+        tags, {}, "", "",
+    )  # fmt: skip
 
 
 def test_the_private_attribute_of_hydra_holds_the_exception() -> None:
-    """`return_value` depends on it: Hydra's public property raises the exception."""
+    """`result_of` depends on it: Hydra's public property raises the exception."""
     error = ValueError("first\nsecond")
-    assert return_value(failed(error)) is error
+    assert result_of(failed(error)) is error
     assert failure_reason(failed(error)) == "first"
     result = JobReturn(status=JobStatus.COMPLETED)
     result.return_value = 0.5
-    assert return_value(result) == 0.5
+    assert result_of(result) == 0.5
     assert failure_reason(result) == failure_reason(None) == ""
 
 
-def test_jobs_that_differ_in_the_seed_alone_share_a_color() -> None:
-    jobs = [Job(number, [f"model={model}", f"seed={seed}"], "") for number, (model, seed) in enumerate(("a0", "a1", "b0"))]
-    colors = job_colors(jobs)
-    assert colors[0] == colors[1] != colors[2]
+@pytest.mark.parametrize(
+    ("data", "varied", "common"),
+    [
+        (["mnist", "mnist"], "seed", "mnist"),
+        (["mnist", "digits"], "seed", None),
+        (["mnist"], "data", None),
+        (["${oc.env:HOME}"], "seed", None),
+    ],
+)
+def test_the_common_data_of_finished_jobs(data: list[str], varied: str, common: str | None) -> None:
+    assert common_data([record(number, data=name) for number, name in enumerate(data)], [varied]) == common
 
 
-def test_the_common_data_of_finished_jobs() -> None:
-    def finished(data: str) -> RunRecord:
-        return RunRecord("0" * 32, "1", "name", "FINISHED", 0, 1, {}, {}, {"data": data}, {}, "", "")
+@pytest.mark.parametrize("tag", [PROCESS_DIED, "Stopped by SIGINT."])
+def test_the_reason_that_a_job_returned_comes_before_the_reaper_s(tag: str) -> None:
+    child = record(0, "KILLED", error=tag)
+    (row,) = job_table([Job(0, [], "")], [child], {0: failed(StoreLostError("the store is gone\nand more"))})
+    assert row["error"] == "the store is gone"
+    (row,) = job_table([Job(0, [], "")], [child], {})
+    assert row["error"] == tag
 
-    assert common_data([finished("mnist"), finished("mnist")], ["seed"]) == "mnist"
-    assert common_data([finished("mnist"), finished("digits")], ["seed"]) is None
-    assert common_data([finished("mnist")], ["data"]) is None
-    assert common_data([finished("${oc.env:HOME}")], ["seed"]) is None
+
+def test_a_known_reason_replaces_that_of_the_reaper(store: str) -> None:
+    opened = MLflowStore(store, "mnist_exp")
+    run_id = opened.start(RunInfo("name", "")).run_id
+    assert opened.mark_killed(run_id, PROCESS_DIED)
+    for reason in ("the store was gone", PROCESS_DIED):
+        opened.mark_killed(run_id, reason)
+        (stored,) = opened.runs()
+        assert (stored.status, stored.tags["error"]) == ("KILLED", "the store was gone")
+
+
+def test_runs_that_tie_are_named_together() -> None:
+    def named(*accuracies: float) -> list[int]:
+        children = [record(number, accuracy=accuracy) for number, accuracy in enumerate(accuracies)]
+        jobs = [Job(number, [], "") for number in range(len(accuracies))]
+        definition = Definition("grid", len(jobs), [], {}, jobs)
+        text = describe_sweep(job_table(jobs, children, {}), children, Store(), "1", "resume", definition)
+        return [number for number in range(len(jobs)) if f"[seed={number}]" in text]
+
+    assert named(1, 0.99, 1) == [0, 2]
+    assert named(0.99) == [0]
+    assert named(1, 0.99, 1, 1, 1) == [0, 2, 3], "and the number of the others"
+
+
+def test_the_initial_jobs_are_those_before_the_first_extension() -> None:
+    jobs = [Job(number, [], "") for number in range(5)]
+    steps = [Extension("2026-01-01T00:00:00+00:00", ["seed=3"], 3, 1), Extension("2026-01-02T00:00:00+00:00", ["seed=4"], 4, 1)]
+    assert Definition("grid", 5, [], {}, jobs, steps).initial == {0, 1, 2}
+    assert Definition("grid", 5, [], {}, jobs).initial == {0, 1, 2, 3, 4}

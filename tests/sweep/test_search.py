@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from mnist_exp.metrics import OBJECTIVE
 from mnist_exp.sweep.search import make_pruning_callback, open_study
-from mnist_exp.sweep.summary import RANKED_BY
 
 
 def test_another_process_can_continue_a_trial(tmp_path: Path) -> None:
@@ -15,7 +15,7 @@ def test_another_process_can_continue_a_trial(tmp_path: Path) -> None:
     for trial in trials:
         should_prune = make_pruning_callback(tmp_path, trial.number)
         assert not should_prune(50, {"train/loss": 1.0})
-        verdicts.append(should_prune(100, {RANKED_BY: 1 - trial.number / 10}))
+        verdicts.append(should_prune(100, {OBJECTIVE: 1 - trial.number / 10}))
         study.tell(trial.number, 1 - trial.number / 10)
     assert not verdicts[0]
     assert verdicts[-1], "below the median of the others at the same step"

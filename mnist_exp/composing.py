@@ -1,0 +1,129 @@
+"""Compose the configuration as the command line does, and explain what Hydra refuses."""
+
+import json
+import re
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from mnist_exp.errors import UserError
+from mnist_exp.overrides import GROUPS, PARTS, check_groups, not_an_override
+from mnist_exp.paths import CONF, HOME, config_dirs, take_credentials
+from mnist_exp.settings import Recipe, Settings, check_settings, did_you_mean, walk
+
+OmegaConf.register_new_resolver("root", lambda path: str(HOME / path), replace=True)
+OmegaConf.register_new_resolver("scaled", lambda value, at, to: value * to / at, replace=True)
+
+EXTRAS = {
+    "ray_launcher": "ray",
+    "submitit": "slurm",
+    "optuna": "search",
+}  # by part of the name of a package
+# Names that people know from elsewhere, and ours.
+SYNONYMS = {
+    "learning_rate": "lr", "num_epochs": "epochs", "max_epochs": "epochs", "bs": "batch_size", "batchsize": "batch_size",
+    "wd": "weight_decay", "random_seed": "seed", "random_state": "seed", "train_batch_size": "batch_size",
+}  # fmt: skip
+
+
+def from_composed(composed: DictConfig) -> Settings:
+    """Return the settings of a composed configuration, resolved and checked; raises UserError."""
+    try:
+        config = OmegaConf.to_container(without_hydra(composed), resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"The configuration cannot be resolved: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, dict)
+    tracking = config.get("tracking")
+    if isinstance(tracking, dict) and isinstance(tracking.get("uri"), str):  # from conf/local, or a preset
+        tracking["uri"] = take_credentials(tracking["uri"])
+    return check_settings(json.dumps(config))
+
+
+def without_hydra(composed: DictConfig) -> DictConfig:
+    """Return a composed configuration without its node `hydra`."""
+    if "hydra" not in composed:  # a copy takes longer than all checks of a job
+        return composed
+    config = composed.copy()
+    with open_dict(config):
+        config.pop("hydra", None)
+    return config
+
+
+def compose_recipe(*overrides: str) -> Recipe:
+    """Compose the default configuration as the command line does, with conf/local and the environment; raises UserError."""
+    check_groups(overrides)
+    folders = ",".join(f"file://{folder}" for folder in config_dirs()[1:])
+    search = [f"hydra.searchpath=[{folders}]"] if folders else []
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose("config", [*overrides, *search], return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from error
+    return Recipe(from_composed(composed), choices_of(composed.hydra), list(overrides))
+
+
+def choices_of(hydra: Any) -> dict[str, str]:
+    """Return the option of each group of a composed configuration, given its node `hydra`."""
+    return {group: option for group, option in hydra.runtime.choices.items() if option and not group.startswith("hydra/")}
+
+
+def explain(error: Exception) -> UserError:
+    """Return the error for the user that stands for one that Hydra has raised while it composed the configuration."""
+    text, cause = str(error).strip(), error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and (key := cause.full_key):
+        if shared := re.match(rf"phases\.\w+\.(({'|'.join(PARTS)})\..+)", key):
+            return UserError(f"{key} refers to a key at the top level.", key=key, remedy=f"Override {shared[1]} instead.")
+        if isinstance(cause.parent_node, DictConfig):
+            expected = f"one of {', '.join(sorted(map(str, cause.parent_node)))}"
+            return UserError(
+                f"{key} is not a key of the configuration{_hint(key, cause.parent_node)}: expected {expected}.",
+                key=key,
+                expected=expected,
+                remedy=f"A new key needs a plus: +{key}=..." if "." in key else "",
+            )
+    if isinstance(error, MissingConfigException):
+        if extra := missing_extra(str(error.missing_cfg_file)):
+            return UserError(extra)
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        if error.options:
+            options = ", ".join(sorted(error.options))
+            return UserError.invalid(group, option, f"one of {options}{did_you_mean(option, list(error.options))}")
+    if ambiguous := re.match(r"Ambiguous value for argument '([^=']+)=(.*)'", text):
+        key, values = ambiguous.groups()
+        other = f"write {key}=[{values}] for a list, \"{key}='{values}'\" for text"
+        other = "choose one" if key.partition("@")[0] in GROUPS else other
+        return UserError(
+            f"{key}={values} gives several values.",
+            key=key,
+            value=values,
+            remedy=f"Add -m as the first argument to run one job for each, or {other}.",
+        )
+    if isinstance(error, OverrideParseException):
+        return not_an_override(error.override)
+    return UserError(missing_extra(text) or "\n".join(dict.fromkeys([text, *([str(cause)] if cause else [])])))
+
+
+def missing_extra(text: str) -> str | None:
+    """Return the message for a text that names a package of an extra that is not installed, None for any other."""
+    for package, extra in EXTRAS.items():
+        if package in text:
+            return f"{text} needs a package that is not installed. Install it with: pip install -e '.[{extra}]'"
+    return None
+
+
+def _hint(full_key: str, node: DictConfig) -> str:
+    """Return ' (did you mean ...?)' for an unknown key of `node`: a synonym, a key further down, or one of similar spelling."""
+    path, _, name = full_key.rpartition(".")
+    name = SYNONYMS.get(name, name)
+    prefix = f"{path}." if path else ""
+    if name in node:
+        return f" (did you mean {prefix}{name}?)"
+    content = OmegaConf.to_container(node, resolve=False)
+    below = [f"{prefix}{key}" for key, _ in walk(content) if key.rpartition(".")[2] == name]
+    first = " in the first phase" if name == "lr" and not path else ""
+    if below:
+        return f" (did you mean {f'{first} or '.join(below[:2])}?)"
+    return did_you_mean(name, [str(key) for key in node]).replace("did you mean ", f"did you mean {prefix}")
