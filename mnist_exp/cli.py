@@ -5,6 +5,7 @@ import atexit
 import gc
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
@@ -209,13 +210,16 @@ def _first_line(error: Exception) -> str:
 
 
 def check_order(arguments: Sequence[str]) -> None:
-    """Raise UserError if -m stands between overrides, where Hydra's parser would stop to read them."""
-    flags = [word for word in arguments if word in ("-m", "--multirun")]
-    if flags and arguments[0] not in flags and arguments[-1] not in flags:
-        rest = [word for word in arguments if word not in flags]
+    """Raise UserError if an option stands between overrides, where Hydra's parser would stop to read them."""
+    positions = [number for number, word in enumerate(arguments) if "=" in word and not word.startswith("-")]
+    between = arguments[positions[0] : positions[-1]] if positions else []
+    for option in (word for word in between if word in ("-m", "--multirun", CONFIG_DIR)):
+        position = arguments.index(option)
+        moved = arguments[position : position + (2 if option == CONFIG_DIR else 1)]
+        rest = [*arguments[:position], *arguments[position + len(moved) :]]
         raise UserError(
-            f"{flags[0]} stands between overrides.",
-            key=flags[0],
-            expected="it as the first argument",
-            remedy=f"Write: python -m {NAME}.run {' '.join([flags[0], *rest])}",
+            f"{option} stands between overrides.",
+            key=option,
+            expected="it before all overrides",
+            remedy=f"Write: {shlex.join(['python', '-m', f'{NAME}.run', *moved, *rest])}",
         )

@@ -1,33 +1,6 @@
-from dataclasses import replace
-from pathlib import Path
-
 import pytest
-import torch
-from conftest import Compose
 
-from mnist_exp.learning.data import Dataset
-from mnist_exp.learning.evaluation import EVALUATED
-from mnist_exp.learning.training import fit, prepare_phases
-from mnist_exp.metrics import METRICS, OTHER, format_metric, metric_of
-from mnist_exp.settings import build
-
-
-def test_every_metric_of_an_evaluation_has_a_format() -> None:
-    assert EVALUATED.keys() <= METRICS.keys(), "a function in learning/evaluation.py lacks its entry in metrics.py"
-
-
-def test_every_metric_of_training_has_a_format(composed: Compose, digits: Dataset) -> None:
-    settings = composed("data=digits", "~phases.train")
-    model = build(settings.model, "model", **digits.shape)
-    one_step = replace(digits, splits=digits.splits | {"train": replace(digits.splits["train"], epoch_size=128)})
-    phase = replace(build(settings.phases["finetune"], "phases.finetune"), split="train", epochs=1)
-    reports = list(
-        fit(model, prepare_phases(model, {"finetune": phase}, one_step, Path()), one_step, seed=0, precision=torch.float32)
-    )
-    recorded = {name for report in reports for name in report.metrics}
-    assert {f"val/{name}" for name in EVALUATED} <= recorded
-    assert OTHER not in map(metric_of, recorded)
-
+from mnist_exp.metrics import format_metric
 
 SHOWN = {
     "test/accuracy": (0.98604, "98.60 %"),

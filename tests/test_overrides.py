@@ -17,6 +17,8 @@ HOSTILE = [
     "+hydra.x=1", "++x=1", "+phase@hydra.launcher=finetune", "model@hydra=se_cnn", "--config-dir=/tmp", "--multirun", "",
     "model=../../tmp/evil", "model=se_cnn,/tmp/evil", "output_dir=/tmp", "tracking=none", "tracking.uri=sqlite:////tmp/x.db",
     "data.root=/tmp", "++data.root=/tmp", "sweep.force=true", "+sweep_job=x", "resume=latest", "rerun=../x",
+    "model='..'", "+model=a/b", "data@_global_=mnist", "model@tracking=se_cnn", "+tracking.x=1", "++data.default_root=x",
+    "data={root:x}", "+local=default", "model.hue='\\${oc.create:{_target_:os.getcwd}}'",
     "seed=${oc.env:HOME}", "batch_size=${ oc.env:HOME }", "phases.train.split='${${phases.finetune.split}:HOME}'",
 ]  # fmt: skip
 

@@ -216,7 +216,6 @@ def test_checkpoint_and_logged_model_predict_what_was_scored(finished, monkeypat
     mlflow.set_tracking_uri(client.tracking_uri)
     served = mlflow.pyfunc.load_model(f"models:/{run.outputs.model_outputs[0].model_id}")
     assert served.metadata.signature is not None
-    assert served.metadata.saved_input_example_info is not None
     for batch in (1, 7):
         logits = served.predict(test.images[:batch].numpy())
         assert logits.shape == (batch, 10)

@@ -1,6 +1,7 @@
 """What is stored may be written by others: it runs no code, and opens or changes nothing outside the command's own folders.
 
-First the guards, each with the attacks that it stops. Then whole commands: each attack stores a value that points to a bait, a
+First the guards of configurations, each with the attacks that it stops (those of overrides are in test_overrides.py, those of
+weights in test_checkpoint.py and test_models.py). Then whole commands: each attack stores a value that points to a bait, a
 folder next to the output folder and the store, and then reads the store.
 """
 
@@ -22,7 +23,6 @@ from mlflow import MlflowClient
 
 from mnist_exp import paths
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import check_stored
 from mnist_exp.run import main
 from mnist_exp.settings import Recipe, Settings, read_recipe
 from mnist_exp.storage import checkpoint, run_dir
@@ -116,35 +116,6 @@ def test_a_checkpoint_contains_its_recipe_as_text(stored: Any, tmp_path: Path) -
     checkpoint.save(tmp_path, Checkpoint("0" * 32, values, {}, {}, None, [], {}, 0.0))
     with pytest.raises(UserError):
         checkpoint.load(tmp_path / run_dir.CHECKPOINT)
-
-
-# Overrides set keys of the recipe, and choose options by plain name
-
-ALLOWED = [
-    "model=se_cnn", "model=plain_cnn,se_cnn", "model=glob(*)", "seed=range(0,3)", "~phases.train", "experiment=quick",
-    "+phase@phases.polish=finetune", "optimizer@phases.finetune.optimizer=adamw", "optimizer.lr=${seed}", "save_every=3",
-    "+optimizer.eps=1e-7", "model.channels=[8,16,20],[4,4,4]", "optimizer.lr=tag(log,interval(0.1,1))",
-]  # fmt: skip
-REFUSED = [
-    "hydra.job_logging.handlers.file.filename=x", "hydra/job_logging=default", "hydra.searchpath=[file:///tmp]", "+hydra.x=1",
-    "--config-dir=/tmp", "--multirun", "", "model=../../tmp/evil", "model=se_cnn,/tmp/evil", "model='..'", "+model=a/b",
-    "+phase@hydra.launcher=finetune", "model@hydra=se_cnn", "data@_global_=mnist", "model@tracking=se_cnn",
-    "output_dir=x", "tracking=none", "tracking.uri=sqlite:///x.db", "+tracking.x=1", "data.root=x", "++data.default_root=x",
-    "data={root:x}", "sweep.force=true", "+sweep_job=x", "resume=latest", "rerun=../x", "++x=1", "+local=default",
-    "seed=${oc.env:HOME}", "seed=${ oc.env:HOME }", "phases.train.split='${${phases.finetune.split}:HOME}'",
-    "model.hue='\\${oc.create:{_target_:os.getcwd}}'",
-]  # fmt: skip
-
-
-def test_a_store_may_contain_choices_of_a_recipe() -> None:
-    check_stored(ALLOWED, "sweep.json")
-
-
-@pytest.mark.parametrize("override", REFUSED)
-def test_a_store_may_contain_no_other_override(override: str) -> None:
-    with pytest.raises(UserError) as refused:
-        check_stored(["seed=1", override], "sweep.json")
-    assert refused.value.key == override
 
 
 # Whole commands
