@@ -47,7 +47,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if data.shape != classifier.shape:
         raise UserError.invalid("--data", data.name, f"data with the shape of the model, {classifier.shape}, not {data.shape}")
     result = evaluation.evaluate(classifier.model, data.splits[data.eval_split])
-    record(store, classifier, data, result, command("evaluate", arguments.model, "--data", arguments.data))
+    record(store, classifier, data, result, command("evaluate", classifier.source.address, "--data", arguments.data))
 
 
 def measures(evaluation: "Evaluation") -> dict[str, float]:

@@ -105,8 +105,8 @@ def command(module: str, *arguments: str) -> str:
         locations = [override for override in locations if override not in arguments]
     else:
         options = {LOCATIONS[key]: str(parse(f"{key}={text}").value()) for key, text in typed.items() if key in LOCATIONS}
-        locations = [word for name in ("--tracking-uri", "--experiment", "--output-dir") if name in options
-                     for word in (name, options[name])]  # fmt: skip
+        taken = ("--tracking-uri", "--experiment", "--output-dir", *(("--data-root",) if module == "evaluate" else ()))
+        locations = [word for name in taken if name in options for word in (name, options[name])]
     folder = [CONFIG_DIR, typed[CONFIG_DIR]] if CONFIG_DIR in typed else []
     return shlex.join(["python", "-m", f"{NAME}.{module}", *arguments, *locations, *folder])
 

@@ -37,7 +37,9 @@ def parser() -> argparse.ArgumentParser:
     commands = result.add_subparsers(required=True)
 
     def add(name: str, help_text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=help_text, description=help_text, parents=[cli.shared_options()])
+        return commands.add_parser(
+            name, help=help_text, description=help_text, parents=[cli.shared_options()], allow_abbrev=False
+        )
 
     listing = add("list", "list sweeps, their jobs, and single runs, the newest last")
     listing.add_argument("--sort", metavar="METRIC", help="list the runs that have this metric, the best first")

@@ -199,7 +199,7 @@ class MLflowStore(Store):
         known = ", ".join(f"{record.run_id} ({record.status})" for record in sweeps[:5]) or "none"
         kind = "" if finished_too else " unfinished"
         raise UserError(
-            f"There is no{kind} sweep {sweep} in {self.uri}.",
+            f"There is no{kind} sweep {sweep} in {self.uri}, experiment {self.experiment}.",
             key="sweep",
             value=sweep,
             expected="latest, an id, or its first 6 or more hexadecimal digits",
