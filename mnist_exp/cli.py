@@ -104,12 +104,12 @@ def _notes(error: BaseException) -> list[str]:
 
 def leave_credentials() -> None:
     """Take the credentials out of the tracking address in the environment and on the command line."""
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+    for name in ("MLFLOW_REGISTRY_URI", "MLFLOW_TRACKING_URI"):
         if name in os.environ:
             os.environ[name] = take_credentials(os.environ[name])
     for arguments in (sys.argv, sys.orig_argv):
         for position, word in enumerate(arguments):
-            if "tracking" in word or "--tracking-uri" in arguments[position - 1 : position]:
+            if "tracking" in word.lower() or "--tracking-uri" in arguments[position - 1 : position]:
                 arguments[position] = take_credentials(word)
 
 
@@ -211,11 +211,11 @@ def _first_line(error: Exception) -> str:
 
 def check_order(arguments: Sequence[str]) -> None:
     """Raise UserError if an option stands between overrides, where Hydra's parser would stop to read them."""
-    positions = [number for number, word in enumerate(arguments) if "=" in word and not word.startswith("-")]
+    positions = [number for number, word in enumerate(arguments) if re.match(r"[^-].*=|[~+]", word)]
     between = arguments[positions[0] : positions[-1]] if positions else []
-    for option in (word for word in between if word in ("-m", "--multirun", CONFIG_DIR)):
+    for option in (word for word in between if word.startswith("-")):
         position = arguments.index(option)
-        moved = arguments[position : position + (2 if option == CONFIG_DIR else 1)]
+        moved = arguments[position : position + (2 if option in (CONFIG_DIR, "-cd") else 1)]
         rest = [*arguments[:position], *arguments[position + len(moved) :]]
         raise UserError(
             f"{option} stands between overrides.",

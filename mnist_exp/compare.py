@@ -25,8 +25,8 @@ REPORT, PICTURE = "report.html", "differences.png"
 
 def main() -> None:
     """Run the command line."""
-    arguments = cli.parse(parser())
     with cli.reported_errors():
+        arguments = cli.parse(parser())
         compare(arguments)
 
 

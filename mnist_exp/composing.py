@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import GROUPS, PARTS, check_groups, not_an_override
+from mnist_exp.overrides import GROUPS, PARTS, check_groups, not_an_override, quoted
 from mnist_exp.paths import CONF, HOME, config_dirs, take_credentials
 from mnist_exp.settings import Recipe, Settings, check_settings, did_you_mean, walk
 
@@ -55,7 +55,7 @@ def without_hydra(composed: DictConfig) -> DictConfig:
 def compose_recipe(*overrides: str) -> Recipe:
     """Compose the default configuration as the command line does, with conf/local and the environment; raises UserError."""
     check_groups(overrides)
-    folders = ",".join(f"file://{folder}" for folder in config_dirs()[1:])
+    folders = ",".join(quoted(f"file://{folder}") for folder in config_dirs()[1:])
     search = [f"hydra.searchpath=[{folders}]"] if folders else []
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):

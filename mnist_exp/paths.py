@@ -11,7 +11,6 @@ PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = PACKAGE.parent if (PACKAGE.parent / "conf" / "config.yaml").is_file() else None
 CONF = (CHECKOUT or PACKAGE) / "conf"
 HOME = CHECKOUT or Path.cwd()  # where runs, the default store and downloaded data go
-DEFAULT_STORE = f"sqlite:///{HOME / 'mlflow.db'}"
 
 # The keys of locations, which the command line and the environment set but no store, with the option of commands without keys.
 LOCATIONS = {
@@ -27,7 +26,7 @@ CONFIG_DIR = "--config-dir"
 typed: dict[str, str] = {}
 
 # user@ or user:password@ in the address of a server. A password may contain slashes and @: it extends to the last @ of the word.
-_USER_PART = re.compile(r"((?:https?|(?:postgresql|mysql|mssql)[+\w]*)://)([^/\s\"'@:]*)(?::([^\s\"']*))?@")
+_USER_PART = re.compile(r"([a-z][a-z0-9+.-]*://)([^/\s\"'@:]*)(?::([^\s\"]*))?@", re.IGNORECASE)
 
 
 def config_dirs() -> list[Path]:
@@ -48,7 +47,8 @@ def take_credentials(text: str) -> str:
     """
     if found := _USER_PART.search(text):
         for name, value in (("USERNAME", found[2]), ("PASSWORD", found[3])):
-            os.environ[f"MLFLOW_TRACKING_{name}"] = unquote(value or "")
+            if value is not None:
+                os.environ[f"MLFLOW_TRACKING_{name}"] = unquote(value)
     return without_credentials(text)
 
 

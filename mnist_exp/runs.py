@@ -25,8 +25,8 @@ RUN = "an id, its first 6 or more digits, or latest"
 
 def main() -> None:
     """Run the command line."""
-    arguments = cli.parse(parser())
     with cli.reported_errors():
+        arguments = cli.parse(parser())
         settings = cli.default_settings()
         arguments.run(cli.find_store(settings), settings, arguments)
 

@@ -18,14 +18,13 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from pydantic_core import PydanticCustomError
 
 from mnist_exp.errors import Count, MissingDataError, UserError
-from mnist_exp.overrides import GROUPS, PARTS, check_stored
+from mnist_exp.overrides import PARTS, check_stored
 from mnist_exp.paths import CONFIG_DIR, HOME, LOCATIONS, NAME, config_dirs
 
 if TYPE_CHECKING:
     from mnist_exp.learning.data import Dataset
 
 TRIAL_STEPS = 1000  # of the schedules that are built to check their arguments
-OPTION_GROUPS = GROUPS | {"tracking"} - {"phase", "experiment", "arm"}  # the others are not nodes at a key of their own
 ID = "[0-9a-f]{6,32}"  # an id of a run, or its first digits
 # Keys that do not affect a run's outcome.
 NEUTRAL = ("output_dir", "tracking", "parameter_limit", "save_every", "resume", "rerun", "sweep", "shape")
@@ -33,7 +32,6 @@ RESERVED = ("_target_", "_partial_")  # keys of a node that are no arguments
 CHECKED = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 EXPECTED = {  # the values that pydantic expects, by the type of its error
     "int_type": "an integer",
-    "int_from_float": "an integer",
     "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "text",
@@ -182,8 +180,8 @@ def stored_node(group: str, node: Any, source: str) -> dict[str, Any]:
 def defaults_of_newer_keys(settings: Settings) -> dict[str, Any]:
     """Return the keys that a stored configuration lacks, because it is older than they are, and the defaults that apply."""
     missing = settings.model_dump(include=Settings.model_fields.keys() - settings.model_fields_set - {"shape", *PARTS})
-    for key, node in [("data", settings.data), ("model", settings.model), *settings.phases.items()]:
-        if node["_target_"].startswith(f"{NAME}."):  # each option of conf/ writes out the arguments of our own
+    for key, node in walk(settings.model_dump(exclude={"tracking"})):
+        if isinstance(node, dict) and str(node.get("_target_")).startswith(f"{NAME}."):  # conf/ writes out all of our arguments
             parameters = inspect.signature(_target(node, key)).parameters.values()
             defaults = {item.name: item.default for item in parameters if item.default is not inspect.Parameter.empty}
             missing |= {f"{key}.{name}": value for name, value in defaults.items() if name not in node}
@@ -200,7 +198,7 @@ def check_settings(text: str) -> Settings:
         if not re.fullmatch(r"\w+", name) or name in Settings.model_fields or name == "total":
             raise UserError.invalid(f"phases.{name}", "...", "as its name a word that is no key of the configuration")
         for part in PARTS:
-            if not isinstance(phase.get(part), dict):
+            if not isinstance(phase.get(part), dict) or "_target_" not in phase[part]:
                 raise UserError.invalid(
                     f"phases.{name}.{part}", phase.get(part), f"an option: +{part}@phases.{name}.{part}=OPTION"
                 )
@@ -245,14 +243,15 @@ def _place(key: str) -> str:
 def _targets(folders: tuple[Path, ...]) -> set[tuple[str, str]]:
     """Return the place and the name of each target in the files of options."""
     found = set()
-    for file in (file for folder in folders for file in folder.rglob("*.yaml")):
-        group = file.parent.name
-        with file.open() as text:
-            content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}  # a safe one, in C
-        prefix = (
-            "phases.any." if group == "phase" else f"{group}." if group in GROUPS | {"tracking"} - {"experiment", "arm"} else ""
-        )
-        found |= {(_place(prefix + key), str(value)) for key, value in walk(content) if key.endswith("_target_")}
+    nodes = {*PARTS, "data", "model", "tracking"}
+    for folder, group in ((folder, group) for folder in folders for group in ("", "local", "phase", "experiment", "arm", *nodes)):
+        for file in (folder / group).glob("*.yaml"):
+            try:
+                content = yaml.load(file.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}  # safe, in C
+                prefix = "phases.any." if group == "phase" else f"{group}." if group in nodes else ""
+                found |= {(_place(prefix + key), str(value)) for key, value in walk(content) if key.endswith("_target_")}
+            except (yaml.YAMLError, TypeError) as error:
+                raise UserError(f"{file} is no file of options: {error}", key=str(file)) from error
     return found
 
 
@@ -377,7 +376,8 @@ def explain(error: ValidationError, prefix: str = "", known: Iterable[str] = ())
         return UserError.invalid(key.rpartition(".")[0], first["input"], "more values in the list")
     if first["type"] == "missing":
         return UserError(f"{key} is missing.", key=key, expected="a value", remedy=f"Set it, or do not delete it (~{key}).")
-    expected = EXPECTED.get(first["type"], first["msg"].removeprefix("Input should be ")).format(**first.get("ctx", {}))
+    template = EXPECTED.get(first["type"])
+    expected = template.format(**first.get("ctx", {})) if template else first["msg"].removeprefix("Input should be ")
     return UserError.invalid(key, first["input"], expected, f"Set it with {key}=... on the command line.")
 
 

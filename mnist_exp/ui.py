@@ -25,8 +25,8 @@ PATIENCE = 120.0  # seconds for the server to answer
 
 def main() -> None:
     """Run the command line."""
-    arguments = cli.parse(parser())
     with cli.reported_errors():
+        arguments = cli.parse(parser())
         show(arguments)
 
 

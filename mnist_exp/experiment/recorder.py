@@ -15,7 +15,7 @@ from torch import nn
 
 from mnist_exp.errors import PrunedError, ResumableError
 from mnist_exp.learning.training import NonFiniteLossError, Report
-from mnist_exp.overrides import command
+from mnist_exp.overrides import command, quoted
 from mnist_exp.signals import Interrupted, defer_signals
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
@@ -92,6 +92,7 @@ class Recorder:
         """Record each figure as `pictures/NAME.png`."""
         if not self.tracker.is_recording:
             return
+        run_dir.remove_folder(self.folder / "pictures")  # of an earlier attempt; never written through a link
         pictures = run_dir.ensure_writable_dir(self.folder / "pictures")
         for name, draw in drawings.items():
             try:
@@ -158,5 +159,5 @@ def _noting_the_end(folder: Path, *, in_sweep: bool) -> Iterator[None]:
         raise
     except (Interrupted, ResumableError, MemoryError, RuntimeError) as error:
         if not in_sweep and not run_dir.is_complete(folder):  # a sweep's own message says how to resume its jobs
-            error.add_note(f"`{command('run', f'resume={folder.name}')}` resumes the run.")
+            error.add_note(f"`{command('run', f'resume={quoted(folder.name)}')}` resumes the run.")
         raise

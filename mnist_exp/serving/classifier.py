@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import nn
 
-from mnist_exp.cli import find_store
 from mnist_exp.errors import UserError
 from mnist_exp.serving import preparation
 from mnist_exp.tracking.mlflow_store import MLflowStore
@@ -119,11 +118,6 @@ class Classifier:
         logits = torch.cat([self.model(part) for part in batch.split(BATCH_SIZE)])  # type: ignore[no-untyped-call]  # torch's
         probabilities = logits.float().softmax(1).numpy()  # (n, classes)
         return Predictions(probabilities.argmax(1), probabilities, images)
-
-
-def load(model: str | Path = "latest") -> Classifier:
-    """Return a trained model of the store that the commands use. Args and Raises as for `load_from`."""
-    return load_from(find_store(), str(model))
 
 
 def load_from(store: MLflowStore, model: str) -> Classifier:

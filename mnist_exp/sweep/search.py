@@ -132,6 +132,8 @@ def open_study(folder: Path, seed: int) -> "Study":
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     database = folder.absolute() / DATABASE
+    if database.is_symlink():
+        raise UserError(f"{database} is a symbolic link: expected a file of the sweep itself.")
     try:
         study = optuna.create_study(
             study_name=STUDY,

@@ -10,16 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import unquote, urlsplit
 
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Metric, Run, RunTag
 from mlflow.exceptions import MlflowException
+from pydantic import Field
 from sqlalchemy.exc import SQLAlchemyError
 
-from mnist_exp.errors import UserError
+from mnist_exp.errors import NonNegative, UserError
 from mnist_exp.overrides import command
 from mnist_exp.settings import ID, read_recipe
 from mnist_exp.signals import defer_signals
@@ -46,7 +47,7 @@ class MLflowStore(Store):
 
     client: MlflowClient
 
-    def __init__(self, uri: str, experiment: str, patience: float = 120.0) -> None:
+    def __init__(self, uri: str, experiment: Annotated[str, Field(min_length=1)], patience: NonNegative = 120.0) -> None:
         self.uri = check_uri(uri)
         self.experiment = experiment
         self.patience = patience

@@ -3,7 +3,7 @@ from processes import local_defaults
 
 from mnist_exp.cli import default_settings, find_store
 from mnist_exp.composing import compose_recipe
-from mnist_exp.paths import DEFAULT_STORE, typed
+from mnist_exp.paths import HOME, typed
 
 
 def test_a_local_file_sets_defaults_that_the_command_line_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,6 +21,6 @@ def test_a_local_file_sets_defaults_that_the_command_line_overrides(monkeypatch:
 
 def test_without_the_file_the_environment_and_the_repository_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert find_store().uri == DEFAULT_STORE
+    assert find_store().uri == f"sqlite:///{HOME / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host")
     assert find_store().uri == "http://host"

@@ -9,7 +9,7 @@ from conftest import Call, CommandLine
 from mlflow import MlflowClient
 
 from mnist_exp import runs
-from mnist_exp.serving import load
+from mnist_exp.api import load
 from mnist_exp.tracking.mlflow_store import MLflowStore
 
 SHORT = ("data=mnist_tuning", "data.subset=1000", "~phases.finetune", "phases.train.epochs=1", "batch_size=32")

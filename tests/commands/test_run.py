@@ -20,11 +20,11 @@ from PIL import Image
 from processes import SECRET, SHORT, assert_nowhere
 
 from mnist_exp import draw, predict, runs, ui
+from mnist_exp.api import load
 from mnist_exp.learning.datasets import load_digits
 from mnist_exp.learning.evaluation import evaluate
 from mnist_exp.metrics import format_metric
 from mnist_exp.paths import CHECKOUT
-from mnist_exp.serving import load
 from mnist_exp.settings import build
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.tracking.provenance import uncommitted

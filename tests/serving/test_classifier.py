@@ -13,9 +13,10 @@ from mlflow import MlflowClient
 from PIL import EpsImagePlugin, Image, ImageDraw
 
 from mnist_exp import evaluate, predict
+from mnist_exp.api import load
 from mnist_exp.errors import UserError
 from mnist_exp.learning.data import Dataset
-from mnist_exp.serving import Classifier, load
+from mnist_exp.serving import Classifier
 from mnist_exp.serving.classifier import open_picture
 from mnist_exp.tracking.models import ModelSource
 
