@@ -51,9 +51,9 @@ def test_a_quoted_value_is_read_back_unchanged(value: str) -> None:
 
 def test_a_command_repeats_the_locations_that_were_typed() -> None:
     assert command("ui", "0" * 8) == f"python -m mnist_exp.ui {'0' * 8}"
-    remember_locations(["seed=1", "output_dir='/a b'", "tracking.experiment=mine", "tracking.patience=10"], "/options")
+    remember_locations(["seed=1", "output_dir='/a b'", "tracking.experiment=mine", "tracking.patience=10"], "/tmp")
     *_, locations = command("run", "seed=1").partition("seed=1 ")
-    expected = ["output_dir='/a b'", "tracking.experiment=mine", "tracking.patience=10", "--config-dir", "/options"]
+    expected = ["output_dir='/a b'", "tracking.experiment=mine", "tracking.patience=10", "--config-dir", "/tmp"]
     assert shlex.split(locations) == expected
-    expected = ["ui", "--experiment", "mine", "--output-dir", "/a b", "--config-dir", "/options"]
+    expected = ["ui", "--experiment", "mine", "--output-dir", "/a b", "--config-dir", "/tmp"]
     assert shlex.split(command("ui"))[2:] == ["mnist_exp.ui", *expected[1:]]
