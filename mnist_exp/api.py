@@ -3,14 +3,18 @@
 Mistakes raise `mnist_exp.errors.UserError`, whose fields `key`, `value`, `expected` and `remedy` say what to change.
 """
 
+import io
+from contextlib import redirect_stdout
+
 import pandas as pd
 
-from mnist_exp.cli import find_store
+from mnist_exp.cli import find_store, leave_credentials
 from mnist_exp.composing import compose_recipe
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.repeat import request
 from mnist_exp.experiment.runner import RunResult, run
 from mnist_exp.overrides import is_location, remember_locations, section_of
+from mnist_exp.paths import take_credentials
 from mnist_exp.serving import Classifier
 from mnist_exp.serving.classifier import load_from
 from mnist_exp.settings import Recipe
@@ -31,12 +35,19 @@ def train(*overrides: str) -> RunResult:
     Raises:
         UserError: The configuration, the data or the store cannot be used, or the training diverges.
     """
-    remember_locations([override for override in overrides if is_location(override)], None)
-    if repeated := [override for override in overrides if section_of(override) in ("resume", "rerun", "sweep")]:
-        raise UserError(f"train trains a new run: {repeated[0]} is for the command line.", key=repeated[0])
-    recipe = compose_recipe(*overrides)
-    kept = [override for override in overrides if not is_location(override)]
-    return run(request(Recipe(recipe.settings, recipe.choices, kept), quiet=True))
+    leave_credentials()
+    typed = [take_credentials(override) for override in overrides]
+    remember_locations(typed, None)
+    if repeated := [override for override in typed if section_of(override) in ("resume", "rerun", "sweep")]:
+        raise UserError(
+            f"train trains a new run: {repeated[0]} is for the command line.",
+            key=repeated[0],
+            remedy="Use python -m mnist_exp.run.",
+        )
+    recipe = compose_recipe(*typed)
+    kept = [override for override in typed if not is_location(override)]
+    with redirect_stdout(io.StringIO()):  # warnings are in the result
+        return run(request(Recipe(recipe.settings, recipe.choices, kept), quiet=True))
 
 
 def load(model: str = "latest") -> Classifier:
@@ -45,6 +56,7 @@ def load(model: str = "latest") -> Classifier:
     Raises:
         UserError: There is no such model, or it cannot be used.
     """
+    leave_credentials()
     return load_from(find_store(), model)
 
 
@@ -61,6 +73,7 @@ def frame(sweep: str = "latest") -> pd.DataFrame:
     Raises:
         UserError: There is no such sweep.
     """
+    leave_credentials()
     store = find_store()
     parent, definition = store.find_sweep(sweep, finished_too=True)
     return frame_of(definition.jobs, store.children(parent.run_id))

@@ -5,6 +5,7 @@ import atexit
 import gc
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
@@ -103,12 +104,12 @@ def _notes(error: BaseException) -> list[str]:
 
 def leave_credentials() -> None:
     """Take the credentials out of the tracking address in the environment and on the command line."""
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+    for name in ("MLFLOW_REGISTRY_URI", "MLFLOW_TRACKING_URI"):
         if name in os.environ:
             os.environ[name] = take_credentials(os.environ[name])
     for arguments in (sys.argv, sys.orig_argv):
         for position, word in enumerate(arguments):
-            if "tracking" in word or "--tracking-uri" in arguments[position - 1 : position]:
+            if "tracking" in word.lower() or "--tracking-uri" in arguments[position - 1 : position]:
                 arguments[position] = take_credentials(word)
 
 
@@ -143,7 +144,7 @@ def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
 
 def default_settings(*overrides: str) -> "Settings":
     """Return the settings that a command without keys uses: conf/, conf/local, the environment and the locations typed."""
-    locations = [f"{key}={quoted(value)}" for key, value in typed.items() if key != CONFIG_DIR]
+    locations = [f"{key}={text}" for key, text in typed.items() if key != CONFIG_DIR]
     return composing.compose_recipe(*locations, *overrides).settings
 
 
@@ -192,7 +193,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
         return f"Out of memory: {_first_line(error)}\nChoose a smaller batch_size or model, or stop other programs."
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return composing.explain(error)
+        return str(composing.explain(error))
     innermost = traceback.extract_tb(error.__traceback__)[-1].filename
     if isinstance(error, ValueError | RuntimeError) and "/hydra/" in innermost:  # of no class of its own
         return composing.missing_extra(str(error)) or f"The configuration cannot be composed: {error}"
@@ -209,13 +210,16 @@ def _first_line(error: Exception) -> str:
 
 
 def check_order(arguments: Sequence[str]) -> None:
-    """Raise UserError if -m stands between overrides, where Hydra's parser would stop to read them."""
-    flags = [word for word in arguments if word in ("-m", "--multirun")]
-    if flags and arguments[0] not in flags and arguments[-1] not in flags:
-        rest = [word for word in arguments if word not in flags]
+    """Raise UserError if an option stands between overrides, where Hydra's parser would stop to read them."""
+    positions = [number for number, word in enumerate(arguments) if re.match(r"[^-].*=|[~+]", word)]
+    between = arguments[positions[0] : positions[-1]] if positions else []
+    for option in (word for word in between if word.startswith("-")):
+        position = arguments.index(option)
+        moved = arguments[position : position + (2 if option in (CONFIG_DIR, "-cd") else 1)]
+        rest = [*arguments[:position], *arguments[position + len(moved) :]]
         raise UserError(
-            f"{flags[0]} stands between overrides.",
-            key=flags[0],
-            expected="it as the first argument",
-            remedy=f"Write: python -m {NAME}.run {' '.join([flags[0], *rest])}",
+            f"{option} stands between overrides.",
+            key=option,
+            expected="it before all overrides",
+            remedy=f"Write: {shlex.join(['python', '-m', f'{NAME}.run', *moved, *rest])}",
         )

@@ -7,15 +7,15 @@ import argparse
 import math
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnist_exp import cli
+from mnist_exp.errors import UserError
 from mnist_exp.overrides import command
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from mnist_exp.comparison.arms import Arms
     from mnist_exp.tracking.base import RunRecord, Store
     from mnist_exp.tracking.definition import Definition
@@ -25,8 +25,8 @@ REPORT, PICTURE = "report.html", "differences.png"
 
 def main() -> None:
     """Run the command line."""
-    arguments = cli.parse(parser())
     with cli.reported_errors():
+        arguments = cli.parse(parser())
         compare(arguments)
 
 
@@ -65,6 +65,7 @@ def compare(arguments: argparse.Namespace) -> None:
     """Show the answer, and publish a report in the parents of the sweeps."""
     from mnist_exp.comparison import arms, outcomes, report, tables, wording
     from mnist_exp.console import show_comparison, show_lines
+    from mnist_exp.learning.datasets import find_test_images
     from mnist_exp.tracking.base import Answer
 
     settings = cli.default_settings()
@@ -87,7 +88,10 @@ def compare(arguments: argparse.Namespace) -> None:
         return
     parsed = {record.run_id: outcomes.parse_outcome(content) for record, content in store.outcomes(compared.records)}
     repeated = commands(sweeps, compared, arguments)
-    images = test_images(compared, settings.data.get("root") or settings.data.get("default_root"))
+    images, record = None, compared.records[0]
+    with suppress(UserError):  # a damaged file
+        root = settings.data.get("root") or settings.data.get("default_root")
+        images = find_test_images(record.data, root, record.digests.get("test", ""))
     for parent, _ in sweeps:
         page = report.render(compared, rows, levels, parsed, parent, repeated, images, store.page)
         with tempfile.TemporaryDirectory() as folder:
@@ -117,18 +121,6 @@ def commands(sweeps: "Sequence[tuple[RunRecord, Definition]]", arms: "Arms", arg
     options += ["--margin", str(arguments.margin)] if arguments.margin else []
     ids = [parent.run_id for parent, _ in sweeps]
     return [*repeated, command("compare", *ids, "--factor", arms.factor, "--baseline", arms.baseline, *options)]
-
-
-def test_images(arms: "Arms", root: str | None) -> "Tensor | None":
-    """Return the test images that the runs were evaluated on, None if this machine lacks them."""
-    from mnist_exp.errors import UserError
-    from mnist_exp.learning.datasets import find_test_images
-
-    record = arms.records[0]
-    try:
-        return find_test_images(record.data, root, record.digests.get("test", ""))
-    except UserError:  # a damaged file
-        return None
 
 
 if __name__ == "__main__":

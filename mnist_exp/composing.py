@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import GROUPS, PARTS, not_an_override
+from mnist_exp.overrides import GROUPS, PARTS, check_groups, not_an_override, quoted
 from mnist_exp.paths import CONF, HOME, config_dirs, take_credentials
 from mnist_exp.settings import Recipe, Settings, check_settings, did_you_mean, walk
 
@@ -54,13 +54,14 @@ def without_hydra(composed: DictConfig) -> DictConfig:
 
 def compose_recipe(*overrides: str) -> Recipe:
     """Compose the default configuration as the command line does, with conf/local and the environment; raises UserError."""
-    folders = ",".join(f"file://{folder}" for folder in config_dirs()[1:])
+    check_groups(overrides)
+    folders = ",".join(quoted(f"file://{folder}") for folder in config_dirs()[1:])
     search = [f"hydra.searchpath=[{folders}]"] if folders else []
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = compose("config", [*overrides, *search], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from error
+        raise explain(error) from error
     return Recipe(from_composed(composed), choices_of(composed.hydra), list(overrides))
 
 
@@ -69,35 +70,40 @@ def choices_of(hydra: Any) -> dict[str, str]:
     return {group: option for group, option in hydra.runtime.choices.items() if option and not group.startswith("hydra/")}
 
 
-def explain(error: Exception) -> str:
-    """Return the message for an error that Hydra has raised while it composed the configuration."""
+def explain(error: Exception) -> UserError:
+    """Return the error for the user that stands for one that Hydra has raised while it composed the configuration."""
     text, cause = str(error).strip(), error.__cause__
-    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
-        shared = re.match(rf"phases\.\w+\.(({'|'.join(PARTS)})\..+)", cause.full_key)
-        if shared:
-            return f"{cause.full_key} refers to a key at the top level: override {shared[1]} instead."
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and (key := cause.full_key):
+        if shared := re.match(rf"phases\.\w+\.(({'|'.join(PARTS)})\..+)", key):
+            return UserError(f"{key} refers to a key at the top level.", key=key, remedy=f"Override {shared[1]} instead.")
         if isinstance(cause.parent_node, DictConfig):
-            known = ", ".join(sorted(map(str, cause.parent_node)))
-            return (
-                f"{cause.full_key} is not a key of the configuration{_hint(cause.full_key, cause.parent_node)}: expected one of "
-                f"{known}." + (f" A new key needs a plus: +{cause.full_key}=..." if "." in cause.full_key else "")
+            expected = f"one of {', '.join(sorted(map(str, cause.parent_node)))}"
+            return UserError(
+                f"{key} is not a key of the configuration{_hint(key, cause.parent_node)}: expected {expected}.",
+                key=key,
+                expected=expected,
+                remedy=f"A new key needs a plus: +{key}=..." if "." in key else "",
             )
     if isinstance(error, MissingConfigException):
         if extra := missing_extra(str(error.missing_cfg_file)):
-            return extra
+            return UserError(extra)
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         if error.options:
             options = ", ".join(sorted(error.options))
-            return f"{group}={option} is invalid: expected one of {options}{did_you_mean(option, list(error.options))}."
-    ambiguous = re.match(r"Ambiguous value for argument '([^=']+)=(.*)'", text)
-    if ambiguous:
+            return UserError.invalid(group, option, f"one of {options}{did_you_mean(option, list(error.options))}")
+    if ambiguous := re.match(r"Ambiguous value for argument '([^=']+)=(.*)'", text):
         key, values = ambiguous.groups()
         other = f"write {key}=[{values}] for a list, \"{key}='{values}'\" for text"
         other = "choose one" if key.partition("@")[0] in GROUPS else other
-        return f"{key}={values} gives several values: add -m as the first argument to run one job for each, or {other}."
+        return UserError(
+            f"{key}={values} gives several values.",
+            key=key,
+            value=values,
+            remedy=f"Add -m as the first argument to run one job for each, or {other}.",
+        )
     if isinstance(error, OverrideParseException):
-        return str(not_an_override(error.override))
-    return missing_extra(text) or "\n".join(dict.fromkeys([text, *([str(cause)] if cause else [])]))
+        return not_an_override(error.override)
+    return UserError(missing_extra(text) or "\n".join(dict.fromkeys([text, *([str(cause)] if cause else [])])))
 
 
 def missing_extra(text: str) -> str | None:

@@ -11,8 +11,8 @@ SECONDS_TO_END = 2  # for requests that are still answered after Ctrl-C
 
 def main() -> None:
     """Serve the drawing page on this machine until Ctrl-C."""
-    arguments = cli.parse(parser())
     with cli.reported_errors():
+        arguments = cli.parse(parser())
         draw(arguments)
 
 

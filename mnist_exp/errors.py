@@ -44,15 +44,3 @@ class ResumableError(UserError):
 
 class PrunedError(UserError):
     """A search stopped this run early because others perform better."""
-
-
-class ArgumentError(UserError):  # goes with learning/arguments.py
-    """An argument of a constructor is invalid."""
-
-    def __init__(self, name: str, value: object, expected: str) -> None:
-        super().__init__(f"{name}={value} is invalid: expected {expected}.")
-        self.name, self.value, self.expected = name, value, expected
-
-    def within(self, key: str) -> "ArgumentError":
-        """Return the same error with `key` before the name of the argument."""
-        return ArgumentError(f"{key}.{self.name}", self.value, self.expected)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Run the command line."""
-    arguments = cli.parse(parser())
     with cli.reported_errors():
+        arguments = cli.parse(parser())
         evaluate(arguments)
 
 
@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "model", nargs="?", default="latest", metavar="MODEL", help="a run, its start, latest, models:/NAME@ALIAS, or a folder"
     )
-    result.add_argument("--data", default="mnist", metavar="OPTION", help="an option of conf/data/ (default: mnist)")
+    result.add_argument("--data", metavar="OPTION", help="an option of conf/data/ (default: that of conf/config.yaml)")
     result.add_argument("--data-root", metavar="FOLDER", help="the folder of its files (default: MNIST_ROOT)")
     return result
 
@@ -40,14 +40,20 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from mnist_exp.serving.classifier import load_from
     from mnist_exp.settings import build
 
-    settings = cli.default_settings(f"data={quoted(arguments.data)}")
+    settings = cli.default_settings(*([f"data={quoted(arguments.data)}"] if arguments.data else []))
     store = cli.find_store(settings)
     classifier = load_from(store, arguments.model)
     data = build(settings.data, "data", seed=0)
     if data.shape != classifier.shape:
         raise UserError.invalid("--data", data.name, f"data with the shape of the model, {classifier.shape}, not {data.shape}")
     result = evaluation.evaluate(classifier.model, data.splits[data.eval_split])
-    record(store, classifier, data, result, command("evaluate", arguments.model, "--data", arguments.data))
+    record(
+        store,
+        classifier,
+        data,
+        result,
+        command("evaluate", classifier.source.address, *(["--data", arguments.data] if arguments.data else [])),
+    )
 
 
 def measures(evaluation: "Evaluation") -> dict[str, float]:

@@ -2,15 +2,16 @@
 
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from mnist_exp.errors import UserError
-from mnist_exp.paths import CONFIG_DIR, LOCATIONS, NAME, typed
+from mnist_exp.paths import CONFIG_DIR, LOCATIONS, NAME, take_credentials, typed
 
 PARTS = ("optimizer", "scheduler", "augmentation", "teacher")  # shared by all phases, each of which may choose its own
 GROUPS = {"data", "model", "phase", "experiment", "arm", *PARTS}  # the groups of a recipe in conf/
@@ -63,26 +64,36 @@ def is_location(override: str) -> bool:
 def check_ids(overrides: Iterable[str]) -> None:
     """Raise UserError on an id that Hydra reads as a number: 1234e567 as infinity, 00123456 without its zeros."""
     for override in overrides:
-        if key_of(override) in ("resume", "rerun", "sweep.resume", "sweep.extend"):
-            values = parse(override).value()
-            values = values.list if isinstance(values, ChoiceSweep) else [values]
-            if any(isinstance(value, int | float) for value in values):
-                key, text = key_of(override), text_of(override)
-                quotes = ",".join(f"'{item}'" for item in text.split(","))
-                raise UserError.invalid(key, text, "an id that is not a number", f'Type it in quotes: "{key}={quotes}".')
+        key, text = key_of(override), text_of(override)
+        ids = text.split(",") if key in ("resume", "rerun", "sweep.resume", "sweep.extend") else []
+        if any(isinstance(parse(f"{key}={item}").value(), int | float) for item in ids):
+            quotes = ",".join(f"'{item}'" for item in ids)
+            raise UserError.invalid(key, text, "an id that is not a number", f'Type it in quotes: "{key}={quotes}".')
+
+
+def check_groups(overrides: Iterable[str]) -> None:
+    """Raise UserError on a group that is set to null: Hydra's own error does not name it."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if value == "null" and key.lstrip("+").partition("@")[0] in GROUPS:
+            raise UserError.invalid(
+                key, value, "an option of its group", f"Leave the group out with ~{key}, or choose an option."
+            )
 
 
 def remember_locations(overrides: Iterable[str], config_dir: str | None) -> None:
-    """Note the locations of a command line, which printed commands repeat."""
+    """Note the locations of a command line, which printed commands repeat; raises UserError on a folder that does not exist."""
     typed.clear()
-    typed.update({key_of(override): str(parse(override).value()) for override in overrides if is_location(override)})
+    typed.update({key_of(override): take_credentials(text_of(override)) for override in overrides if is_location(override)})
     if config_dir:
+        if not Path(config_dir).is_dir():
+            raise UserError.invalid(CONFIG_DIR, config_dir, "a folder that exists")
         typed[CONFIG_DIR] = config_dir
 
 
 def quoted(value: str) -> str:
     """Return a string in the form in which Hydra reads it from a command line, quoted if necessary."""
-    if re.fullmatch(r"[\w/][\w/.:-]*", value) and isinstance(parse(f"key={value}").value(), str):
+    if re.fullmatch(r"[\w/][\w/.:-]*", value, re.ASCII) and isinstance(parse(f"key={value}").value(), str):
         return value
     escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'").replace("${", "\\${")
     return f"'{escaped}'"
@@ -91,12 +102,12 @@ def quoted(value: str) -> str:
 def command(module: str, *arguments: str) -> str:
     """Return the shell command that runs a module of this package, with the locations that the user typed."""
     if module == "run":
-        locations = [f"{key}={quoted(value)}" for key, value in typed.items() if key != CONFIG_DIR]
+        locations = [f"{key}={text}" for key, text in typed.items() if key != CONFIG_DIR]
         locations = [override for override in locations if override not in arguments]
     else:
-        options = {LOCATIONS.get(key): value for key, value in typed.items()}
-        locations = [word for name in ("--tracking-uri", "--experiment", "--output-dir") if name in options
-                     for word in (name, options[name])]  # fmt: skip
+        options = {LOCATIONS[key]: str(parse(f"{key}={text}").value()) for key, text in typed.items() if key in LOCATIONS}
+        taken = ("--tracking-uri", "--experiment", "--output-dir", *(("--data-root",) if module == "evaluate" else ()))
+        locations = [word for name in taken if name in options for word in (name, options[name])]
     folder = [CONFIG_DIR, typed[CONFIG_DIR]] if CONFIG_DIR in typed else []
     return shlex.join(["python", "-m", f"{NAME}.{module}", *arguments, *locations, *folder])
 
@@ -123,19 +134,13 @@ def _problem(override: str) -> str:
         parsed = parse(override)
     except UserError:
         return "Hydra cannot parse"
-    if re.search(r"\$\{[^}]*:", override):
-        return "contains a resolver"
+    if re.search(r"\$\\|\$\{(?![\w.]+\})", override):
+        return "contains another interpolation than ${KEY}"
     if parsed.key_or_group in GROUPS:
         if parsed.package is not None and parsed.package.partition(".")[0] not in RECIPE:
             return f"inserts an option at {parsed.package}"
-        return "chooses an option by its path" if "/" in text_of(override) or ".." in text_of(override) else ""
-    is_id = re.fullmatch(r"(resume|rerun)=[0-9a-f,]+", override)  # of runs whose own recipes are checked in turn
+        return "chooses no option by its plain name" if re.search(r"[/{]|\.\.", text_of(override)) else ""
+    is_id = re.fullmatch(r"(resume|rerun)=[0-9a-f,']+", override)  # of runs whose own recipes are checked in turn
     if is_location(override) or not (section_of(override) in RECIPE or is_id):
         return "is not a key of the recipe"
     return ""
-
-
-def changes(override: str, keys: Sequence[str]) -> bool:
-    """Return whether an override sets one of `keys` or a key below it."""
-    key = key_of(override)
-    return any(key == name or key.startswith(f"{name}.") for name in keys)

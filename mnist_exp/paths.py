@@ -11,7 +11,6 @@ PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = PACKAGE.parent if (PACKAGE.parent / "conf" / "config.yaml").is_file() else None
 CONF = (CHECKOUT or PACKAGE) / "conf"
 HOME = CHECKOUT or Path.cwd()  # where runs, the default store and downloaded data go
-DEFAULT_STORE = f"sqlite:///{HOME / 'mlflow.db'}"
 
 # The keys of locations, which the command line and the environment set but no store, with the option of commands without keys.
 LOCATIONS = {
@@ -23,10 +22,11 @@ LOCATIONS = {
     "tracking": None,
 }
 CONFIG_DIR = "--config-dir"
-typed: dict[str, str] = {}  # the locations that this command line names, by key, and its --config-dir; set once by each command
+# The locations that this command line names, as text of overrides by key, and its --config-dir; set once by each command.
+typed: dict[str, str] = {}
 
-# user@ or user:password@ after http(s)://. A password may contain slashes and @, so it extends to the last @ of the word.
-_USER_PART = re.compile(r"(https?://)([^/\s\"'@:]*)(?::([^\s\"']*))?@")
+# user@ or user:password@ in the address of a server. A password may contain slashes and @: it extends to the last @ of the word.
+_USER_PART = re.compile(r"([a-z][a-z0-9+.-]*://)([^/\s\"'@:]*)(?::([^\s\"]*))?@", re.IGNORECASE)
 
 
 def config_dirs() -> list[Path]:
@@ -35,7 +35,7 @@ def config_dirs() -> list[Path]:
 
 
 def without_credentials(text: str) -> str:
-    """Return text without the user and the password of the http(s) addresses in it."""
+    """Return text without the user and the password of the servers' addresses in it."""
     return _USER_PART.sub(r"\1", text)
 
 
@@ -47,7 +47,8 @@ def take_credentials(text: str) -> str:
     """
     if found := _USER_PART.search(text):
         for name, value in (("USERNAME", found[2]), ("PASSWORD", found[3])):
-            os.environ[f"MLFLOW_TRACKING_{name}"] = unquote(value or "")
+            if value is not None:
+                os.environ[f"MLFLOW_TRACKING_{name}"] = unquote(value)
     return without_credentials(text)
 
 

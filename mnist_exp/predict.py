@@ -13,8 +13,8 @@ MAX_SHOWN = 50  # rows of the table in the terminal
 
 def main() -> None:
     """Run the command line; the status is 1 if a file has no prediction."""
-    arguments = cli.parse(parser())
     with cli.reported_errors():
+        arguments = cli.parse(parser())
         if predict(arguments):
             sys.exit(1)
 

@@ -14,7 +14,7 @@ from mnist_exp.cli import check_order, leave_credentials, reported_errors
 from mnist_exp.composing import choices_of, from_composed
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import OBJECTIVE
-from mnist_exp.overrides import JOB_KEY, check_ids, is_location, remember_locations, section_of
+from mnist_exp.overrides import JOB_KEY, check_groups, check_ids, is_location, remember_locations, section_of
 from mnist_exp.paths import CONF, NAME
 from mnist_exp.settings import Recipe
 from mnist_exp.signals import install_signal_handlers
@@ -25,6 +25,7 @@ def main() -> None:
     leave_credentials()
     with reported_errors():
         check_order(sys.argv[1:])
+        check_groups(sys.argv[1:])
         os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra pass on exceptions; its own messages suggest wrong remedies
         task()
 

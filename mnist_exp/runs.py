@@ -25,8 +25,8 @@ RUN = "an id, its first 6 or more digits, or latest"
 
 def main() -> None:
     """Run the command line."""
-    arguments = cli.parse(parser())
     with cli.reported_errors():
+        arguments = cli.parse(parser())
         settings = cli.default_settings()
         arguments.run(cli.find_store(settings), settings, arguments)
 
@@ -37,7 +37,9 @@ def parser() -> argparse.ArgumentParser:
     commands = result.add_subparsers(required=True)
 
     def add(name: str, help_text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=help_text, description=help_text, parents=[cli.shared_options()])
+        return commands.add_parser(
+            name, help=help_text, description=help_text, parents=[cli.shared_options()], allow_abbrev=False
+        )
 
     listing = add("list", "list sweeps, their jobs, and single runs, the newest last")
     listing.add_argument("--sort", metavar="METRIC", help="list the runs that have this metric, the best first")
@@ -189,10 +191,10 @@ def promote_model(store: "MLflowStore", settings: "Settings", arguments: argpars
     from mnist_exp.comparison.arms import source_of
     from mnist_exp.comparison.promotion import decide_by_sweep
     from mnist_exp.console import show_lines
-    from mnist_exp.tracking import registry
+    from mnist_exp.tracking import models
     from mnist_exp.tracking.mlflow_store import record_of
 
-    before = registry.find_champion(store, arguments.name, arguments.alias)
+    before = models.find_champion(store, arguments.name, arguments.alias)
     if arguments.run_id:
         record = record_of(store.get_run(store.resolve_id(arguments.run_id, finished=True)))
         reason, tags = f"Promoted by hand: run {record.run_id}.", {}
@@ -204,13 +206,13 @@ def promote_model(store: "MLflowStore", settings: "Settings", arguments: argpars
                 remedy="Promote a run of your choice with --run.",
             )
         parent, definition = store.find_sweep(arguments.sweep, finished_too=True)
-        decision = decide_by_sweep(store, source_of(store, parent, definition), before.run_id if before else None)
+        decision = decide_by_sweep(source_of(store, parent, definition), before.run_id if before else None)
         if decision.run is None:
             show_lines([decision.reason])
             return
         record, reason, tags = decision.run, decision.reason, decision.tags | {"sweep": parent.run_id}
-    source = registry.verified_model(store, record)
-    version = registry.register(store, source, arguments.name, arguments.alias, reason, tags, before)
+    source = models.verified_model(store, record)
+    version = models.register(store, source, arguments.name, arguments.alias, reason, tags)
     show_lines([reason, f"models:/{arguments.name}@{arguments.alias} is version {version}, of run {record.run_id}."])
 
 

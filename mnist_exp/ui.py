@@ -25,8 +25,8 @@ PATIENCE = 120.0  # seconds for the server to answer
 
 def main() -> None:
     """Run the command line."""
-    arguments = cli.parse(parser())
     with cli.reported_errors():
+        arguments = cli.parse(parser())
         show(arguments)
 
 
@@ -87,7 +87,7 @@ def serve(store: "MLflowStore", port: int, pages: dict[str, str]) -> None:
         ),
     }
     line = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri", store.uri, "--port", str(port)]
-    server = subprocess.Popen(line, env=environment)
+    server = subprocess.Popen(line, env=environment, stdout=sys.stderr)  # the links alone are on stdout
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda *_: server.terminate())
     try:
@@ -114,19 +114,16 @@ def list_pages(store: "MLflowStore", run_id: str | None, view: str | None) -> di
         UserError: The run does not exist, or has no curves.
     """
     from mnist_exp.tracking import views
-    from mnist_exp.tracking.connection import view_keys
     from mnist_exp.tracking.tags import SWEEP_JOBS
 
-    keys = view_keys(store.client, store.experiment_id)
-    saved = {views.VIEWS[name].name: views.view_path(store.experiment_id, key) for name, key in keys.items()}
-    if view in views.VIEWS:
-        if view not in keys:
-            raise UserError.invalid("--view", view, "a view that nobody has deleted from the experiment")
-        return {(name := views.VIEWS[view].name): saved[name]} | saved
+    saved = {shown["name"]: views.view_path(store.experiment_id, key) for key, shown in views.VIEWS.items()}
+    if view not in (None, views.CURVES):
+        name = views.TEMPLATES[view]["name"]
+        return {name: saved[name]} | saved
     if view == views.CURVES and run_id in (None, "latest"):
         run_id = store.find_sweep("latest", finished_too=True)[0].run_id
     if run_id is None:
-        return saved or {"Runs": views.runs_path(store.experiment_id)}
+        return saved
     run = store.get_run(store.resolve_id(run_id))
     store.experiment_id = run.info.experiment_id
     if SWEEP_JOBS in run.data.tags:

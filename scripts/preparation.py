@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from mnist_exp.api import load
 from mnist_exp.errors import UserError
 from mnist_exp.learning.datasets import load_mnist
 from mnist_exp.paths import HOME
-from mnist_exp.serving import Classifier, Predictions, load
+from mnist_exp.serving.classifier import Classifier, Predictions
 
 SCENES = ("even", "dark corners", "hard shadow", "soft shadow", "round shadow", "lamp", "table", "pencil", "light ink")
 FILTERS = (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.LANCZOS)
@@ -140,7 +141,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path)
     parser.add_argument("--photos", type=int, default=0)
     arguments = parser.parse_args()
-    test = load_mnist(os.environ.get("MNIST_ROOT", str(HOME / "data")), None, 0.02, 0, 0).splits["test"]
+    test = load_mnist(os.environ.get("MNIST_ROOT"), str(HOME / "data"), None, 0.02, 0, 0).splits["test"]
     images, labels = test.images[: arguments.count, 0].numpy(), test.labels[: arguments.count].numpy()
     classifier = load(arguments.model)
     if arguments.photos:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
 import pytest
 import torch
 
@@ -27,7 +26,7 @@ from mnist_exp.signals import SIGNALS
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.tracking.base import RunInfo
 from mnist_exp.tracking.mlflow_store import MLflowStore
-from mnist_exp.tracking.model_export import save_model
+from mnist_exp.tracking.models import save_model
 
 Compose = Callable[..., Settings]
 CommandLine = Callable[..., subprocess.CompletedProcess[str]]
@@ -71,21 +70,10 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the tests apart from the run of an `mlflow run` that started them, and from each other's experiments and draws."""
     torch.manual_seed(0)
     paths.typed.clear()
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of exported graphs for all processes of this test session, not the user's own."""
-    import matplotlib
-
-    root = tmp_path_factory.getbasetemp()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())  # its list of fonts takes long to build
-        patch.setenv("XDG_CACHE_HOME", str((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "cache"))
-        yield
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")  # puts back, after the test, what the commands set
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which a run sets for Hydra
 
 
 @pytest.fixture(scope="session")
@@ -137,8 +125,7 @@ def composed() -> Compose:
 def stored_run(store: str, tmp_path: Path, composed: Compose) -> str:
     """The id of a finished run whose network has not learned anything."""
     settings = composed().model_copy(update={"shape": MNIST_SHAPE})
-    network = build(settings.model, "model", **MNIST_SHAPE).eval()
-    save_model(tmp_path / "model", network, np.zeros((2, 1, 28, 28), np.uint8), settings)
+    save_model(tmp_path / "model", build(settings.model, "model", **MNIST_SHAPE), settings)
     opened = MLflowStore(store, "mnist_exp")
     opened.open()
     with opened.start(RunInfo("se_cnn", "python -m mnist_exp.run", {"data": "mnist"})) as tracker:

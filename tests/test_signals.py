@@ -16,6 +16,7 @@ from mnist_exp.tracking.mlflow_store import MLflowStore
 
 @pytest.fixture(autouse=True)
 def _signals_raise(handlers_put_back: None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     install_signal_handlers()
 
 

@@ -53,8 +53,8 @@ def curve(outcome: Outcome | None, metric: str, against: str) -> Curve:
     """
     xs, ys, seconds, before = [], [], 0.0, 0
     for examples_seen, metrics in outcome.history if outcome else []:
-        if "train/examples_per_second" in metrics:
-            seconds += (examples_seen - before) / metrics["train/examples_per_second"]
+        if speed := metrics.get("train/examples_per_second"):
+            seconds += (examples_seen - before) / speed
             before = examples_seen
         if metric in metrics:
             xs.append(float(examples_seen) if against == "examples" else seconds)

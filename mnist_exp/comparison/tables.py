@@ -87,6 +87,8 @@ def read_tables(paths: Iterable[Path]) -> list[Source]:
 
 
 def _read(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        raise UserError.invalid("--results", path, "a file from --export")
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)

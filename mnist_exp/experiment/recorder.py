@@ -15,11 +15,11 @@ from torch import nn
 
 from mnist_exp.errors import PrunedError, ResumableError
 from mnist_exp.learning.training import NonFiniteLossError, Report
-from mnist_exp.overrides import command
+from mnist_exp.overrides import command, quoted
 from mnist_exp.signals import Interrupted, defer_signals
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
-from mnist_exp.tracking import model_export, provenance
+from mnist_exp.tracking import models, provenance
 from mnist_exp.tracking.base import OUTCOME, DatasetInfo, RunInfo, Store, Tracker
 from mnist_exp.tracking.tags import RESUMED
 
@@ -92,6 +92,7 @@ class Recorder:
         """Record each figure as `pictures/NAME.png`."""
         if not self.tracker.is_recording:
             return
+        run_dir.remove_folder(self.folder / "pictures")  # of an earlier attempt; never written through a link
         pictures = run_dir.ensure_writable_dir(self.folder / "pictures")
         for name, draw in drawings.items():
             try:
@@ -107,11 +108,11 @@ class Recorder:
         """Record the history, and the mistakes in `split` as (index, label, prediction), for comparisons."""
         self.tracker.log_text(json.dumps({"split": split, "history": self.history, "mistakes": mistakes}), OUTCOME)
 
-    def log_model(self, model: nn.Module, example: Any, name: str) -> None:
-        """Record the last checkpoint and the exported model; example: a uint8 array (2, channels, side, side)."""
+    def log_model(self, model: nn.Module, name: str) -> None:
+        """Record the last checkpoint and the model."""
         self.tracker.log_file(self.folder / run_dir.CHECKPOINT)
         if self.tracker.is_recording:
-            model_export.save_model(self.folder / "model", model, example, self._initial.recipe.settings)
+            models.save_model(self.folder / "model", model, self._initial.recipe.settings)
             self.tracker.log_model(self.folder / "model", name)
 
     def finish(self, results: dict[str, float], description: str) -> None:
@@ -158,5 +159,5 @@ def _noting_the_end(folder: Path, *, in_sweep: bool) -> Iterator[None]:
         raise
     except (Interrupted, ResumableError, MemoryError, RuntimeError) as error:
         if not in_sweep and not run_dir.is_complete(folder):  # a sweep's own message says how to resume its jobs
-            error.add_note(f"`{command('run', f'resume={folder.name}')}` resumes the run.")
+            error.add_note(f"`{command('run', f'resume={quoted(folder.name)}')}` resumes the run.")
         raise

@@ -9,7 +9,7 @@ from typing import Any
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.runner import MakeShouldPrune, RunRequest, RunResult, run
 from mnist_exp.metrics import metric_of
-from mnist_exp.overrides import command, is_location, key_of
+from mnist_exp.overrides import check_stored, command, is_location, key_of
 from mnist_exp.paths import HOME
 from mnist_exp.settings import Recipe, Settings, build, defaults_of_newer_keys
 from mnist_exp.storage import checkpoint, run_dir
@@ -19,8 +19,10 @@ from mnist_exp.tracking.definition import JobContext, parse_job_context
 
 
 def request(recipe: Recipe, job: JobContext | None = None, **options: Any) -> RunRequest:
-    """Return the request of a run; options: further fields of `RunRequest`."""
-    repeat = command("run", *recipe.overrides) if job else provenance.command_line()
+    """Return the request of a run; options: further fields of `RunRequest`. Raises UserError if it could not be resumed."""
+    check_stored(recipe.overrides, "The command line")
+    options.setdefault("quiet", job is not None)
+    repeat = command("run", *recipe.overrides) if options["quiet"] else provenance.command_line()
     return RunRequest(recipe, repeat, job=job, **options)
 
 
@@ -46,7 +48,8 @@ def resume(
         saved = checkpoint.load_latest_intact(folder)
         if saved.run_id != folder.name:
             raise UserError(f"{folder} contains the checkpoint of run {saved.run_id}: expected a folder named like its run.")
-        if job is None:
+        in_sweep = job is not None
+        if not in_sweep:
             state = saved.state or {"examples_seen": 0, "steps": 0, "phase": next(iter(saved.recipe.settings.phases))}
             print(
                 f"Resuming run {saved.run_id} after step {state['steps']} of phase {state['phase']}, {state['examples_seen']:,} "
@@ -57,7 +60,8 @@ def resume(
         threads = saved.software.get("threads", "")
         stored = with_present_locations(saved.recipe, settings, resume=settings.resume)
         threads_then = int(threads) if threads.isdecimal() else None
-        return run(request(stored, job, checkpoint=saved, threads=threads_then, make_should_prune=make_should_prune))
+        options = {"threads": threads_then, "make_should_prune": make_should_prune, "quiet": in_sweep}
+        return run(request(stored, job, checkpoint=saved, **options))
 
 
 def rerun(settings: Settings, overrides: list[str], job: JobContext | None = None) -> RunResult:

@@ -20,7 +20,7 @@ from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.evaluation import Evaluation, evaluate
 from mnist_exp.learning.models import create_model
 from mnist_exp.learning.training import Phase, choose_device, choose_precision, disable_malloc_trim, fit, prepare_phases
-from mnist_exp.overrides import changes, key_of
+from mnist_exp.overrides import key_of, section_of
 from mnist_exp.settings import NEUTRAL, Recipe, Settings, Trial, build
 from mnist_exp.storage import run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
@@ -46,7 +46,7 @@ class RunRequest:
         threads: The number of torch's threads, which affects the last bits of a result; None for the default.
         job: The context of a job of a sweep.
         make_should_prune: Returns the function with which a search stops the run early.
-        quiet: Whether to print nothing.
+        quiet: Whether to print warnings only.
     """
 
     recipe: Recipe
@@ -159,7 +159,7 @@ def prepare(request: RunRequest) -> Prepared:
     phases = prepare_phases(model, configs, data, settings.output_dir)
     totals = {phase.name: data.splits[phase.config.split].epoch_size * phase.config.epochs for phase in phases}
     epochs = {phase.name: phase.config.epochs for phase in phases}
-    display = Display(totals, epochs, request.examples_seen, quiet=request.quiet or request.job is not None)
+    display = Display(totals, epochs, request.examples_seen, quiet=request.quiet)
     precision = choose_precision(settings.precision, device)
     return Prepared(model, phases, data, precision, device, parameter_count, store, software, changed, display, started)
 
@@ -194,7 +194,7 @@ def start_run(request: RunRequest, prepared: Prepared) -> AbstractContextManager
 
 def _run_info(request: RunRequest, prepared: Prepared) -> RunInfo:
     settings, choices, job = request.settings, request.recipe.choices, request.job
-    shown = [override for override in request.recipe.overrides if not changes(override, NEUTRAL)]
+    shown = [override for override in request.recipe.overrides if section_of(override) not in NEUTRAL]
     tags = {
         **provenance.git_tags(),
         **prepared.software,
@@ -251,8 +251,7 @@ def finalize(request: RunRequest, prepared: Prepared, recorder: Recorder, evalua
     seed, with_recipe = request.settings.seed, request.job is None
     recorder.log_figures(run_figures(evaluation, split, data, prepared.phases, recorder.history, seed, with_recipe=with_recipe))
     recorder.log_history(split, evaluation.mistakes)
-    example = data.splits[split].images[:2].cpu().numpy()
-    recorder.log_model(prepared.model.eval(), example, f"{choices.get('model', 'model')}-{data.name}")
+    recorder.log_model(prepared.model.eval(), f"{choices.get('model', 'model')}-{data.name}")
     results = {f"time/{phase}_seconds": seconds for phase, seconds in recorder.seconds.items()}
     results["model/parameters"] = prepared.parameter_count
     if split == "test":

@@ -11,8 +11,11 @@ from torch import nn
 from mnist_exp.errors import UserError
 from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.distillation import Ensemble, Labels
+from mnist_exp.overrides import command
 from mnist_exp.settings import RunId, build
 from mnist_exp.storage import checkpoint, run_dir
+
+RUNS = "teacher.runs"  # the key in messages
 
 
 def labels(data: Dataset, output_dir: Path) -> Labels:
@@ -33,13 +36,15 @@ def ensemble(data: Dataset, output_dir: Path, runs: Annotated[Sequence[RunId], F
     """
     checkpoints = [_load_finished(run, output_dir) for run in runs]
     if len(set(runs)) < len(runs):
-        raise UserError.invalid("runs", list(runs), "different runs")
+        raise UserError.invalid(RUNS, list(runs), "different runs")
     eval_split = data.eval_split
     for saved in checkpoints:
         if _was_trained_on(saved, data, eval_split):
-            raise UserError(
-                f"teacher.runs={saved.run_id} is invalid: expected runs that were not trained on the {eval_split} split of this "
-                "data, and that run may have been. Choose a run with the same data=, not trained on that split."
+            raise UserError.invalid(
+                RUNS,
+                saved.run_id,
+                f"runs that were not trained on the {eval_split} split of this data, and that run may have been",
+                "Choose a run with the same data=, not trained on that split.",
             )
     device = data.splits[eval_split].labels.device
     networks = [_load_network(saved, device) for saved in checkpoints]
@@ -50,20 +55,19 @@ def _load_finished(run: str, output_dir: Path) -> checkpoint.Checkpoint:
     """Return the last checkpoint of a run; raises UserError unless the run was trained to its end."""
     folder = output_dir / run_dir.expand_id(output_dir, run)
     if not run_dir.is_complete(folder):
-        raise UserError(
-            f"teacher.runs={run} is invalid: expected a finished run in output_dir={output_dir}. "
-            "List the runs with `python -m mnist_exp.runs list`, or set output_dir to their folder."
+        raise UserError.invalid(
+            RUNS,
+            run,
+            f"a finished run in output_dir={output_dir}",
+            f"List the runs with `{command('runs', 'list')}`, or set output_dir to their folder.",
         )
     saved = checkpoint.load(folder / run_dir.CHECKPOINT)
     settings = saved.recipe.settings
     if settings.shape is None:
-        raise UserError(f"teacher.runs={run} is invalid: expected a run whose checkpoint contains the shape of its data.")
+        raise UserError.invalid(RUNS, run, "a run whose checkpoint contains the shape of its data")
     epochs = sum(phase["epochs"] for phase in settings.phases.values())
     if not saved.history or saved.history[-1][1].get("epoch", 0) < epochs:  # a run that a search stopped is finished, too
-        raise UserError(
-            f"teacher.runs={run} is invalid: expected a run that was trained to its end, but this one was stopped before its "
-            "last epoch. Choose another run."
-        )
+        raise UserError.invalid(RUNS, run, "a run that was trained to its last epoch", "Choose another run.")
     return saved
 
 
@@ -80,8 +84,10 @@ def _load_network(saved: checkpoint.Checkpoint, device: torch.device) -> nn.Modu
     try:
         network.load_state_dict(saved.state["model"])
     except RuntimeError as error:
-        raise UserError(
-            f"teacher.runs={saved.run_id} is invalid: expected a network as this version builds it from the run's "
-            "configuration. Train a teacher with this version."
+        raise UserError.invalid(
+            RUNS,
+            saved.run_id,
+            "a network as this version builds it from the run's configuration",
+            "Train a teacher with this version.",
         ) from error
     return network.eval().to(device).to(memory_format=torch.channels_last)

@@ -121,7 +121,7 @@ def load_mnist(
     """
     try:
         used_root = _root_with_files(MNIST, root, default_root)
-    except UserError as error:
+    except MissingDataError as error:
         if root is not None or fallback is None:
             raise
         warning = (

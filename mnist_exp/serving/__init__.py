@@ -1,5 +1,5 @@
 """A trained model at work."""
 
-from mnist_exp.serving.classifier import Classifier, Predictions, load
+from mnist_exp.serving.classifier import Classifier, Predictions
 
-__all__ = ["Classifier", "Predictions", "load"]
+__all__ = ["Classifier", "Predictions"]

@@ -1,6 +1,5 @@
 """A trained model that classifies pictures: from a run, a registered model or a folder."""
 
-import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import nn
 
-from mnist_exp.cli import find_store
 from mnist_exp.errors import UserError
 from mnist_exp.serving import preparation
-from mnist_exp.settings import build, stored_node
 from mnist_exp.tracking.mlflow_store import MLflowStore
-from mnist_exp.tracking.model_export import WEIGHTS, download_model, verify_model
-from mnist_exp.tracking.registry import ModelSource, find_model
+from mnist_exp.tracking.models import ModelSource, find_model, read_model
 
 BATCH_SIZE = 250
 # Pillow decodes these itself. It recognizes a format by the content of a file, and passes some, such as EPS, to other programs.
@@ -124,11 +120,6 @@ class Classifier:
         return Predictions(probabilities.argmax(1), probabilities, images)
 
 
-def load(model: str | Path = "latest") -> Classifier:
-    """Return a trained model of the store that the commands use. Args and Raises as for `load_from`."""
-    return load_from(find_store(), str(model))
-
-
 def load_from(store: MLflowStore, model: str) -> Classifier:
     """Return a trained model.
 
@@ -137,38 +128,10 @@ def load_from(store: MLflowStore, model: str) -> Classifier:
         model: The id of a run or the start of one, `latest`, `models:/NAME@ALIAS`, `models:/ID`, or a folder.
 
     Raises:
-        UserError: There is no such model, or it is not a complete, unchanged export of this program.
+        UserError: There is no such model, or it is damaged.
     """
     source = find_model(store, model)
     return Classifier(*read_model(source.address), source)
-
-
-def read_model(uri: str) -> tuple[nn.Module, dict[str, int]]:
-    """Return an exported model in evaluation mode, and the shape of its data. Neither a graph, nor a pickle, nor code is read.
-
-    Args:
-        uri: A folder, or `models:/<model id>` in the store that MLFLOW_TRACKING_URI names.
-
-    Raises:
-        UserError: The folder is not a complete, unchanged export of this program.
-    """
-    folder = download_model(uri)
-    config = verify_model(folder)
-    try:
-        node = stored_node("model", config["model"], str(folder))
-        shape = {key: int(config["shape"][key]) for key in ("classes", "side", "in_channels")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder} does not contain the model's node and the shape of its data.") from error
-    with torch.device("meta"):
-        skeleton: nn.Module = build(node, "model", **shape)
-    try:
-        weights = torch.load(io.BytesIO((folder / WEIGHTS).read_bytes()), map_location="cpu", weights_only=True)
-        skeleton.load_state_dict(weights, assign=True)  # before memory is allocated: the model is no larger than its file
-        model: nn.Module = build(node, "model", **shape)
-        model.load_state_dict(weights)
-    except Exception as error:  # a forged file can fail anywhere within torch
-        raise UserError(f"{folder / WEIGHTS} does not contain the weights of this model: {type(error).__name__}.") from error
-    return model.eval(), shape
 
 
 def open_picture(path: Path) -> Image.Image:

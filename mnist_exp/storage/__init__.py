@@ -1,1 +1,1 @@
-"""Files on disk: run folders, checkpoints, manifests."""
+"""Files on disk: run folders and checkpoints."""

@@ -17,6 +17,7 @@ PREVIOUS_CHECKPOINT = "checkpoint.previous.pt"
 FINISHED = "finished"
 DIVERGED = "diverged"
 LOCK = "lock"
+RUN_ID = re.compile("[0-9a-f]{32}")
 
 
 def ensure_writable_dir(folder: Path) -> Path:
@@ -48,6 +49,7 @@ def find_run(output_dir: Path, run: str) -> Path:
     if run == "latest":
         saved = [path for name in (CHECKPOINT, PREVIOUS_CHECKPOINT) for path in output_dir.glob(f"*/{name}")]
         saved = [path for path in saved if not (is_complete(path.parent) or (path.parent / DIVERGED).exists())]
+        saved = [path for path in saved if RUN_ID.fullmatch(path.parent.name)]  # no copies
         if not saved:
             raise UserError(
                 f"resume=latest: no run in output_dir={output_dir} has a checkpoint to resume.",
@@ -60,7 +62,9 @@ def find_run(output_dir: Path, run: str) -> Path:
     check_unfinished(folder)
     if not folder.is_dir():
         found = ", ".join(sorted(path.parent.name for path in output_dir.glob(f"*/{CHECKPOINT}"))[:5]) or "none"
-        raise UserError(f"resume={run}: output_dir={output_dir} has no such run. Runs with a checkpoint: {found}.")
+        raise UserError(
+            f"resume={run}: output_dir={output_dir} has no such run. Runs with a checkpoint: {found}.", key="resume", value=run
+        )
     return folder
 
 
@@ -69,7 +73,7 @@ def expand_id(output_dir: Path, prefix: str) -> str:
 
     Raises UserError if several runs do.
     """
-    found = sorted(path.name for path in output_dir.glob(f"{prefix}*") if re.fullmatch("[0-9a-f]{32}", path.name))
+    found = sorted(path.name for path in output_dir.glob(f"{prefix}*") if RUN_ID.fullmatch(path.name))
     if len(found) > 1:
         raise UserError(f"{prefix} is ambiguous: it is the start of {', '.join(found[:5])}. Type more digits.")
     return found[0] if found else prefix
@@ -83,7 +87,12 @@ def is_complete(folder: Path) -> bool:
 def check_unfinished(folder: Path) -> None:
     """Raise UserError if the run in `folder` is complete."""
     if is_complete(folder):
-        raise UserError(f"resume={folder.name}: this run has finished; nothing is left to do. Start a new run.")
+        raise UserError(
+            f"resume={folder.name}: this run has finished; nothing is left to do.",
+            key="resume",
+            value=folder.name,
+            remedy="Start a new run.",
+        )
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class GridSweep:
     name = "grid"
 
     def __init__(self, context: HydraContext, task: TaskFunction, composed: DictConfig, params: dict[str, str]) -> None:
-        if uri := composed.get("tracking", {}).get("uri"):  # from conf/local or a preset
+        if isinstance(uri := composed.get("tracking", {}).get("uri"), str):  # from conf/local or a preset
             OmegaConf.update(composed, "tracking.uri", take_credentials(uri), force_add=True)
         self.composed, self.params = composed, params
         self.composer = Composer(context.config_loader, composed, self.check)
@@ -53,7 +53,7 @@ class GridSweep:
         install_signal_handlers()
         check_ids(arguments)
         folders = [source.path for source in self.composed.hydra.runtime.config_sources if source.provider == "command-line"]
-        remember_locations(arguments, folders[0] if folders else None)
+        remember_locations(self.composed.hydra.overrides.task, folders[0] if folders else None)  # interpolations resolved
         self.settings = settings = from_composed(self.composed)
         store = build(settings.tracking, "tracking")
         if not settings.sweep.dry_run:
@@ -78,6 +78,7 @@ class GridSweep:
             show_lines(notes)
             return
         getattr(self.launcher, "warm_up", lambda: None)()  # now that nothing can be refused any more
+        launching = [override for override in self.composed.hydra.overrides.hydra if "launcher" in override]
         with open_parent(
             store,
             definition,
@@ -86,7 +87,7 @@ class GridSweep:
             stored=stored,
             swept_keys=self.swept_keys(definition),
             locations=locations,
-            selecting_overrides=self.selecting_overrides,
+            selecting_overrides=(*self.selecting_overrides, *launching),
         ) as parent:
             if definition is not stored:
                 parent.define()

@@ -50,7 +50,8 @@ class Composer:
         for override in self.parse(overrides):
             key = override.get_key_element()
             if not override.is_sweep_override():
-                choices[key] = [f"{key}={override.get_value_element_as_str()}"]
+                value = override.get_value_element_as_str()
+                choices[key] = [key if override.is_delete() and value == "null" else f"{key}={value}"]
             elif override.is_discrete_sweep():
                 choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
             else:

@@ -160,7 +160,7 @@ def open_parent(
             raise UserError(f"Sweep {sweep_id} was changed by another process since it was read. Repeat the command.")
         with defer_signals():  # a sweep that has started must get a final status
             tracker = running.enter_context(store.start(info, sweep_id))
-        resume_command = command("run", "-m", *selecting_overrides, f"sweep.resume={tracker.run_id}")
+        resume_command = command("run", "-m", *selecting_overrides, f"sweep.resume={quoted(tracker.run_id)}")
         lock.enter_context(_resume_advice(resume_command))
         force = settings.sweep.force
         parent = Parent(store, tracker, output_dir, definition, swept_keys, locations, resume_command, force)

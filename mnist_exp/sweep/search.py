@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,10 @@ class SearchSweep(GridSweep):
         n_trials: int,
         n_parallel: int | None,
     ) -> None:
+        if find_spec("optuna") is None:
+            raise UserError.invalid(
+                "hydra/sweeper", "optuna", "an installed package", "Install it with: pip install -e '.[search]'"
+            )
         for key, value in {"n_trials": n_trials, "at_once": n_parallel}.items():
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise UserError.invalid(f"hydra.sweeper.{key}", value, "an integer >= 1")
@@ -121,15 +126,14 @@ class SearchSweep(GridSweep):
 
 
 def open_study(folder: Path, seed: int) -> "Study":
-    """Return the study in a sweep's folder, created if missing; raises UserError if Optuna is not installed."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise UserError("hydra/sweeper=optuna needs Optuna: pip install -e '.[search]'.") from error
+    """Return the study in a sweep's folder, created if missing."""
+    import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     database = folder.absolute() / DATABASE
+    if database.is_symlink():
+        raise UserError(f"{database} is a symbolic link: expected a file of the sweep itself.")
     try:
         study = optuna.create_study(
             study_name=STUDY,

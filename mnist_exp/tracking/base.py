@@ -198,7 +198,7 @@ class Tracker:
         """Record a split; its first context counts."""
 
     def log_model(self, folder: Path, name: str) -> None:
-        """Record a model that `model_export.save_model` has written to `folder`."""
+        """Record a model that `models.save_model` has written to `folder`."""
 
     def ui_command(self) -> str | None:
         """Return the command or address that opens the run in the UI."""

@@ -3,7 +3,7 @@
 import logging
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -11,7 +11,6 @@ from typing import TypeVar
 import mlflow
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -20,7 +19,7 @@ from mnist_exp.paths import absolute_store
 from mnist_exp.signals import defer_signals
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import StoreLostError, StoreUnavailableError
-from mnist_exp.tracking.views import MARKS, VIEW_PREFIX, VIEWS, View, current_key, describe_experiment, view_tags
+from mnist_exp.tracking.views import MARKS, VIEW_PREFIX, VIEWS, describe_experiment, view_tag
 
 Result = TypeVar("Result")
 REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "BAD_REQUEST", "PERMISSION_DENIED")
@@ -84,28 +83,11 @@ def _open_experiment(uri: str, experiment: str, artifact_location: str | None) -
         raise StoreUnavailableError(f"{uri} does not create the experiment {experiment}. May you write to it?")
     experiment_id = str(found.experiment_id)
     with suppress(MlflowException):  # from a server that does not allow it: everything else works without them
-        save_views(client, found, {})
-        for key, value in {tag.DESCRIPTION: describe_experiment(experiment_id), **MARKS}.items():
-            if key not in found.tags:
-                client.set_experiment_tag(experiment_id, key, value)
+        shown = {VIEW_PREFIX + key: view_tag(view) for key, view in VIEWS.items()}
+        for name, value in {**shown, tag.DESCRIPTION: describe_experiment(experiment_id), **MARKS}.items():
+            if name not in found.tags:
+                client.set_experiment_tag(experiment_id, name, value)
     return client, experiment_id
-
-
-def save_views(client: MlflowClient, experiment: Experiment, added: Mapping[str, View]) -> dict[str, str]:
-    """Bring the saved views of an experiment up to date, and return its tags; added: views of single sweeps, by key."""
-    changed, surplus = view_tags(experiment.tags, added)
-    for name in surplus:
-        client.delete_experiment_tag(experiment.experiment_id, name)
-    for name, value in changed.items():
-        client.set_experiment_tag(experiment.experiment_id, name, value)
-    return {**experiment.tags, **changed}
-
-
-def view_keys(client: MlflowClient, experiment_id: str) -> dict[str, str]:
-    """Return the keys under which an experiment holds our saved views, by their usual keys; without those that a user deleted."""
-    tags = client.get_experiment(experiment_id).tags
-    keys = {key: current_key(tags, key, view) for key, view in VIEWS.items()}
-    return {usual: key for usual, key in keys.items() if VIEW_PREFIX + key in tags}
 
 
 def retry(operation: Callable[[], Result], uri: str, patience: float) -> Result:

@@ -10,26 +10,27 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import unquote, urlsplit
 
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Metric, Run, RunTag
 from mlflow.exceptions import MlflowException
+from pydantic import Field
 from sqlalchemy.exc import SQLAlchemyError
 
-from mnist_exp.errors import UserError
+from mnist_exp.errors import NonNegative, UserError
 from mnist_exp.overrides import command
 from mnist_exp.settings import ID, read_recipe
 from mnist_exp.signals import defer_signals
 from mnist_exp.storage import run_dir
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import OUTCOME, PROCESS_DIED, Answer, RunInfo, RunRecord, Store, StoredRun, StoreUnavailableError
-from mnist_exp.tracking.connection import Result, check_uri, connect, first_line, is_refusal, retry, save_views
+from mnist_exp.tracking.connection import Result, check_uri, connect, first_line, is_refusal, retry
 from mnist_exp.tracking.definition import Definition, parse_definition
 from mnist_exp.tracking.mlflow_tracker import MLflowTracker, terminate
-from mnist_exp.tracking.views import artifact_path, current_key, curves_key, curves_view, run_path, view_path
+from mnist_exp.tracking.views import CURVES, VIEW_PREFIX, artifact_path, curves_tag, run_path, surplus_curves, view_path
 
 RUN_ID = re.compile("[0-9a-f]{32}")
 PROCESS_LEFT = "the process released its lock"
@@ -46,7 +47,7 @@ class MLflowStore(Store):
 
     client: MlflowClient
 
-    def __init__(self, uri: str, experiment: str, patience: float = 120.0) -> None:
+    def __init__(self, uri: str, experiment: Annotated[str, Field(min_length=1)], patience: NonNegative = 120.0) -> None:
         self.uri = check_uri(uri)
         self.experiment = experiment
         self.patience = patience
@@ -78,6 +79,8 @@ class MLflowStore(Store):
                 value=self.uri,
                 remedy="Make sure that the server answers and that its disk has space, or use another tracking.uri.",
             ) from error
+        if not RUN_ID.fullmatch(run.info.run_id):  # it becomes the name of a folder
+            raise UserError(f"{self.uri} created a run with the id {run.info.run_id!r}, expected 32 hexadecimal digits.")
         return MLflowTracker(self.client, self.uri, run, self.patience)
 
     def _retry(self, operation: Callable[[], Result]) -> Result:
@@ -196,7 +199,13 @@ class MLflowStore(Store):
             raise UserError(f"sweep.resume=latest: all {len(sweeps)} sweeps in {self.uri} have finished; nothing is left to do.")
         known = ", ".join(f"{record.run_id} ({record.status})" for record in sweeps[:5]) or "none"
         kind = "" if finished_too else " unfinished"
-        raise UserError(f"There is no{kind} sweep {sweep} in {self.uri}. The newest there: {known}.")
+        raise UserError(
+            f"There is no{kind} sweep {sweep} in {self.uri}, experiment {self.experiment}.",
+            key="sweep",
+            value=sweep,
+            expected="latest, an id, or its first 6 or more hexadecimal digits",
+            remedy=f"The newest there: {known}.",
+        )
 
     def _definition(self, record: RunRecord) -> Definition | None:
         try:
@@ -226,12 +235,14 @@ class MLflowStore(Store):
         return f"{self.uri}{path}" if self.uri.startswith("http") else None
 
     def link_curves(self, sweep_id: str, finished: int) -> str:
-        key, view = curves_key(sweep_id), curves_view(sweep_id, finished)
-        try:
-            tags = save_views(self.client, self.client.get_experiment(self.experiment_id), {key: view})
+        key = f"{CURVES}-{sweep_id[:8]}"
+        try:  # each time, because the name of the view counts the runs
+            self.client.set_experiment_tag(self.experiment_id, VIEW_PREFIX + key, curves_tag(sweep_id, finished))
+            for name in surplus_curves(self.client.get_experiment(self.experiment_id).tags):
+                self.client.delete_experiment_tag(self.experiment_id, name)
         except MlflowException:  # the sweep has its results without a view
             return ""
-        return view_path(self.experiment_id, current_key(tags, key, view)).removeprefix("/")
+        return view_path(self.experiment_id, key).removeprefix("/")
 
 
 def download(client: MlflowClient, run_id: str, path: str) -> bytes:

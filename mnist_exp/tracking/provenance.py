@@ -31,7 +31,7 @@ def command_line() -> str:
 
 
 def user() -> str:
-    """Return the name of the user, or `unknown`."""
+    """Return the name of the user, or `unknown`, such as in a container."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
@@ -103,7 +103,7 @@ def uncommitted(repository: Path | None = CHECKOUT) -> Uncommitted:
     if len(patch) > MAX_PATCH:
         patch = patch[: patch.rfind(b"\ndiff --git ", 0, MAX_PATCH) + 1]
     status = _git(repository, "status", "--porcelain")
-    return Uncommitted(*(content.decode(errors="backslashreplace") for content in (patch, status)))
+    return Uncommitted(*(without_credentials(content.decode(errors="backslashreplace")) for content in (patch, status)))
 
 
 @cache

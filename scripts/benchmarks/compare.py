@@ -90,7 +90,7 @@ def main() -> None:
         seconds = []
         for _ in range(arguments.rounds):
             started = time.monotonic()
-            compare = [sys.executable, "-m", "mnist_exp.compare", "factor=model", "baseline=plain_cnn"]
+            compare = [sys.executable, "-m", "mnist_exp.compare", "latest", "--factor", "model", "--baseline", "plain_cnn"]
             subprocess.run(compare, env=os.environ | {"MLFLOW_TRACKING_URI": uri}, check=True, stdout=subprocess.DEVNULL)
             seconds.append(time.monotonic() - started)
     print(f"{arguments.runs} runs: {statistics.median(seconds):.1f} s ({min(seconds):.1f} to {max(seconds):.1f})")

@@ -25,15 +25,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 from mlflow import MlflowClient
-from mnist_exp.config import build, resolve
 from rich.console import Console
 from rich.table import Table
 
+from mnist_exp.composing import compose_recipe
 from mnist_exp.learning.datasets import MNIST_FILES, MNIST_SHAPE
-from mnist_exp.learning.training import choose_precision, fit, keep_freed_memory, prepare_phases
-from mnist_exp.paths import CONF
+from mnist_exp.learning.training import choose_precision, disable_malloc_trim, fit, prepare_phases
+from mnist_exp.settings import build
 
 OURS = "mnist_exp"
 TRANSFORMS = {"DataLoader, v2 on tensors": "v2", "DataLoader, PIL": "pil"}
@@ -102,8 +101,8 @@ def run_dataloader(root: str, transforms: str, seed: int) -> Measurement:
 
 def mnist_root() -> Path:
     """Return the torchvision root that the default configuration reads."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return Path(resolve(compose("config"))["data"]["root"])
+    data = compose_recipe().settings.data
+    return Path(data["root"] or data["default_root"])
 
 
 def unpacked_mnist(folder: Path, root: Path) -> str:
@@ -122,11 +121,10 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 def training_parts(overrides: list[str]) -> Measurement:
     """Train in this process and take the time between hooks; return seconds by part, and of the whole as `training`."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = resolve(compose("config", ["data.fallback=null", "device=cpu", "tracking=none", "~phases.finetune", *overrides]))
-    data = build(config["data"], "data", seed=0)
-    model = build(config["model"], "model", **MNIST_SHAPE)
-    (phase_config,) = (build(node, "phase") for node in config["phases"].values())
+    settings = compose_recipe("data.fallback=null", "device=cpu", "tracking=none", "~phases.finetune", *overrides).settings
+    data = build(settings.data, "data", seed=0)
+    model = build(settings.model, "model", **MNIST_SHAPE)
+    phase_config = build(settings.phases["train"], "phases.train")
     parts: dict[str, float] = defaultdict(float)
     last = time.perf_counter()
 
@@ -217,7 +215,7 @@ def print_commands(commands: Mapping[str, list[Measurement]], startup: Mapping[s
 
 def measure_parts(rounds: int) -> None:
     """Measure and print how the time of training divides."""
-    keep_freed_memory()
+    disable_malloc_trim()
     training_parts([])  # warm-up
     measured = [training_parts([]) for _ in range(rounds)]
     parts = {part: statistics.median(one[part] for one in measured) for part in measured[0]}

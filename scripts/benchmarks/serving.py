@@ -34,8 +34,7 @@ from mnist_exp.learning.datasets import MNIST_SHAPE
 from mnist_exp.settings import build
 from mnist_exp.tracking.base import RunInfo
 from mnist_exp.tracking.mlflow_store import MLflowStore
-from mnist_exp.tracking.model_export import save_model
-from mnist_exp.tracking.registry import ModelSource, register
+from mnist_exp.tracking.models import ModelSource, register, save_model
 
 CLIENTS, SIZES = (1, 8), (1, 100)
 AIM = 100  # ms from a stroke to its answer
@@ -44,15 +43,14 @@ AIM = 100  # ms from a stroke to its answer
 def promote_model(folder: Path) -> None:
     """Register an untrained network as mnist@champion in a new store, which the commands then use."""
     os.environ["MLFLOW_TRACKING_URI"] = uri = f"sqlite:///{folder / 'mlflow.db'}"
-    config = compose_recipe().settings.model_dump(mode="json") | {"shape": MNIST_SHAPE}
-    network = build(config["model"], "model", **MNIST_SHAPE).eval()
-    save_model(folder / "model", network, np.zeros((2, 1, 28, 28), np.uint8), config)
+    settings = compose_recipe().settings.model_copy(update={"shape": MNIST_SHAPE})
+    save_model(folder / "model", build(settings.model, "model", **MNIST_SHAPE), settings)
     store = MLflowStore(uri, "mnist_exp")
     store.open()
     with store.start(RunInfo("se_cnn", "", {})) as tracker:
         tracker.log_model(folder / "model", "se_cnn")
     (model,) = store.client.search_logged_models(["1"])
-    register(store, ModelSource(f"models:/{model.model_id}", "", model.model_id), "mnist", "champion", "benchmark", {}, None)
+    register(store, ModelSource(f"models:/{model.model_id}", "", model.model_id), "mnist", "champion", "benchmark", {})
 
 
 @contextmanager

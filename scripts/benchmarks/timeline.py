@@ -28,13 +28,13 @@ from typing import Any
 PARTS = {
     "set up data, model, optimizer": ["experiment.runner:prepare"],
     "import MLflow, open the store": [f"tracking.mlflow_store:MLflowStore.{name}" for name in ("open", "start", "reap")],
-    "record the origin": ["experiment.recorder:Recorder.log_origin"],
+    "record the setup": ["experiment.recorder:Recorder.log_setup"],
     "train": ["experiment.runner:train"],
     "record while training": ["experiment.recorder:Recorder.log_report"],
     "test": ["experiment.runner:evaluate"],
     "draw": ["experiment.recorder:Recorder.log_figures"],
     "export the model": ["experiment.recorder:Recorder.log_model"],
-    "record the results": ["experiment.runner:finish"],
+    "record the results": ["experiment.runner:finalize"],
 }
 STARTUP = ["Python, Hydra", "import torch", "import torch._dynamo"]
 REST = ["rest", "exit"]

@@ -141,9 +141,9 @@ def trial(
             process = start(folder, *RECIPE)
             continue
         (run,) = saved
-        if run_dir.is_finished(run):
+        if run_dir.is_complete(run):
             return kills, restarts, [*positions, "after the end"]
-        state = checkpoint.load_last_good(run)[0].state
+        state = checkpoint.load_latest_intact(run).state
         positions.append(f"{state['phase']}, step {state['steps']}" if state else "before the first step")
         process = start(folder, "resume=latest")
 

@@ -42,12 +42,16 @@ def read_points(folder: Path) -> dict[str, Any]:
     jobs = sorted(run.data.tags.get("job_num", "parent") for run in runs)
     if unfinished or jobs != ["0", "1", "2", "3", "parent"]:
         raise SystemExit(f"jobs {jobs}; not finished: {unfinished}")
-    points = {}
+    points: dict[str, Any] = {}
     for run in runs:
+        job = run.data.tags.get("job_num")
+        if job is None:  # each resume of the parent records its counts again
+            points |= {f"parent/{key}": value for key, value in run.data.metrics.items()}
+            continue
         for key in run.data.metrics:
             history = client.get_metric_history(run.info.run_id, key)
             values = sorted((point.step, point.value) for point in history)
-            points[f"{run.data.tags.get('job_num')}/{key}"] = [step for step, _ in values] if key.startswith(MEASURED) else values
+            points[f"{job}/{key}"] = [step for step, _ in values] if key.startswith(MEASURED) else values
     return points
 
 

@@ -1,88 +1,95 @@
+"""One whole run through the real command line: its record, its output, and the commands that it prints."""
+
+import contextlib
 import importlib.metadata
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from conftest import CommandLine
+from conftest import Call, CommandLine
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from mnist_exp.config import build
-from mnist_exp.redaction import redact
-from mnist_exp.serving.loading import load_model
+from PIL import Image
+from processes import SECRET, SHORT, assert_nowhere
 
+from mnist_exp import draw, predict, runs, ui
+from mnist_exp.api import load
 from mnist_exp.learning.datasets import load_digits
 from mnist_exp.learning.evaluation import evaluate
+from mnist_exp.metrics import format_metric
 from mnist_exp.paths import CHECKOUT
+from mnist_exp.settings import build
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.tracking.provenance import uncommitted
 from mnist_exp.tracking.tags import BRANCH, DIRTY
 
-Refuse = Callable[..., str]
+RECIPE = ("data=digits", "optimizer=adam", "data.subset=1000", "batch_size=32", "phases.train.epochs=2")
+COMMANDS = {"draw": draw.main, "predict": predict.main, "runs": runs.main, "ui": ui.main}
 
 
-def runs(store: str) -> list[Run]:
+def all_runs(store: str) -> list[Run]:
     client = MlflowClient(store)
     return client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
 
 
 @pytest.fixture(scope="module")
 def finished(template_database: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, MlflowClient, str]:
-    """One whole run on digits through the real command line: its record, a client, and what it printed."""
+    """The record of a run in an experiment of its own, a client, and what it printed.
+
+    The command line contains a password: that of a server which a later override replaces.
+    """
     folder = tmp_path_factory.mktemp("finished")
     store = f"sqlite:///{folder}/mlflow.db"
     (folder / "mlflow.db").write_bytes(template_database.read_bytes())
+    uris = [f"tracking.uri='http://user:{SECRET}@127.0.0.1:9'", f"tracking.uri={store}"]
+    locations = [*uris, "tracking.experiment=mine", f"output_dir={folder}/outputs"]
     done = subprocess.run(
-        [sys.executable, "-m", "mnist_exp.run", "data=digits", "optimizer=adam", f"output_dir={folder}/outputs"],
+        [sys.executable, "-m", "mnist_exp.run", *RECIPE, *locations],
         capture_output=True,
         text=True,
-        env=os.environ | {"MLFLOW_TRACKING_URI": store, "COLUMNS": "160"},
+        env=os.environ | {"MLFLOW_TRACKING_URI": "sqlite:////proc/nowhere.db", "COLUMNS": "160"},
         check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    (run,) = runs(store)
+    (run,) = all_runs(store)
     return run, MlflowClient(store), done.stdout + done.stderr
 
 
 def test_the_run_is_recorded_under_its_name(finished) -> None:
     run, _, _ = finished
     assert run.info.status == "FINISHED"
-    assert run.info.run_name == "se_cnn digits adam"
-    assert run.data.tags["data"] == "digits"
-    assert run.data.tags["overrides"].startswith("data=digits optimizer=adam")
+    assert run.info.run_name.startswith("se_cnn digits_1000 adam")
+    assert run.data.tags["data"] == "digits_1000"
+    assert run.data.tags["overrides"] == " ".join(RECIPE)
 
 
 def test_metrics(finished) -> None:
     run, client, _ = finished
     metrics = run.data.metrics
-    assert metrics["test/accuracy"] > 0.80
+    assert metrics["test/accuracy"] > 0.5
     assert metrics["model/parameters"] == 19_674
-    assert metrics["time/total_seconds"] > metrics["time/train_seconds"] > metrics["time/finetune_seconds"] > 0
+    assert metrics["time/total_seconds"] > metrics["time/train_seconds"] + metrics["time/finetune_seconds"] > 0
     assert {"test/loss", "val/loss", "val/accuracy", "train/lr", "train/grad_norm", "train/examples_per_second"} <= set(metrics)
     for key in ("train/loss", "train/accuracy", "epoch"):
-        history = client.get_metric_history(run.info.run_id, key)
-        steps = [point.step for point in history]
+        steps = [point.step for point in client.get_metric_history(run.info.run_id, key)]
         assert steps == sorted(set(steps)), "by examples seen, each once"
-        assert (len(steps), steps[-1]) == (30, 60_000)
-    assert history[-1].value == 2.0, "epochs of both phases"
+        assert len(steps) >= 3
+    assert metrics["epoch"] == 3.0, "epochs of both phases"
     assert len(client.get_metric_history(run.info.run_id, "test/accuracy")) == 1
 
 
 def test_parameters_are_flat_and_readable(finished) -> None:
     params = finished[0].data.params
-    assert params["model"] == "se_cnn"
-    assert params["optimizer"] == "adam"
-    assert params["train.optimizer.lr"] == "0.01"
-    assert params["finetune.batch_size"] == "128"
-    assert params["model.channels"] == "[8, 16, 20]"
-    assert params["device"] == "cpu"
+    expected = {"model": "se_cnn", "optimizer": "adam", "train.optimizer.lr": "0.01", "model.channels": "[8, 16, 20]"}
+    assert expected.items() <= params.items()
     assert not any("_target_" in key for key in params)
 
 
@@ -99,10 +106,10 @@ def test_the_stored_configuration_is_resolved_and_whole(finished) -> None:
 
 def test_data_sets_are_recorded_with_their_digests(finished) -> None:
     inputs = {item.tags[0].value: item.dataset for item in finished[0].inputs.dataset_inputs}
-    splits = load_digits(0.02, seed=0).splits
+    splits = load_digits(0.02, seed=0, subset=1000).splits
     assert set(inputs) == {"train", "finetune", "test"}
     for name, dataset in inputs.items():
-        assert (dataset.name, dataset.digest) == (f"digits-{name}", splits[name].digest)
+        assert (dataset.name, dataset.digest) == (f"digits_1000-{name}", splits[name].digest)
 
 
 def test_pictures_are_there(finished) -> None:
@@ -121,66 +128,113 @@ def test_provenance(finished) -> None:
     )
     assert tags[DIRTY] in ("true", "false")
     assert tags[BRANCH]
-    assert "-m mnist_exp.run data=digits optimizer=adam" in tags["mlflow.source.name"]
+    assert f"-m mnist_exp.run {' '.join(RECIPE)}" in tags["mlflow.source.name"]
     assert tags["torch"] == importlib.metadata.version("torch")
     assert tags["cpu"]
     assert f"mlflow=={importlib.metadata.version('mlflow')}" in artifact(finished, "provenance/packages.txt").read_text()
-    patch, unrecorded = uncommitted(CHECKOUT)
-    assert artifact(finished, "provenance/uncommitted.diff").read_text() == redact(patch)
-    assert artifact(finished, "provenance/unrecorded.txt").read_text() == redact(unrecorded)
-    assert bool(patch + unrecorded) == (tags[DIRTY] == "true")
+    patch, status = uncommitted(CHECKOUT)
+    names = {item.path for item in finished[1].list_artifacts(run.info.run_id, "provenance")}
+    for name, text in (("provenance/uncommitted.diff", patch), ("provenance/status.txt", status)):
+        assert (artifact(finished, name).read_text() if name in names else "") == text
+    assert bool(patch + status) == (tags[DIRTY] == "true")
 
 
-def test_the_description_can_be_read(finished) -> None:
-    note = finished[0].data.tags["mlflow.note.content"]
-    accuracy = finished[0].data.metrics["test/accuracy"]
-    assert f"| test/accuracy | {100 * accuracy:.2f} % |" in note
-    assert "Repeat it: `python -m mnist_exp.run data=digits optimizer=adam" in note
-
-
-def test_the_terminal_shows_table_id_and_how_to_open(finished) -> None:
+def test_description_and_terminal_show_the_result(finished) -> None:
     run, _, output = finished
-    for part in ("test/accuracy", "19,674", "time/train_seconds", "digits: train 1,408", run.info.run_id, "examples/s"):
-        assert part in output
-    assert f"python -m mnist_exp.ui {run.info.run_id}" in output
+    note = run.data.tags["mlflow.note.content"]
+    assert f"python -m mnist_exp.run {' '.join(RECIPE)}" in note
+    for name in ("test/accuracy", "val/loss", "model/parameters"):
+        for text in (note, output):
+            assert name in text
+            assert format_metric(name, run.data.metrics[name]) in text
+    assert run.info.run_id in output
 
 
-def test_checkpoint_and_logged_model_predict_what_was_scored(finished) -> None:
+def test_without_a_terminal_each_epoch_prints_a_line(finished) -> None:
+    for phase, epochs in (("train", 2), ("finetune", 1)):
+        lines = [line for line in finished[2].splitlines() if line.startswith(f"{phase}: ")]
+        assert len(lines) == epochs
+        assert all("examples/s" in line for line in lines)
+
+
+def test_a_password_on_the_command_line_is_neither_printed_nor_recorded(finished) -> None:
+    run, client, output = finished
+    assert_nowhere(SECRET, Path(client.tracking_uri.removeprefix("sqlite:///")).parent, output, str(run.to_dictionary()))
+
+
+def test_every_printed_command_works_when_copied(finished, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although the store and the experiment were typed on the command line of the run."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/nowhere.db")
+    monkeypatch.setattr(ui, "serves", lambda *_: True)
+    monkeypatch.setattr(draw, "listen", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
+    Image.fromarray(load_digits(0.02, seed=0).splits["test"].images[0, 0].numpy()).save(tmp_path / "digit.png")
+    run_id, printed = finished[0].info.run_id, re.findall(r"python -m mnist_exp\.(\w+) (.*)", finished[2])
+    assert {module for module, _ in printed} == {"ui", "predict", "draw"}
+    for module, line in printed:
+        arguments = [str(tmp_path / "digit.png") if word == "FILE" else word for word in shlex.split(line)]
+        done = call(COMMANDS[module], *arguments)
+        assert done.returncode == 0, done.stderr
+        assert run_id[:8] in done.stdout
+    refused = call(predict.main, *shlex.split(line), "--model", "0" * 6, str(tmp_path / "digit.png"))
+    (listing,) = re.findall(r"`python -m mnist_exp\.runs ([^`]*)`", refused.stderr)
+    assert run_id[:8] in call(runs.main, *shlex.split(listing)).stdout
+
+
+def test_latest_is_repeated_and_its_start_is_found_in_any_experiment(
+    finished, in_process: CommandLine, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, client, _ = finished
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
+    assert load(run.info.run_id[:8]).source.run_id == run.info.run_id
+    assert run.info.run_id in call(runs.main, "show", run.info.run_id[:6]).stdout
+    assert run.info.run_id in call(runs.main, "show", "latest", "--experiment", "mine").stdout
+    done = in_process("rerun=latest", "tracking.experiment=mine")
+    assert done.returncode == 0, done.stderr
+    (repeated,) = [other for other in all_runs(client.tracking_uri) if other.info.run_id != run.info.run_id]
+    for name in ("test/loss", "val/loss", "train/loss"):
+        assert repeated.data.metrics[name] == run.data.metrics[name]
+    assert repeated.data.tags["rerun_of"] == run.info.run_id
+    client.delete_run(repeated.info.run_id)
+
+
+def test_checkpoint_and_logged_model_predict_what_was_scored(finished, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batch sizes 1 and 7, through MLflow's own loader, against the model rebuilt from the checkpoint."""
     import mlflow
 
     run, client, _ = finished
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
     saved = checkpoint.load(artifact(finished, run_dir.CHECKPOINT))
     assert saved.run_id == run.info.run_id
-    model = build(saved.config["model"], "model", **saved.config["shape"])
+    settings = saved.recipe.settings
+    model = build(settings.model, "model", **settings.shape)
     model.load_state_dict(saved.state["model"])
-    test = load_digits(0.02, seed=0).splits["test"]
+    test = load_digits(0.02, seed=0).splits["test"]  # the same for every subset
     evaluation = evaluate(model, test)
     assert evaluation.metrics["accuracy"] == run.data.metrics["test/accuracy"]
 
     mlflow.set_tracking_uri(client.tracking_uri)
     served = mlflow.pyfunc.load_model(f"models:/{run.outputs.model_outputs[0].model_id}")
     assert served.metadata.signature is not None
-    assert served.metadata.saved_input_example_info is not None
     for batch in (1, 7):
         logits = served.predict(test.images[:batch].numpy())
         assert logits.shape == (batch, 10)
         np.testing.assert_allclose(logits, evaluation.logits[:batch], atol=1e-4)
-    ours = load_model(f"models:/{run.outputs.model_outputs[0].model_id}")  # to whose folder MLflow has added a file of its own
-    assert ours(test.images[:7]).equal(model.eval()(test.images[:7]))
+    ours = load(f"models:/{run.outputs.model_outputs[0].model_id}")  # to whose folder MLflow has added a file of its own
+    assert ours.model(test.images[:7]).equal(model.eval()(test.images[:7]))
 
 
 def test_tracking_can_be_turned_off(in_process: CommandLine, tmp_path: Path, store: str) -> None:
-    done = in_process("data=digits", "tracking=none", "~phases.train")
+    done = in_process(*SHORT, "tracking=none")
     assert done.returncode == 0, done.stderr
-    assert not runs(store)
+    assert not all_runs(store)
     assert len(list((tmp_path / "outputs").glob("*/checkpoint.pt"))) == 1
 
 
 def test_tuning_scores_validation_only(in_process: CommandLine, store: str, mnist_root: Path) -> None:
     done = in_process("data=mnist_tuning", "~phases.train")
     assert done.returncode == 0, done.stderr
-    (run,) = runs(store)
+    (run,) = all_runs(store)
     assert "val/accuracy" in run.data.metrics
     assert not any(key.startswith("test/") for key in run.data.metrics)
     assert {item.tags[0].value for item in run.inputs.dataset_inputs} == {"finetune", "validation"}
@@ -189,157 +243,36 @@ def test_tuning_scores_validation_only(in_process: CommandLine, store: str, mnis
 def test_without_mnist_the_run_warns_that_it_uses_digits(
     in_process: CommandLine, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MNIST_ROOT", "/proc/nowhere")
-    done = in_process("~phases.train")
+    monkeypatch.delenv("MNIST_ROOT", raising=False)
+    done = in_process("~phases.train", "data.default_root=/proc/nowhere")
     assert done.returncode == 0, done.stderr
-    assert "USING THE EMBEDDED digits INSTEAD" in done.stdout
-    (run,) = runs(store)
+    (run,) = all_runs(store)
     assert run.data.tags["data"] == run.data.params["data"] == "digits"
     assert "digits" in run.info.run_name
-    assert "USING THE EMBEDDED digits INSTEAD" in run.data.tags["mlflow.note.content"]
+    for text in (done.stdout, run.data.tags["mlflow.note.content"]):
+        assert "digits INSTEAD" in text
 
 
-@pytest.mark.slow
-def test_a_signal_kills_the_run_truly(store: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mnist_exp.run", "data=digits", "~phases.train", "phases.finetune.epochs=100000"]
-    processes = {
-        signum: subprocess.Popen(
-            [*command, f"output_dir={tmp_path}"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-        )
-        for signum in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        deadline = time.monotonic() + 120
-        while len([run for run in runs(store) if run.data.metrics]) < 2:
-            assert time.monotonic() < deadline, "no epoch was reported in two minutes"
-            assert all(process.poll() is None for process in processes.values())
-            time.sleep(0.2)
-        for signum, process in processes.items():
-            process.send_signal(signum)
-            _, message = process.communicate(timeout=30)
-            assert process.returncode == 128 + signum
-            assert f"Stopped by {signum.name}" in message
-            assert "Traceback" not in message
-    finally:
-        for process in processes.values():
-            process.kill()
-            process.communicate()
-    for run in runs(store):
-        assert run.info.status == "KILLED"
-        assert run.data.metrics["train/loss"] > 0, "what was reported before is kept"
-
-
-def test_a_failure_is_recorded_with_its_traceback(in_process: CommandLine, store: str) -> None:
+def test_a_run_that_diverges_is_recorded_and_not_resumed(in_process: CommandLine, store: str, tmp_path: Path) -> None:
     done = in_process("data=digits", "optimizer.lr=1e29", "scheduler=constant")
     assert done.returncode == 1
-    assert "The loss became" in done.stderr
     assert "phase train, epoch 1, step" in done.stderr
     assert "Traceback" not in done.stderr
-    (run,) = runs(store)
+    assert "Error executing job" not in done.stderr
+    (run,) = all_runs(store)
     assert run.info.status == "FAILED"
     assert "NonFiniteLossError" in Path(MlflowClient(store).download_artifacts(run.info.run_id, "traceback.txt")).read_text()
-
-
-# Bad input, and the parts of the message for each.
-
-MISTYPED = {
-    "batchsize=64": ["batchsize is not a key", "did you mean batch_size?"],
-    "optimizer.momentun=0.5": ["optimizer.momentun is not a key", "did you mean optimizer.momentum?"],
-    "optimzer=adam": ["optimzer", "did you mean optimizer?"],
-    "optimizer=adamm": ["adamm", "adam", "sgd_nesterov"],
-    "phases.train.optimizer.lr=0.1": ["override optimizer.lr instead"],
-    "model=transformer": ["transformer", "plain_cnn"],
-    "batch_size=": ["batch_size is missing: set it"],
-    "batch_size=0": ["\nbatch_size=0 is invalid", "an integer >= 1"],
-    "optimizer.lr=-0.1": ["\noptimizer.lr=-0.1 is invalid", "a number > 0"],
-    "+optimizer.hue=blue": ["optimizer cannot be built", "hue"],
-    "model.hidden_features=200": ["parameters: at most 25,000 are allowed", "Lower model.channels"],
-    "optimizer.momentum=0": ["optimizer cannot be built", "Nesterov momentum requires a momentum"],
-    "augmentation.scale=1": ["augmentation.scale=1", "[smallest, largest], both > 0"],
-    "+batch_size={a:1}": ["batch_size={'a': 1} is invalid"],
-    "optimizer=null": ["optimizer"],
-    "~model._target_": ["model=", "conf/model/"],
-    "+phase@phases.total=finetune": ["phases.total is invalid: expected a word"],
-    "scheduler.div_factor=0": ["scheduler.div_factor=0", "a number > 0"],
-    "phases.finetune.augmentation=null": ["phases.finetune.augmentation is missing"],
-    "model.channels=[30000,30000,30000]": ["parameters: at most 25,000 are allowed"],
-    "+data.hue=1": ["data cannot be built", "hue"],
-    "resume=nonsense": ["resume=nonsense is invalid", "latest"],
-    "augmentation.degrees=-5": ["augmentation.degrees=-5", "a number from 0 to 180"],
-    "batch_size=100000": ["phases.train.batch_size=100000 is invalid", "58800"],
-    "tracking.uri=postgresql://user:password@host": ["tracking.uri=postgresql://***@host", "is invalid"],
-    "tracking.uri=http://user:password@127.0.0.1:9": ["tracking.uri=http://***@127.0.0.1:9", "cannot be opened"],
-    "tracking.uri=ftp://host": ["tracking.uri=ftp://host", "expected sqlite:////"],
-}
-
-
-@pytest.mark.parametrize("override", MISTYPED, ids=str)
-def test_a_mistake_gets_one_message(refuse: Refuse, override: str) -> None:
-    message = refuse("data=digits", override)
-    for part in MISTYPED[override]:
-        assert part in message
-    assert "password" not in message
-
-
-def test_a_device_that_is_missing(refuse: Refuse) -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    assert "device=cuda is invalid: expected auto or cpu on this machine" in refuse("data=digits", "device=cuda")
-
-
-def test_mnist_that_is_missing_without_fallback(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MNIST_ROOT", "/proc/nowhere")
-    message = refuse("data.fallback=null")
-    assert "data.root=/proc/nowhere (MNIST_ROOT)" in message
-    assert "Set MNIST_ROOT to a folder" in message
-
-
-def test_mnist_that_is_damaged(refuse: Refuse, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mnist_root: Path) -> None:
-    raw = tmp_path / "root" / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for path in (mnist_root / "MNIST" / "raw").glob("*.gz"):
-        (raw / path.name).write_bytes(path.read_bytes()[: 10_000 if "train-images" in path.name else None])
-    monkeypatch.setenv("MNIST_ROOT", str(tmp_path / "root"))
-    assert "train-images-idx3-ubyte.gz cannot be read" in refuse()
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system of one's own takes root")
-@pytest.mark.parametrize("options", ["ro", "size=8k"])
-def test_an_output_folder_that_is_read_only_or_full(refuse: Refuse, tmp_path: Path, options: str) -> None:
-    folder = tmp_path / "outputs"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
-    try:
-        if options != "ro":
-            with pytest.raises(OSError, match="No space left"):
-                (folder / "filler").write_bytes(bytes(100_000))
-        message = refuse("data=digits")
-    finally:
-        subprocess.run(["umount", folder], check=True)
-    assert f"output_dir: {folder} cannot be written" in message
-    assert "choose another folder with output_dir=/path" in message
-
-
-def test_a_server_that_is_down(refuse: Refuse) -> None:
-    message = refuse("data=digits", "tracking.uri=http://127.0.0.1:9")
-    assert "tracking.uri=http://127.0.0.1:9 (MLFLOW_TRACKING_URI) cannot be opened" in message
-    assert "Start the server" in message
-
-
-def test_the_stack_trace_is_there_for_those_who_ask(command_line: CommandLine) -> None:
-    done = command_line("batch_size=0", HYDRA_FULL_ERROR="1")
+    assert (tmp_path / "outputs" / run.info.run_id / run_dir.CHECKPOINT).exists()
+    done = in_process("resume=latest")
     assert done.returncode == 1
-    assert "Traceback" in done.stderr
-    assert "batch_size=0 is invalid" in done.stderr
+    assert "resume=latest" in done.stderr
 
 
 def test_a_signal_before_anything_is_recorded_advises_nothing(in_process: CommandLine, store: str, monkeypatch) -> None:
-    monkeypatch.setattr(run_dir, "make_folder", lambda _: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(run_dir, "ensure_writable_dir", lambda _: signal.raise_signal(signal.SIGINT))
     done = in_process("data=digits")
     assert done.returncode == 128 + signal.SIGINT
-    assert done.stderr.strip() == "Stopped by SIGINT."
+    assert "`" not in done.stderr
 
 
 # Commands that must answer at once.
@@ -362,9 +295,6 @@ def test_help_configuration_and_completion_import_neither_torch_nor_mlflow(flags
 
 def test_the_console_script_completes_in_bash() -> None:
     script = Path(sys.executable).with_name("mnist-exp")
-    for shell in ("bash", "zsh", "fish"):
-        installed = subprocess.run([script, "-sc", f"install={shell}"], capture_output=True, text=True, check=True)
-        assert "mnist-exp" in installed.stdout
     typed = """
         eval "$(mnist-exp -sc install=bash)"
         COMP_LINE="mnist-exp optimizer=sgd_"; COMP_POINT=${#COMP_LINE}; COMP_WORDS=(mnist-exp "optimizer=sgd_"); COMP_CWORD=1
@@ -388,7 +318,7 @@ def test_as_an_mlflow_project(store: str, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    (run,) = runs(store)
+    (run,) = all_runs(store)
     assert (run.info.status, run.data.params["model"]) == ("FINISHED", "plain_cnn")
     assert run.data.params["finetune.optimizer.betas"] == "[0.8, 0.9]"
     assert "test/accuracy" in run.data.metrics

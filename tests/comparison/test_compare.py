@@ -175,7 +175,6 @@ OUTCOMES = [
     '{"history": null, "mistakes": [], "split": "test"}',
     '{"history": [], "mistakes": [[1]], "split": 1}',
 ]
-OUTCOMES += ['{"history": [[1, {"train/loss": 1, "train/examples_per_second": 0}]], "mistakes": [], "split": "test"}']
 OUTCOMES += [
     '{"history": [], "mistakes": [[0, 10, -1]], "split": "test"}',
     '{"history": [[1e999, {}]], "mistakes": [], "split": ""}',

@@ -20,7 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep
 from PIL import Image, ImageDraw
 
-from mnist_exp import CONF
+from mnist_exp.paths import CONF
 from mnist_exp.run import main
 
 ROOT = Path(__file__).parents[2]
@@ -70,8 +70,8 @@ def check_composes(words: list[str], searchpath: str) -> None:
     typed = [word for word in get_args_parser().parse_args(words).overrides if not word.startswith("hydra/launcher=")]
     overrides = [searchpath, *first_job(typed)]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        params = compose("config", overrides, return_hydra_config=True).hydra.sweeper.get("params") or {}
-        compose("config", [*first_job([f"{key}={value}" for key, value in params.items()]), *overrides])
+        if params := compose("config", overrides, return_hydra_config=True).hydra.sweeper.get("params"):
+            compose("config", [*first_job([f"{key}={value}" for key, value in params.items()]), *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -129,17 +129,6 @@ def test_every_local_link_leads_somewhere(page: Path) -> None:
         target = page.parent / path if path else page
         assert target.exists(), f"{page.name} links to {link}"
         assert not fragment or fragment in anchors(target), f"{page.name} links to {link}"
-
-
-def test_every_picture_is_shown_and_small() -> None:
-    shown = {Path(link).name for page in PAGES for link in re.findall(r"images/[\w.-]+", page.read_text())}
-    for picture in (ROOT / "docs" / "images").iterdir():
-        assert picture.name in shown
-        assert picture.stat().st_size < 150_000, f"{picture.name} is large"
-
-
-def test_the_readme_is_short() -> None:
-    assert len(README.read_text().splitlines()) <= 200
 
 
 def test_the_files_that_the_readme_lists_exist() -> None:

@@ -1,26 +1,21 @@
 """Input that nobody sends by mistake: each ends in a UserError or a correct result, writes nothing, and runs no code."""
 
 import contextlib
-import gzip
 from pathlib import Path
 
 import pytest
 from conftest import CommandLine
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from mnist_exp.config import resolve
-from omegaconf.errors import OmegaConfBaseException
 
+from mnist_exp.composing import compose_recipe
 from mnist_exp.errors import UserError
-from mnist_exp.learning.datasets import load_mnist
-from mnist_exp.paths import CONF
+from mnist_exp.settings import Recipe
 from mnist_exp.storage import checkpoint
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.storage.run_dir import CHECKPOINT
 
-pytestmark = pytest.mark.slow  # 1,000 inputs in a minute
+pytestmark = pytest.mark.slow  # 700 inputs in a minute
 PATIENT = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 EDITS = st.lists(st.tuples(st.integers(0, 10**7), st.binary(min_size=0, max_size=4), st.integers(0, 4)), min_size=1, max_size=4)
 
@@ -36,56 +31,27 @@ def edited(content: bytes, edits: list[tuple[int, bytes, int]]) -> bytes:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("saved")
-    checkpoint.save(folder, Checkpoint("abc", {"seed": 0}, {}, [], {}, {}, None, [(1, {"a": 0.5})], {}, 0.0))
+    checkpoint.save(folder, Checkpoint("abc", Recipe(compose_recipe().settings), {}, {}, None, [(1, {"a": 0.5})], {}, 0.0))
     return (folder / CHECKPOINT).read_bytes()
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=PATIENT)
 @given(edits=EDITS)
 def test_edited_checkpoints(saved: bytes, tmp_path: Path, edits: list[tuple[int, bytes, int]]) -> None:
-    path = tmp_path / CHECKPOINT
-    path.write_bytes(edited(saved, edits))
-    if path.read_bytes() != saved:
-        with pytest.raises(UserError, match=CHECKPOINT):
-            checkpoint.load(path)
-    assert [file.name for file in tmp_path.iterdir()] == [CHECKPOINT]
+    """Each is refused, or differs where no value is."""
+    (tmp_path / "saved").write_bytes(saved)
+    (tmp_path / CHECKPOINT).write_bytes(edited(saved, edits))
+    with contextlib.suppress(UserError):
+        assert checkpoint.load(tmp_path / CHECKPOINT) == checkpoint.load(tmp_path / "saved")
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=PATIENT)
 @given(content=st.binary(max_size=300))
-@example(content=checkpoint.MAGIC)
-@example(content=checkpoint.MAGIC + b"{}\n")
-@example(content=checkpoint.MAGIC + b"[]\n")
-@example(content=checkpoint.MAGIC + b'{"format_version": 5, "bytes": 0, "sha256": null}\n')
+@example(content=b"PK\x05\x06" + bytes(18))  # an empty archive
 def test_any_bytes_as_a_checkpoint(tmp_path: Path, content: bytes) -> None:
     (tmp_path / CHECKPOINT).write_bytes(content)
-    with pytest.raises(UserError, match=CHECKPOINT):
+    with pytest.raises(UserError):
         checkpoint.load(tmp_path / CHECKPOINT)
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_edited_mnist_files(mnist_root: Path, tmp_path: Path, packed: bool) -> None:
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for path in (mnist_root / "MNIST" / "raw").glob("*.gz"):
-        (raw / path.name).symlink_to(path.resolve())
-    target = raw / "train-images-idx3-ubyte.gz"  # the first that is read
-    content = target.read_bytes()[:100_000]
-    target.unlink()
-    if not packed:
-        target, content = (
-            target.with_suffix(""),
-            gzip.decompress((mnist_root / "MNIST" / "raw" / target.name).read_bytes())[:100_000],
-        )
-
-    @settings(max_examples=150, deadline=None, suppress_health_check=PATIENT)
-    @given(edits=EDITS)
-    def attack(edits: list[tuple[int, bytes, int]]) -> None:
-        target.write_bytes(edited(content, edits))
-        with pytest.raises(UserError, match="train-images-idx3-ubyte"):
-            load_mnist(str(tmp_path), None, 0.02, 0, seed=0)
-
-    attack()
 
 
 KEYS = st.sampled_from(
@@ -105,14 +71,9 @@ VALUES = st.one_of(
 @settings(max_examples=150, deadline=None, suppress_health_check=PATIENT)
 @given(overrides=st.lists(st.one_of(st.builds("{}={}".format, KEYS, VALUES), st.text(max_size=15)), min_size=1, max_size=3))
 def test_any_command_line(overrides: list[str]) -> None:
-    """What the command line shows as one message; the last is what Hydra raises for a value that it cannot use."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        try:
-            composed = compose("config", overrides)
-        except (HydraException, OmegaConfBaseException, ValueError, AttributeError, TypeError):
-            return
-        with contextlib.suppress(UserError):
-            assert resolve(composed)["batch_size"] >= 1
+    """Composed, or refused by us, or with one of the exceptions by which Hydra refuses a value."""
+    with contextlib.suppress(UserError, ValueError, AttributeError, TypeError):
+        assert compose_recipe(*overrides).settings.batch_size >= 1
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=PATIENT)

@@ -18,7 +18,7 @@ from conftest import Call, free_port, wait_for_server
 from PIL import Image, ImageDraw
 
 from mnist_exp import runs
-from mnist_exp.serving import load
+from mnist_exp.api import load
 
 pytestmark = pytest.mark.slow
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference.md"

@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from mnist_exp.errors import UserError
-from mnist_exp.tracking.base import DatasetInfo, NullStore, NullTracker, RunInfo
+from mnist_exp.tracking.base import DatasetInfo, RunInfo
 from mnist_exp.tracking.connection import connect
 from mnist_exp.tracking.mlflow_store import MLflowStore
 from mnist_exp.tracking.mlflow_tracker import MLflowTracker
@@ -111,19 +111,17 @@ def test_the_run_that_mlflow_run_made_is_used(store: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("uri", ["file:./mlruns", "postgres", "", "ftp://host"])
 def test_a_store_of_another_kind_is_refused(uri: str) -> None:
-    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI\) is invalid: expected sqlite:////"):
+    with pytest.raises(UserError) as error:
         MLflowStore(uri, "test")
+    assert (error.value.key, error.value.value) == ("uri", uri)
 
 
-def test_a_store_that_cannot_be_created_is_named() -> None:
-    with pytest.raises(UserError, match=r"cannot be opened.*\n.*Start the server, choose another store"):
-        MLflowStore("sqlite:////proc/nowhere/mlflow.db", "test").open()
-
-
-def test_a_database_that_is_none_is_named(tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"this is no database, but long enough to be looked at" * 10)
-    with pytest.raises(UserError, match="cannot be opened"):
-        connect(f"sqlite:///{tmp_path}/mlflow.db", "test")
+    for uri in ("sqlite:////proc/nowhere/mlflow.db", f"sqlite:///{tmp_path}/mlflow.db"):
+        with pytest.raises(UserError) as error:
+            MLflowStore(uri, "test").open()
+        assert uri in str(error.value)
 
 
 def test_a_database_of_an_older_mlflow_is_answered_with_how_to_upgrade_it(store: str, tmp_path: Path) -> None:
@@ -133,10 +131,7 @@ def test_a_database_of_an_older_mlflow_is_answered_with_how_to_upgrade_it(store:
         connection.commit()
     with pytest.raises(UserError) as refused:
         connect(store, "test")
-    message = str(refused.value)
-    assert "has the database schema of another version of MLflow than" in message
-    assert f"`cp {database} {database}.backup && mlflow db upgrade {store}`" in message
-    assert "another store" not in message
+    assert f"`cp {database} {database}.backup && mlflow db upgrade {store}`" in str(refused.value)
 
 
 def test_a_resumed_run_loses_the_error_of_its_earlier_end(store: str) -> None:
@@ -155,28 +150,6 @@ def test_a_resumed_run_loses_the_error_of_its_earlier_end(store: str) -> None:
     assert "error" not in run.data.tags
 
 
-def test_no_credentials_reach_the_store(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MY_PASSWORD", "hunter22")
-    secret = "http://user:secret-word@host hunter22"
-    opened = MLflowStore(store, "test")
-    tracker = opened.start(RunInfo(secret, secret, {"a": secret}))
-
-    def fail() -> None:
-        with tracker:
-            tracker.log_params({"b": secret})
-            tracker.set_tags({"c": secret})
-            tracker.log_text(secret, "text.txt")
-            raise ValueError(secret)
-
-    with pytest.raises(ValueError, match="hunter22"):
-        fail()
-    tracker.client.set_terminated(tracker.run_id, "RUNNING")
-    opened.mark_killed(tracker.run_id, secret)
-    files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-    assert any(b"***@host ***" in content for content in files)
-    assert not any(word in content for word in (b"secret-word", b"hunter22") for content in files)
-
-
 def test_a_deleted_experiment_is_named_with_the_remedy(store: str) -> None:
     client, experiment_id = connect(store, "test")
     client.delete_experiment(experiment_id)
@@ -192,39 +165,11 @@ def test_a_run_that_mlflow_run_made_elsewhere_is_left_alone(store: str, monkeypa
         assert tracker.run_id != made
 
 
-def test_the_error_tag_is_masked_before_it_is_cut(store: str) -> None:
-    def fail(tracker: MLflowTracker) -> None:
-        with tracker:
-            raise UserError("x" * 225 + " http://user:verylongsecret@host:5000 is away")
-
-    tracker = MLflowStore(store, "test").start(RunInfo("name", ""))
-    with pytest.raises(UserError):
-        fail(tracker)
-    assert "verylong" not in MlflowClient(store).get_run(tracker.run_id).data.tags["error"]
-
-
 def test_a_run_id_that_could_leave_the_output_folder_is_refused(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = MLflowStore(store, "test")
     opened.open()
     run = opened.client.create_run(opened.experiment_id)
     run.info._run_id = "../outside"
     monkeypatch.setattr(type(opened.client), "create_run", lambda *_, **__: run)
-    with pytest.raises(UserError, match=r"created a run with the id '\.\./outside', expected 32 hexadecimal digits"):
+    with pytest.raises(UserError):
         opened.start(RunInfo("name", ""))
-
-
-@pytest.mark.parametrize("user_part", ["us er:password9", "user:pass'word9", 'user:pass"word9'])
-def test_an_address_whose_password_could_escape_masking_is_refused(user_part: str) -> None:
-    with pytest.raises(UserError, match="percent-encoded") as refused:
-        MLflowStore(f"http://{user_part}@host", "test")
-    assert "word9" not in str(refused.value)
-
-
-def test_without_tracking_the_same_calls_record_nothing() -> None:
-    for real, null in ((MLflowStore, NullStore), (MLflowTracker, NullTracker)):
-        public = {name for name in vars(real) if not name.startswith("_")} - {"get_run", "runs"}
-        assert public <= {name for name in dir(null) if not name.startswith("_")}
-    with NullStore().start(RunInfo("name", "")) as tracker:
-        tracker.log_metrics({"value": 1.0}, 1)
-        tracker.log_params({})
-    assert tracker.ui_command() is None

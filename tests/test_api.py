@@ -1,0 +1,82 @@
+"""The commands from Python: nothing is printed, and mistakes raise UserError."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mnist_exp import api
+from mnist_exp.errors import UserError
+from mnist_exp.experiment.runner import RunResult
+from mnist_exp.learning.datasets import load_digits
+from mnist_exp.tracking.base import RunInfo
+from mnist_exp.tracking.definition import Definition, Job
+from mnist_exp.tracking.mlflow_store import MLflowStore
+
+
+@pytest.fixture(scope="module")
+def uri(template_database: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    database = tmp_path_factory.mktemp("api") / "mlflow.db"
+    shutil.copyfile(template_database, database)
+    return f"sqlite:///{database}"
+
+
+@pytest.fixture(scope="module")
+def trained(uri: str) -> RunResult:
+    locations = (f"tracking.uri={uri}", f"output_dir={Path(uri.removeprefix('sqlite:///')).parent}")
+    return api.train("data=digits", "~phases.train", "seed=1", *locations)
+
+
+@pytest.fixture(autouse=True)
+def silent(uri: str, trained: RunResult, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    yield
+    assert tuple(capfd.readouterr()) == ("", ""), "nothing is printed"
+
+
+def test_train_returns_the_run_and_load_its_model(uri: str, trained: RunResult) -> None:
+    record, *_ = MLflowStore(uri, "mnist_exp").runs()
+    assert (record.run_id, record.status, record.params["seed"]) == (trained.run_id, "FINISHED", "1")
+    assert record.metrics["test/loss"] == trained.metrics["test/loss"]
+    assert [seen for seen, metrics in trained.history if "train/loss" in metrics][-1] == 1200
+    images = load_digits(0.02, seed=0).splits["test"].images[:5]
+    for model in ("latest", trained.run_id[:6]):
+        assert api.load(model).model(images).allclose(trained.model(images), atol=1e-5)
+
+
+def test_frame_has_a_row_for_each_job(uri: str, trained: RunResult) -> None:
+    store = MLflowStore(uri, "sweeps")
+    jobs = [Job(number, [f"optimizer.lr={lr}", "seed=0"], str(number)) for number, lr in enumerate((0.1, 0.2))]
+    with store.start(RunInfo("sweep", "", {"sweep_jobs": "2"})) as parent:
+        parent.log_text(Definition("grid", 2, ["optimizer.lr=0.1,0.2"], {}, jobs).as_json(), "sweep.json")
+    ids = []
+    for number, accuracy in enumerate((0.5, 0.25)):
+        tags = {"sweep_id": parent.run_id, "job_num": str(number), "data": "digits"}
+        with store.start(RunInfo("job", "", tags)) as job:
+            job.log_metrics({"val/accuracy": accuracy}, 1)
+        ids.append(job.run_id)
+    table = api.frame(parent.run_id[:8])
+    assert table["optimizer.lr"].tolist() == [0.1, 0.2]
+    assert table["val/accuracy"].tolist() == [0.5, 0.25]
+    assert table["run"].tolist() == ids
+
+
+@pytest.mark.parametrize(
+    ("call", "key"),
+    [
+        (lambda: api.train("model.dropout=2"), "model.dropout"),
+        (lambda: api.train("+hue=1"), "hue"),
+        (lambda: api.train("optimizer = adam"), "optimizer = adam"),
+        (lambda: api.train("optimizer=adamm"), "optimizer"),
+        (lambda: api.train("hue=1"), "hue"),
+        (lambda: api.train("seed=1,2"), "seed"),
+        (lambda: api.train("resume=latest"), "resume=latest"),
+        (lambda: api.load("ffffff"), "id"),
+        (lambda: api.frame("ffffff"), "sweep"),
+    ],
+)
+def test_a_mistake_raises_an_error_with_its_key(call, key: str) -> None:
+    with pytest.raises(UserError) as error:
+        call()
+    assert error.value.key == key
+    assert error.value.remedy or error.value.expected

@@ -1,0 +1,179 @@
+"""A model on the disk: MLflow reads what we write, damage is found, and nothing that others forge runs code."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow.pyfunc
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import Bomb, Compose
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from mnist_exp.composing import compose_recipe
+from mnist_exp.errors import UserError
+from mnist_exp.learning.datasets import MNIST_SHAPE
+from mnist_exp.settings import build
+from mnist_exp.tracking import models
+from mnist_exp.tracking.mlflow_store import MLflowStore, record_of
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("original") / "model"
+    settings = compose_recipe().settings.model_copy(update={"shape": MNIST_SHAPE})
+    network = build(settings.model, "model", **MNIST_SHAPE)
+    network.blocks[0].norm.running_mean.add_(1)  # a buffer that training moves
+    models.save_model(folder, network, settings)
+    return folder
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(original, tmp_path / "model")
+
+
+def images_of(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, 1, 28, 28), np.uint8)
+
+
+@pytest.mark.parametrize("count", [1, 7, 1000])
+def test_mlflow_s_loader_gives_the_logits_of_the_network(original: Path, count: int) -> None:
+    network, shape = models.read_model(str(original))
+    assert shape == MNIST_SHAPE
+    assert network.blocks[0].norm.running_mean.eq(1).all()
+    images = images_of(count)
+    logits = mlflow.pyfunc.load_model(str(original)).predict(images)
+    assert (logits.shape, logits.dtype) == ((count, 10), np.float32)
+    with torch.no_grad():
+        np.testing.assert_array_equal(logits, network(torch.from_numpy(images)).numpy())
+
+
+@pytest.mark.parametrize("images", [images_of(7)[:, 0], images_of(7)[..., :27], images_of(7) / 255, np.full((7, 1, 28, 28), "a")])
+def test_mlflow_s_loader_refuses_another_shape_or_type(original: Path, images: np.ndarray) -> None:
+    with pytest.raises(MlflowException):
+        mlflow.pyfunc.load_model(str(original)).predict(images)
+
+
+def test_a_full_disk_is_reported(composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill_disk(*_: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:815] unexpected pos")
+
+    monkeypatch.setattr(torch, "save", fill_disk)
+    with pytest.raises(UserError):
+        models.save_model(tmp_path / "model", torch.nn.Identity(), composed().model_copy(update={"shape": MNIST_SHAPE}))
+
+
+def test_a_changed_bit_changes_no_answer(folder: Path) -> None:
+    """It is refused, or lies where no value is."""
+    weights = folder / models.WEIGHTS
+    content, expected = weights.read_bytes(), models.read_model(str(folder))[0].state_dict()
+    refused = 0
+    for place in np.random.default_rng(0).integers(0, len(content), 60):
+        weights.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
+        try:
+            found = models.read_model(str(folder))[0].state_dict()
+        except UserError:
+            refused += 1
+        else:
+            assert all(found[name].equal(value) for name, value in expected.items())
+    assert refused > 30
+
+
+def edit_settings(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    settings = json.loads((folder / models.SETTINGS).read_text())
+    edit(settings)
+    (folder / models.SETTINGS).write_text(json.dumps(settings))
+
+
+def edit_model(folder: Path, **changes: object) -> None:
+    edit_settings(folder, lambda settings: settings["model"].update(changes))
+
+
+def test_predicting_needs_the_model_and_the_shape_only(folder: Path) -> None:
+    """A model of an older or a newer version has other keys."""
+    settings = json.loads((folder / models.SETTINGS).read_text())
+    kept = {key: settings[key] for key in ("model", "shape")}
+    (folder / models.SETTINGS).write_text(json.dumps(kept | {"newer": "${x}", "seed": "another type"}))
+    assert models.read_model(str(folder))[1] == MNIST_SHAPE
+
+
+def link_to(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    (folder / name).symlink_to("/etc/hostname")
+
+
+REFUSED: dict[str, Callable[[Path], object]] = {
+    "no settings": lambda folder: (folder / models.SETTINGS).unlink(),
+    "no weights": lambda folder: (folder / models.WEIGHTS).unlink(),
+    "truncated weights": lambda folder: (folder / models.WEIGHTS).write_bytes((folder / models.WEIGHTS).read_bytes()[:-100]),
+    "no JSON": lambda folder: (folder / models.SETTINGS).write_text("["),
+    "other JSON": lambda folder: (folder / models.SETTINGS).write_text("[]"),
+    "nested JSON": lambda folder: (folder / models.SETTINGS).write_text("[" * 10**6),
+    "no model": lambda folder: edit_settings(folder, lambda settings: settings.pop("model")),
+    "no shape": lambda folder: edit_settings(folder, lambda settings: settings.update(shape=None)),
+    "another network": lambda folder: edit_model(folder, channels=[9, 16, 20]),
+    "a network of 80 GB": lambda folder: edit_model(folder, hidden_features=10**9),
+    "a pickle": lambda folder: torch.save({"": Bomb(), "filler": torch.zeros(10**5)}, folder / models.WEIGHTS),
+    "a foreign target": lambda folder: edit_model(folder, _target_="os.system", command="touch exploded"),
+    "a target in an argument": lambda folder: edit_model(folder, dropout={"_target_": "os.system", "command": "touch exploded"}),
+    "a resolver": lambda folder: edit_model(folder, dropout="${oc.create:{_target_:os.system}}"),
+    "linked weights": lambda folder: link_to(folder, models.WEIGHTS),
+    "linked settings": lambda folder: link_to(folder, models.SETTINGS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_damaged_or_forged_model_is_refused_and_runs_nothing(
+    kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    REFUSED[kind](folder)
+    with pytest.raises(UserError):
+        models.read_model(str(folder))
+    assert not (tmp_path / "exploded").exists()
+
+
+def edit_flavors(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    described = yaml.safe_load((folder / models.MLMODEL).read_text())
+    edit(described["flavors"])
+    (folder / models.MLMODEL).write_text(yaml.safe_dump(described))
+
+
+def edit_flavor(folder: Path, **changes: str) -> None:
+    edit_flavors(folder, lambda flavors: flavors["python_function"].update(changes))
+
+
+# With these, MLflow's own loader, which trusts a folder, would run code of others.
+UNPROMOTED: dict[str, Callable[[Path], object]] = {
+    "code in the folder": lambda folder: (folder / "code.py").touch(),
+    "a folder": lambda folder: (folder / "code").mkdir(),
+    "code elsewhere": lambda folder: edit_flavor(folder, code="../code"),
+    "a loader": lambda folder: edit_flavor(folder, loader_module="antigravity"),
+    "another flavor": lambda folder: edit_flavors(folder, lambda flavors: flavors.update(pytorch={"model_data": "data"})),
+    "a tag": lambda folder: (folder / models.MLMODEL).write_text("!!python/object/apply:os.system [touch exploded]"),
+    "no MLmodel": lambda folder: (folder / models.MLMODEL).unlink(),
+    "no weights": lambda folder: (folder / models.WEIGHTS).unlink(),
+}
+
+
+@pytest.mark.parametrize("kind", UNPROMOTED)
+def test_only_a_model_as_we_write_it_can_be_promoted(
+    kind: str, stored_run: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    opened = MLflowStore(store, "mnist_exp")
+    record = record_of(opened.get_run(stored_run))
+    (model,) = MlflowClient(store).search_logged_models(["1"])
+    folder = Path(model.artifact_location.removeprefix("file://"))
+    mlflow.pyfunc.load_model(f"models:/{model.model_id}")  # leaves a file of MLflow's own there
+    assert models.verified_model(opened, record).model_id == model.model_id
+    UNPROMOTED[kind](folder)
+    with pytest.raises(UserError):
+        models.verified_model(opened, record)
+    assert not (tmp_path / "exploded").exists()
