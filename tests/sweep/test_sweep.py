@@ -161,7 +161,7 @@ def test_a_resume_repeats_what_failed_and_skips_what_finished(command_line: Comm
 def test_a_stopped_sweep_can_be_resumed(command_line: CommandLine, store: str, tmp_path: Path, signum: signal.Signals) -> None:
     process = begin(store, tmp_path, *LONG, jobs=2)
     process.send_signal(signum)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 128 + signum
     assert signum.name in error
     assert "Traceback" not in error
@@ -212,7 +212,7 @@ def test_a_live_run_is_not_reaped_and_a_repeated_run_is_identical(command_line: 
     process = begin(store, tmp_path, *LONG[1:-1], jobs=1)
     subprocess.run([sys.executable, "-m", "mnist_exp.runs", "reap", "--output-dir", f"{tmp_path}/outputs"], check=True)
     assert [record.status for record in MLflowStore(store, "mnist_exp").runs()] == ["RUNNING"]
-    process.communicate(timeout=120)
+    process.communicate(timeout=300)
     assert process.returncode == 0
     assert command_line("rerun=latest").returncode == 0, "1 if a metric differs"
 
