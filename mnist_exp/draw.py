@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--model", default="latest", help="a run (its id or the start of one), latest, models:/NAME@ALIAS, or a folder"
     )
-    result.add_argument("--port", type=cli.port, default=8000)
+    result.add_argument("--port", type=int, default=8000, help="0: any free port (default: 8000)")
     return result
 
 
@@ -35,10 +35,10 @@ def draw(arguments: argparse.Namespace) -> None:
 
     with listen(arguments.port) as server:
         classifier = load_from(cli.find_store(), arguments.model)
-        app = create_app(classifier, arguments.port)
-        print(f"http://127.0.0.1:{arguments.port}", flush=True)
+        port = server.getsockname()[1]
+        print(f"http://127.0.0.1:{port}", flush=True)
         print(f"Model: {classifier.source.title}", flush=True)
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_END)
+        config = uvicorn.Config(create_app(classifier, port), log_level="warning", timeout_graceful_shutdown=SECONDS_TO_END)
         uvicorn.Server(config).run(sockets=[server])
 
 
@@ -47,7 +47,7 @@ def listen(port: int) -> socket.socket:
     try:
         return socket.create_server(("127.0.0.1", port))
     except (OSError, OverflowError) as error:
-        raise UserError.invalid("--port", port, "a free port") from error
+        raise UserError.invalid("--port", port, "a free port, or 0 for any") from error
 
 
 if __name__ == "__main__":
