@@ -111,7 +111,8 @@ def retry(operation: Callable[[], Result], uri: str, patience: float) -> Result:
 
 def is_refusal(error: Exception) -> bool:
     """Return whether the store has answered, and would refuse the same request again."""
-    return getattr(error, "error_code", None) in REFUSALS  # an attribute of MLflow's exceptions
+    # If two processes record one data set at once, one of them violates a constraint; its next attempt finds the data set.
+    return getattr(error, "error_code", None) in REFUSALS and "unique constraint" not in str(error).lower()
 
 
 def first_line(error: Exception) -> str:

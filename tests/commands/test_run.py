@@ -1,11 +1,11 @@
 """One whole run through the real command line: its record, its output, and the commands that it prints."""
 
-import contextlib
 import importlib.metadata
 import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -166,7 +166,7 @@ def test_every_printed_command_works_when_copied(finished, call: Call, tmp_path:
     """Although the store and the experiment were typed on the command line of the run."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/nowhere.db")
     monkeypatch.setattr(ui, "serves", lambda *_: True)
-    monkeypatch.setattr(draw, "listen", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(draw, "listen", lambda _: socket.socket())
     monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
     Image.fromarray(load_digits(0.02, seed=0).splits["test"].images[0, 0].numpy()).save(tmp_path / "digit.png")
     run_id, printed = finished[0].info.run_id, re.findall(r"python -m mnist_exp\.(\w+) (.*)", finished[2])

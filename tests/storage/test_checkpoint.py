@@ -119,15 +119,16 @@ with run_dir.lock_run(Path({str(tmp_path)!r})):
 
 
 def test_the_latest_is_the_one_saved_last_that_has_neither_finished_nor_diverged(tmp_path: Path) -> None:
-    for age, name in enumerate(("diverged", "done", "new", "old")):
+    diverged, done, new, old = (digit * 32 for digit in "abcd")
+    for age, name in enumerate(("a copy", diverged, done, new, old)):
         (tmp_path / name).mkdir()
         checkpoint.save(tmp_path / name, one(name))
         os.utime(tmp_path / name / CHECKPOINT, (1e9 - age, 1e9 - age))
-    run_dir.mark_complete(tmp_path / "done")
-    run_dir.mark_diverged(tmp_path / "diverged")
-    assert run_dir.find_run(tmp_path, "latest").name == "new"
-    assert run_dir.find_run(tmp_path, "diverged").name == "diverged", "by its id"
-    for folder, name in ((tmp_path, "done"), (tmp_path, "other"), (tmp_path / "nowhere", "latest")):
+    run_dir.mark_complete(tmp_path / done)
+    run_dir.mark_diverged(tmp_path / diverged)
+    assert run_dir.find_run(tmp_path, "latest").name == new
+    assert run_dir.find_run(tmp_path, diverged).name == diverged, "by its id"
+    for folder, name in ((tmp_path, done), (tmp_path, "e" * 32), (tmp_path / "nowhere", "latest")):
         with pytest.raises(UserError):
             run_dir.find_run(folder, name)
 
