@@ -13,12 +13,12 @@ from mnist_exp.composing import compose_recipe
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.repeat import request
 from mnist_exp.experiment.runner import RunResult, run
-from mnist_exp.overrides import is_location, remember_locations, section_of
+from mnist_exp.overrides import is_location, key_of, remember_locations, section_of, text_of
 from mnist_exp.paths import take_credentials
 from mnist_exp.serving import Classifier
 from mnist_exp.serving.classifier import load_from
 from mnist_exp.settings import Recipe
-from mnist_exp.sweep.summary import frame_of
+from mnist_exp.tracking.tags import ARM
 
 __all__ = ["frame", "load", "train"]
 
@@ -76,4 +76,16 @@ def frame(sweep: str = "latest") -> pd.DataFrame:
     leave_credentials()
     store = find_store()
     parent, definition = store.find_sweep(sweep, finished_too=True)
-    return frame_of(definition.jobs, store.children(parent.run_id))
+    overrides = {job.number: {key_of(item): text_of(item) for item in job.overrides} for job in definition.jobs}
+    records = sorted(store.children(parent.run_id), key=lambda record: record.job or 0)
+    table = pd.DataFrame(
+        {"run": record.run_id, "job": record.job, "status": record.status, "arm": record.tags.get(ARM, ""), "data": record.data}
+        | overrides.get(record.job or 0, {})
+        | record.metrics
+        for record in records
+    )
+    for key in dict.fromkeys(key for values in overrides.values() for key in values if key in table):
+        numbers = pd.to_numeric(table[key], errors="coerce")
+        if numbers.notna().equals(table[key].notna()):
+            table[key] = numbers
+    return table

@@ -6,17 +6,15 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
-import pandas as pd
 from hydra.core.utils import JobStatus
 
 from mnist_exp.metrics import OBJECTIVE, format_metric
-from mnist_exp.overrides import key_of, text_of
+from mnist_exp.overrides import key_of
 from mnist_exp.sweep.jobs import JobResults, failure_reason, latest_run_per_job, result_of
 from mnist_exp.tracking.base import RunRecord, Store
 from mnist_exp.tracking.definition import Definition, Job
-from mnist_exp.tracking.tags import ARM, ERROR, PRUNED
+from mnist_exp.tracking.tags import ERROR, PRUNED
 
 SHOWN = ("val/accuracy", "test/accuracy", "test/loss", "time/total_seconds")
 ROWS_SHOWN = 50  # MLflow truncates descriptions after 8,000 characters
@@ -135,23 +133,6 @@ def results_csv(jobs: list[Job], children: list[RunRecord], results: JobResults)
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def frame_of(jobs: Iterable[Job], children: Iterable[RunRecord]) -> pd.DataFrame:
-    """Return the runs of jobs as a data frame, as `mnist_exp.api.frame` describes it."""
-    overrides = {job.number: {key_of(item): text_of(item) for item in job.overrides} for job in jobs}
-    rows: list[dict[str, Any]] = [
-        {"run": record.run_id, "job": record.job, "status": record.status, "arm": record.tags.get(ARM, ""), "data": record.data}
-        | overrides.get(record.job or 0, {})
-        | record.metrics
-        for record in sorted(children, key=lambda record: record.job or 0)
-    ]
-    table = pd.DataFrame(rows)
-    for key in dict.fromkeys(key for values in overrides.values() for key in values if key in table):
-        numbers = pd.to_numeric(table[key], errors="coerce")
-        if numbers.notna().equals(table[key].notna()):
-            table[key] = numbers
-    return table
 
 
 def sweep_metrics(rows: list[dict[str, str]], children: list[RunRecord]) -> dict[str, float]:
