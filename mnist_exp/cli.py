@@ -19,8 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp import composing
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import quoted, remember_locations
-from mnist_exp.paths import CONFIG_DIR, LOCATIONS, NAME, take_credentials, typed
+from mnist_exp.overrides import locations, quoted, remember_locations
+from mnist_exp.paths import CONFIG_DIR, LOCATIONS, NAME, take_credentials
 from mnist_exp.settings import build
 from mnist_exp.signals import Interrupted
 
@@ -144,8 +144,7 @@ def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
 
 def default_settings(*overrides: str) -> "Settings":
     """Return the settings that a command without keys uses: conf/, conf/local, the environment and the locations typed."""
-    locations = [f"{key}={text}" for key, text in typed.items() if key != CONFIG_DIR]
-    return composing.compose_recipe(*locations, *overrides).settings
+    return composing.compose_recipe(*locations(), *overrides).settings
 
 
 def find_store(settings: "Settings | None" = None) -> "MLflowStore":

@@ -70,6 +70,11 @@ def choices_of(hydra: Any) -> dict[str, str]:
     return {group: option for group, option in hydra.runtime.choices.items() if option and not group.startswith("hydra/")}
 
 
+def config_dir_of(hydra: Any) -> str | None:
+    """Return the folder of --config-dir of a composed configuration, given its node `hydra`; None without one."""
+    return next((source.path for source in hydra.runtime.config_sources if source.provider == "command-line"), None)
+
+
 def explain(error: Exception) -> UserError:
     """Return the error for the user that stands for one that Hydra has raised while it composed the configuration."""
     text, cause = str(error).strip(), error.__cause__

@@ -91,6 +91,11 @@ def remember_locations(overrides: Iterable[str], config_dir: str | None) -> None
         typed[CONFIG_DIR] = config_dir
 
 
+def locations() -> list[str]:
+    """Return the locations that the user typed, as overrides."""
+    return [f"{key}={text}" for key, text in typed.items() if key != CONFIG_DIR]
+
+
 def quoted(value: str) -> str:
     """Return a string in the form in which Hydra reads it from a command line, quoted if necessary."""
     if re.fullmatch(r"[\w/][\w/.:-]*", value, re.ASCII) and isinstance(parse(f"key={value}").value(), str):
@@ -102,14 +107,13 @@ def quoted(value: str) -> str:
 def command(module: str, *arguments: str) -> str:
     """Return the shell command that runs a module of this package, with the locations that the user typed."""
     if module == "run":
-        locations = [f"{key}={text}" for key, text in typed.items() if key != CONFIG_DIR]
-        locations = [override for override in locations if override not in arguments]
+        repeated = [override for override in locations() if override not in arguments]
     else:
         options = {LOCATIONS[key]: str(parse(f"{key}={text}").value()) for key, text in typed.items() if key in LOCATIONS}
         taken = ("--tracking-uri", "--experiment", "--output-dir", *(("--data-root",) if module == "evaluate" else ()))
-        locations = [word for name in taken if name in options for word in (name, options[name])]
+        repeated = [word for name in taken if name in options for word in (name, options[name])]
     folder = [CONFIG_DIR, typed[CONFIG_DIR]] if CONFIG_DIR in typed else []
-    return shlex.join(["python", "-m", f"{NAME}.{module}", *arguments, *locations, *folder])
+    return shlex.join(["python", "-m", f"{NAME}.{module}", *arguments, *repeated, *folder])
 
 
 def check_stored(overrides: Iterable[str], source: str) -> None:

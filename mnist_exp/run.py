@@ -11,7 +11,7 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp.cli import check_order, leave_credentials, reported_errors
-from mnist_exp.composing import choices_of, from_composed
+from mnist_exp.composing import choices_of, config_dir_of, from_composed
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import OBJECTIVE
 from mnist_exp.overrides import JOB_KEY, check_groups, check_ids, is_location, remember_locations, section_of
@@ -53,8 +53,7 @@ def run_composed(composed: DictConfig) -> float | None:
     except OmegaConfBaseException as error:
         raise UserError(f"The command line cannot be resolved: {str(error).splitlines()[0]}. Write plain values.") from error
     check_ids(overrides)
-    folders = [source.path for source in job.runtime.config_sources if source.provider == "command-line"]
-    remember_locations(overrides, folders[0] if folders else None)
+    remember_locations(overrides, config_dir_of(job))
     context = None
     by_parent = job.mode == RunMode.MULTIRUN and job.sweeper["_target_"].startswith(f"hydra_plugins.{NAME}.")
     if by_parent and JOB_KEY in composed:  # typed by a user, the key is unknown

@@ -10,7 +10,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from mnist_exp.composing import from_composed
+from mnist_exp.composing import config_dir_of, from_composed
 from mnist_exp.console import SweepDisplay, show_lines, show_table
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import check_ids, check_stored, is_location, key_of, remember_locations, section_of
@@ -52,8 +52,8 @@ class GridSweep:
         """Run the jobs that `arguments` define, or the missing jobs of the sweep `sweep.resume`; raises UserError."""
         install_signal_handlers()
         check_ids(arguments)
-        folders = [source.path for source in self.composed.hydra.runtime.config_sources if source.provider == "command-line"]
-        remember_locations(self.composed.hydra.overrides.task, folders[0] if folders else None)  # interpolations resolved
+        hydra = self.composed.hydra
+        remember_locations(hydra.overrides.task, config_dir_of(hydra))  # interpolations resolved
         self.settings = settings = from_composed(self.composed)
         store = build(settings.tracking, "tracking")
         if not settings.sweep.dry_run:

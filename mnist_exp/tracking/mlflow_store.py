@@ -272,8 +272,6 @@ def _publish(client: MlflowClient, run_id: str, answer: Answer) -> str:
 
 def _project_run(client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str]) -> Run | None:
     """Return the run that `mlflow run` has created for this process, if it belongs to this experiment."""
-    from mlflow.entities import RunTag
-
     run_id = os.environ.pop("MLFLOW_RUN_ID", None)
     if run_id is None:
         return None
