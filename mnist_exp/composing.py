@@ -17,11 +17,7 @@ from mnist_exp.settings import Recipe, Settings, check_settings, did_you_mean, w
 OmegaConf.register_new_resolver("root", lambda path: str(HOME / path), replace=True)
 OmegaConf.register_new_resolver("scaled", lambda value, at, to: value * to / at, replace=True)
 
-EXTRAS = {
-    "ray_launcher": "ray",
-    "submitit": "slurm",
-    "optuna": "search",
-}  # by part of the name of a package
+EXTRAS = {"ray_launcher": "ray", "submitit": "slurm", "optuna": "search"}  # by part of the name of a package
 # Names that people know from elsewhere, and ours.
 SYNONYMS = {
     "learning_rate": "lr", "num_epochs": "epochs", "max_epochs": "epochs", "bs": "batch_size", "batchsize": "batch_size",

@@ -58,6 +58,7 @@ def test_frame_has_a_row_for_each_job(uri: str, trained: RunResult) -> None:
     table = api.frame(parent.run_id[:8])
     assert table["optimizer.lr"].tolist() == [0.1, 0.2]
     assert table["val/accuracy"].tolist() == [0.5, 0.25]
+    assert table["seed"].tolist() == [0, 0]
     assert table["run"].tolist() == ids
 
 

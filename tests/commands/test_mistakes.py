@@ -99,6 +99,10 @@ def test_an_id_that_looks_like_a_number_is_to_be_quoted(refuse: Refuse, override
     assert f"\"{key}='{value}'\"" in refuse(*(["-m"] if "sweep" in key else []), override)
 
 
+def test_a_sweep_names_its_runs_by_id(refuse: Refuse) -> None:
+    assert "rerun=latest" in refuse("-m", "rerun=latest")
+
+
 def test_an_ambiguous_start_of_an_id_lists_the_candidates(tmp_path: Path) -> None:
     ids = ["a" * 31 + end for end in "01"]
     for run_id in ids:

@@ -52,7 +52,8 @@ def test_runs_that_cannot_teach(composed: Compose, digits: Dataset, tmp_path: Pa
     saved = checkpoint.load(tmp_path / old / run_dir.CHECKPOINT)
     del saved.state["model"]["output.bias"]
     checkpoint.save(tmp_path / old, saved)
-    for data, runs in ((digits, ["0" * 32]), (digits, [pruned]), (digits, [run, run]), (other, [run]), (digits, [old])):
+    cannot = [[name] for name in ("0" * 32, "latest", pruned, old)] + [[run, run]]
+    for data, runs in [*((digits, runs) for runs in cannot), (other, [run])]:
         with pytest.raises(UserError) as error:
             ensemble(data, tmp_path, runs)
         assert error.value.key == "teacher.runs"
