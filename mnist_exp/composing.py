@@ -86,9 +86,9 @@ def explain(error: Exception) -> UserError:
                 remedy=f"A new key needs a plus: +{key}=..." if "." in key else "",
             )
     if isinstance(error, MissingConfigException):
-        if extra := missing_extra(str(error.missing_cfg_file)):
-            return UserError(extra)
         group, _, option = str(error.missing_cfg_file).rpartition("/")
+        if group.startswith("hydra/") and (extra := missing_extra(str(error.missing_cfg_file))):
+            return UserError(extra)
         if error.options:
             options = ", ".join(sorted(error.options))
             return UserError.invalid(group, option, f"one of {options}{did_you_mean(option, list(error.options))}")
