@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from mnist_exp import composing
 from mnist_exp.errors import UserError
@@ -191,7 +192,7 @@ def explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
         return f"Out of memory: {_first_line(error)}\nChoose a smaller batch_size or model, or stop other programs."
-    if isinstance(error, HydraException | OmegaConfBaseException):
+    if isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
         return str(composing.explain(error))
     innermost = traceback.extract_tb(error.__traceback__)[-1].filename
     if isinstance(error, ValueError | RuntimeError) and "/hydra/" in innermost:  # of no class of its own

@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import GROUPS, PARTS, check_groups, not_an_override, quoted
@@ -75,7 +76,8 @@ def explain(error: Exception) -> UserError:
     """Return the error for the user that stands for one that Hydra has raised while it composed the configuration."""
     text, cause = str(error).strip(), error.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and (key := cause.full_key):
-        if shared := re.match(rf"phases\.\w+\.(({'|'.join(PARTS)})\..+)", key):
+        shared = re.match(rf"phases\.\w+\.(({'|'.join(PARTS)})\..+)", key)
+        if shared and not cause.parent_node:
             return UserError(f"{key} refers to a key at the top level.", key=key, remedy=f"Override {shared[1]} instead.")
         if isinstance(cause.parent_node, DictConfig):
             expected = f"one of {', '.join(sorted(map(str, cause.parent_node)))}"
@@ -102,6 +104,8 @@ def explain(error: Exception) -> UserError:
             value=values,
             remedy=f"Add -m as the first argument to run one job for each, or {other}.",
         )
+    if isinstance(error, YAMLError):
+        return UserError(f"A file of options is not valid YAML: {text}.", remedy="Correct it.")
     if isinstance(error, OverrideParseException):
         return not_an_override(error.override)
     return UserError(missing_extra(text) or "\n".join(dict.fromkeys([text, *([str(cause)] if cause else [])])))

@@ -47,7 +47,7 @@ def listen(port: int) -> socket.socket:
     try:
         return socket.create_server(("127.0.0.1", port))
     except (OSError, OverflowError) as error:
-        raise UserError.invalid("--port", port, "a free port, or 0 for any") from error
+        raise UserError.invalid("--port", port, "a free port up to 65535, or 0 for any") from error
 
 
 if __name__ == "__main__":

@@ -146,5 +146,5 @@ def _problem(override: str) -> str:
         return "chooses no option by its plain name" if re.search(r"[/{]|\.\.", text_of(override)) else ""
     is_id = re.fullmatch(r"(resume|rerun)=[0-9a-f,']+", override)  # of runs whose own recipes are checked in turn
     if is_location(override) or not (section_of(override) in RECIPE or is_id):
-        return "is not a key of the recipe"
+        return "sets no key of the recipe and names no run by its id"
     return ""

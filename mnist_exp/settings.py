@@ -18,7 +18,7 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from pydantic_core import PydanticCustomError
 
 from mnist_exp.errors import Count, MissingDataError, UserError
-from mnist_exp.overrides import PARTS, check_stored
+from mnist_exp.overrides import PARTS, check_stored, is_location, key_of
 from mnist_exp.paths import CONFIG_DIR, HOME, LOCATIONS, NAME, config_dirs
 
 if TYPE_CHECKING:
@@ -56,22 +56,24 @@ def _node(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-def _run_id(value: Any) -> Any:
-    if not (isinstance(value, str) and re.fullmatch(f"latest|{ID}", value)):
-        raise PydanticCustomError("expected", "latest, the id of a run, or at least its first 6 hexadecimal digits, in quotes")
+def _run_id(value: Any, *others: str) -> Any:
+    if not (isinstance(value, str) and (value in others or re.fullmatch(ID, value))):
+        expected = "the id of a run, or at least its first 6 hexadecimal digits, in quotes{others}"
+        raise PydanticCustomError("expected", expected, {"others": "".join(f", or {other}" for other in others)})
     return value
 
 
 Node = Annotated[dict[str, Any], AfterValidator(_node)]  # a call: `_target_` and its arguments
-RunId = Annotated[str, BeforeValidator(_run_id)]
+RunId = Annotated[str, BeforeValidator(_run_id)]  # what a recipe names must stay the same run: never latest
+RunChoice = Annotated[str, BeforeValidator(lambda value: _run_id(value, "latest"))]
 
 
 class SweepSettings(BaseModel):
     """The keys of `sweep`, as conf/config.yaml describes them."""
 
     model_config = CHECKED
-    resume: RunId | None = None
-    extend: RunId | None = None
+    resume: RunChoice | None = None
+    extend: RunChoice | None = None
     dry_run: bool = False
     force: bool = False
 
@@ -99,8 +101,8 @@ class Settings(BaseModel):
     output_dir: Path = HOME / "outputs"
     parameter_limit: Count | None = 25_000
     save_every: Count | None = None
-    resume: RunId | None = None
-    rerun: RunId | None = None
+    resume: RunChoice | None = None
+    rerun: RunChoice | None = None
     sweep: SweepSettings = SweepSettings()
     shape: dict[Literal["classes", "side", "in_channels"], Count] | None = None
 
@@ -215,6 +217,21 @@ def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from walk(value, inner)
 
 
+def check_repeats(settings: Settings, overrides: Iterable[str]) -> None:
+    """Raise UserError if overrides resume or rerun a run, which brings its own recipe, and change more than locations."""
+    for key in ("resume", "rerun"):
+        changed = [
+            override for override in overrides if not is_location(override) and key_of(override) not in ("resume", "rerun")
+        ]
+        if changed and (run := getattr(settings, key)):
+            raise UserError(
+                f"{key}={run} uses the run's own recipe: {' '.join(changed)} cannot change it.",
+                key=changed[0],
+                expected="at most the locations output_dir, tracking and data.root",
+                remedy="Start a new run for another recipe.",
+            )
+
+
 def _check_nodes(config: Mapping[str, Any]) -> None:
     """Raise UserError on a target that no file of its group names at its place, or on text that Hydra would resolve again."""
     for key, value in walk(config):
@@ -247,11 +264,11 @@ def _targets(folders: tuple[Path, ...]) -> set[tuple[str, str]]:
     for folder, group in ((folder, group) for folder in folders for group in ("", "local", "phase", "experiment", "arm", *nodes)):
         for file in (folder / group).glob("*.yaml"):
             try:
-                content = yaml.load(file.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}  # safe, in C
+                content = yaml.load(file.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}  # safe, in C
                 prefix = "phases.any." if group == "phase" else f"{group}." if group in nodes else ""
                 found |= {(_place(prefix + key), str(value)) for key, value in walk(content) if key.endswith("_target_")}
             except (yaml.YAMLError, TypeError) as error:
-                raise UserError(f"{file} is no file of options: {error}", key=str(file)) from error
+                raise UserError(f"{file} is not valid YAML: {error}.", key=str(file), remedy="Correct it, or move it.") from error
     return found
 
 
@@ -350,7 +367,10 @@ def _target(node: Mapping[str, Any], key: str) -> Any:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError.invalid(
-            f"{key}._target_", node["_target_"], "a class or function that can be imported", f"{error}. Install its package."
+            f"{key}._target_",
+            node["_target_"],
+            "a class or function that can be imported",
+            f"{error}. Correct the name, or install its package.",
         ) from error
 
 

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from mnist_exp import cli
 from mnist_exp.errors import UserError
+from mnist_exp.signals import install_signal_handlers
 
 if TYPE_CHECKING:
     from mnist_exp.tracking.mlflow_store import MLflowStore
@@ -88,8 +88,7 @@ def serve(store: "MLflowStore", port: int, pages: dict[str, str]) -> None:
     }
     line = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri", store.uri, "--port", str(port)]
     server = subprocess.Popen(line, env=environment, stdout=sys.stderr)  # the links alone are on stdout
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, lambda *_: server.terminate())
+    install_signal_handlers()
     try:
         deadline = time.monotonic() + PATIENCE
         while server.poll() is None and time.monotonic() < deadline:

@@ -66,8 +66,6 @@ def test_frame_has_a_row_for_each_job(uri: str, trained: RunResult) -> None:
     ("call", "key"),
     [
         (lambda: api.train("model.dropout=2"), "model.dropout"),
-        (lambda: api.train("+hue=1"), "hue"),
-        (lambda: api.train("optimizer = adam"), "optimizer = adam"),
         (lambda: api.train("optimizer=adamm"), "optimizer"),
         (lambda: api.train("hue=1"), "hue"),
         (lambda: api.train("seed=1,2"), "seed"),

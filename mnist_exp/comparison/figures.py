@@ -8,7 +8,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from numpy.typing import NDArray
 
 from mnist_exp.comparison.arms import Arms, Block, Row
 from mnist_exp.comparison.outcomes import Curve, Outcomes, curve, mean_mistakes
@@ -88,18 +87,12 @@ def every_run(arms: Arms, metric: str) -> Figure:
     return figure
 
 
-def learning_curves(arms: Arms, outcomes: Outcomes, against: str) -> Figure | None:
-    """Draw the mean and the range of each arm's training loss and validation accuracy; None without data.
-
-    Args:
-        arms: The runs by arm.
-        outcomes: The outcomes by run id.
-        against: "examples" seen, or "seconds" of training.
-    """
+def learning_curves(arms: Arms, outcomes: Outcomes) -> Figure | None:
+    """Draw the mean and the range of each arm's training loss and validation accuracy; None without data."""
     metrics = [
         metric
         for metric in ("train/loss", "val/accuracy")  # a run of one epoch has a single point of val/accuracy
-        if any(len(curve(outcome, metric, against)[0]) > 1 for outcome in outcomes.values())
+        if any(len(curve(outcome, metric)[0]) > 1 for outcome in outcomes.values())
     ]
     if not metrics:
         return None
@@ -107,27 +100,25 @@ def learning_curves(arms: Arms, outcomes: Outcomes, against: str) -> Figure | No
     for position, metric in enumerate(metrics, start=1):
         axes = figure.add_subplot(len(metrics), 1, position, ylabel=_axis_label(metric))
         for arm, style in _styles(arms):
-            points = [curve(outcomes.get(record.run_id), metric, against) for record in arms.runs[arm].values()]
-            _draw_band(axes, metric, [line for line in points if len(line[0]) > 1], against, {"label": arm} | style)
+            points = [curve(outcomes.get(record.run_id), metric) for record in arms.runs[arm].values()]
+            _draw_band(axes, metric, [line for line in points if len(line[0]) > 1], {"label": arm} | style)
         if metric.endswith("loss"):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("")
-        if against == "examples":
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.3)
-    axes.set_xlabel("examples seen" if against == "examples" else "seconds of training")
+    axes.set_xlabel("examples seen")
     figure.axes[0].legend(fontsize="small")
     return figure
 
 
-def _draw_band(axes: Axes, metric: str, lines: list[Curve], against: str, style: dict[str, str]) -> None:
+def _draw_band(axes: Axes, metric: str, lines: list[Curve], style: dict[str, str]) -> None:
     """Draw the mean and the range of the runs' curves, where all runs have a value."""
     if not lines:
         return
     start, end = max(line[0][0] for line in lines), min(line[0][-1] for line in lines)
-    grid = np.array(lines[0][0]) if against == "examples" else np.linspace(start, end, 100)
-    grid = grid[(grid >= start) & (grid <= end)]
+    grid = np.array([x for x in lines[0][0] if start <= x <= end])
     heights = _scaled(metric, np.array([np.interp(grid, *line) for line in lines]))  # (runs, points)
     axes.fill_between(grid, heights.min(0), heights.max(0), color=style["color"], alpha=0.15, linewidth=0)
     markers = style if len(grid) < 20 else style | {"marker": ""}
@@ -162,34 +153,26 @@ def cost(arms: Arms, metric: str) -> Figure | None:
 
 
 def confusion(arms: Arms, outcomes: Outcomes) -> Figure | None:
-    """Draw the mean mistakes of each arm by label and prediction, and the arms' differences from the baseline."""
+    """Draw the mean mistakes of each arm by label and prediction."""
     found = {arm: matrix for arm in arms.runs if (matrix := mean_mistakes(arms.runs[arm].values(), outcomes)) is not None}
-    if arms.baseline not in found:
+    if not found:
         return None
-    panels = [(arm, matrix, "Greys") for arm, matrix in found.items()]
-    panels += [(f"{arm}\nless {arms.baseline}", found[arm] - found[arms.baseline], "PuOr") for arm in arms.others if arm in found]
     columns = 2
-    height = -(-len(panels) // columns)
+    height = -(-len(found) // columns)
     figure = Figure(figsize=(WIDTH, 2.9 * height))
     top = max(1.0, max(float(matrix.max()) for matrix in found.values()))
-    for position, (title, matrix, colormap) in enumerate(panels, start=1):
+    for position, (arm, matrix) in enumerate(found.items(), start=1):
         axes = figure.add_subplot(height, columns, position, xticks=range(len(matrix)), yticks=range(len(matrix)))
-        limit = top if colormap == "Greys" else max(0.5, float(np.abs(matrix).max()))
-        _draw_matrix(axes, matrix, colormap, limit)
-        axes.set_title(title, fontsize="small")
+        axes.imshow(matrix, cmap="Greys", vmin=0, vmax=top)
+        axes.tick_params(labelsize="x-small", length=0)
+        for label, prediction in np.argwhere(matrix >= 0.5):
+            value = matrix[label, prediction]
+            color = "white" if value > 0.6 * top else "black"
+            axes.text(
+                prediction, label, f"{value:.{0 if value >= 9.95 else 1}f}", ha="center", va="center", fontsize=6, color=color
+            )
+        axes.set_title(arm, fontsize="small")
     figure.supylabel("label", fontsize="small")
     figure.supxlabel("prediction; number of mistakes in an average run", fontsize="small")
     figure.tight_layout()
     return figure
-
-
-def _draw_matrix(axes: Axes, matrix: NDArray[np.float64], colormap: str, limit: float) -> None:
-    """Draw a matrix (classes, classes) up to `limit` (Greys), or from -limit to limit, with each number of 0.5 or more."""
-    is_count = colormap == "Greys"
-    axes.imshow(matrix, cmap=colormap, vmin=0 if is_count else -limit, vmax=limit)
-    axes.tick_params(labelsize="x-small", length=0)
-    for label, prediction in np.argwhere(np.abs(matrix) >= 0.5):
-        value = matrix[label, prediction]
-        is_dark = value > 0.6 * limit if is_count else abs(value) > 0.7 * limit
-        text = f"{value:{'' if is_count else '+'}.{0 if abs(value) >= 9.95 else 1}f}"
-        axes.text(prediction, label, text, ha="center", va="center", fontsize=6, color="white" if is_dark else "black")

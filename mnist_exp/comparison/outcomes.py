@@ -43,23 +43,10 @@ def parse_outcome(content: Any) -> Outcome | None:
         return None
 
 
-def curve(outcome: Outcome | None, metric: str, against: str) -> Curve:
-    """Return the points of a metric.
-
-    Args:
-        outcome: The run's outcome; None has no points.
-        metric: The metric of the history.
-        against: "examples" seen, or "seconds" of training, which are summed up from the reported speed.
-    """
-    xs, ys, seconds, before = [], [], 0.0, 0
-    for examples_seen, metrics in outcome.history if outcome else []:
-        if speed := metrics.get("train/examples_per_second"):
-            seconds += (examples_seen - before) / speed
-            before = examples_seen
-        if metric in metrics:
-            xs.append(float(examples_seen) if against == "examples" else seconds)
-            ys.append(metrics[metric])
-    return xs, ys
+def curve(outcome: Outcome | None, metric: str) -> Curve:
+    """Return the points of a metric against the examples seen: none without an outcome."""
+    points = [(float(seen), metrics[metric]) for seen, metrics in (outcome.history if outcome else []) if metric in metrics]
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def mean_mistakes(records: Iterable[RunRecord], outcomes: Outcomes) -> NDArray[np.float64] | None:

@@ -54,8 +54,7 @@ def render(
         drawn = {
             "differences": figures.differences(rows),
             "every_run": figures.every_run(arms, rows[0].metric),
-            "examples": figures.learning_curves(arms, outcomes, against="examples"),
-            "seconds": figures.learning_curves(arms, outcomes, against="seconds"),
+            "examples": figures.learning_curves(arms, outcomes),
             "cost": figures.cost(arms, rows[0].metric),
             "confusion": figures.confusion(arms, outcomes),
         }

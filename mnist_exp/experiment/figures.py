@@ -42,7 +42,6 @@ def run_figures(
         "learning_curves": lambda: learning_curves(history),
     }
     of_recipe: dict[str, Callable[[], Figure]] = {
-        "learning_rate": lambda: learning_rate(history),
         "augmented_digits": lambda: augmented_digits(sample, first.augmentation, generator(seed, "picture")),
     }
     return of_result | of_recipe if with_recipe else of_result
@@ -82,17 +81,6 @@ def learning_curves(history: History) -> Figure:
             axes.yaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
         axes.legend(loc="upper right" if metric == "loss" else "lower right")
-    return figure
-
-
-def learning_rate(history: History) -> Figure:
-    """Draw the learning rate against the examples seen."""
-    figure = Figure(figsize=(6, 3.6))
-    figure.subplots_adjust(left=0.18, right=0.97, bottom=0.15, top=0.9)
-    axes = figure.add_subplot(xlabel="examples seen", title="train/lr")
-    axes.plot([seen for seen, _ in history], [metrics["train/lr"] for _, metrics in history], marker=".")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(alpha=0.3)
     return figure
 
 

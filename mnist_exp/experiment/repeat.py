@@ -2,16 +2,15 @@
 
 import os
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.runner import MakeShouldPrune, RunRequest, RunResult, run
 from mnist_exp.metrics import metric_of
-from mnist_exp.overrides import check_stored, command, is_location, key_of
+from mnist_exp.overrides import check_stored, command
 from mnist_exp.paths import HOME
-from mnist_exp.settings import Recipe, Settings, build, defaults_of_newer_keys
+from mnist_exp.settings import Recipe, Settings, build, check_repeats, defaults_of_newer_keys
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import Store
@@ -41,7 +40,7 @@ def resume(
         UserError: The run has finished, has no intact checkpoint, or the command line changes its recipe.
     """
     assert settings.resume
-    check_no_changes("resume", settings.resume, overrides)
+    check_repeats(settings, overrides)
     folder = run_dir.find_run(settings.output_dir, settings.resume)
     with run_dir.lock_run(folder):  # before reading: another process may be about to finish the run
         run_dir.check_unfinished(folder)
@@ -67,7 +66,7 @@ def resume(
 def rerun(settings: Settings, overrides: list[str], job: JobContext | None = None) -> RunResult:
     """Repeat the stored run `settings.rerun`; raises UserError if it has not finished, or a metric differs."""
     assert settings.rerun
-    check_no_changes("rerun", settings.rerun, overrides)
+    check_repeats(settings, overrides)
     store: Store = build(settings.tracking, "tracking")
     original = store.read(store.resolve_id(settings.rerun, finished=True))
     before, run_id = original.record.tags, original.record.run_id
@@ -110,15 +109,3 @@ def with_present_locations(stored: Recipe, settings: Settings, **changes: str) -
     present = {name: getattr(settings, name) for name in ("output_dir", "tracking", "sweep")}
     cleared: dict[str, Any] = {"resume": None, "rerun": None}
     return replace(stored, settings=stored.settings.model_copy(update=present | cleared | changes | {"data": data}))
-
-
-def check_no_changes(key: str, value: str, overrides: Iterable[str]) -> None:
-    """Raise UserError if overrides change more than locations, while the run brings its own recipe."""
-    changed = [override for override in overrides if not is_location(override) and key_of(override) not in ("resume", "rerun")]
-    if changed:
-        raise UserError(
-            f"{key}={value} uses the run's own recipe: {' '.join(changed)} cannot change it.",
-            key=changed[0],
-            expected="at most the locations output_dir, tracking and data.root",
-            remedy="Start a new run for another recipe.",
-        )

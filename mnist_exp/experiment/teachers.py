@@ -53,8 +53,6 @@ def ensemble(data: Dataset, output_dir: Path, runs: Annotated[Sequence[RunId], F
 
 def _load_finished(run: str, output_dir: Path) -> checkpoint.Checkpoint:
     """Return the last checkpoint of a run; raises UserError unless the run was trained to its end."""
-    if run == "latest":  # a recipe must mean the same run whenever it is repeated
-        raise UserError.invalid(RUNS, run, "the id of a run, or at least its first 6 digits")
     folder = output_dir / run_dir.expand_id(output_dir, run)
     if not run_dir.is_complete(folder):
         raise UserError.invalid(

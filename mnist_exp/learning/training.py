@@ -352,7 +352,7 @@ class _PhaseTrainer:
         return NonFiniteLossError(
             f"The {problem} in phase {self.phase.name}, epoch {epoch + 1}, step {step} of {self.phase.steps_per_epoch}, "
             f"at learning rate {buffer.learning_rate:g}: expected finite numbers.",
-            remedy="Lower the learning rate (optimizer.lr) or the limit of the gradient (phases.*.max_grad_norm).",
+            remedy="Lower optimizer.lr (or phases.*.optimizer.lr), or the limit of the gradient, phases.*.max_grad_norm.",
         )
 
     def _modules(self) -> dict[str, Any]:

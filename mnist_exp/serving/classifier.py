@@ -107,7 +107,9 @@ class Classifier:
             return preparation.prepare(picture, side)
         if picture.mode not in ("1", "L") or picture.size != (side, side):
             width, height = picture.size
-            raise UserError(f"the picture has mode {picture.mode} and {width} x {height} pixels: expected gray, {side} x {side}")
+            raise UserError(
+                f"the picture has mode {picture.mode} and {width} x {height} pixels: expected gray, {side} x {side}, with --as-is"
+            )
         return np.asarray(picture.convert("L"))
 
     @torch.no_grad()

@@ -60,10 +60,13 @@ def find_run(output_dir: Path, run: str) -> Path:
         return max(saved, key=lambda path: path.stat().st_mtime).parent
     folder = output_dir / expand_id(output_dir, run)
     check_unfinished(folder)
-    if not folder.is_dir():
+    if not has_checkpoint(folder):
         found = ", ".join(sorted(path.parent.name for path in output_dir.glob(f"*/{CHECKPOINT}"))[:5]) or "none"
         raise UserError(
-            f"resume={run}: output_dir={output_dir} has no such run. Runs with a checkpoint: {found}.", key="resume", value=run
+            f"resume={run}: output_dir={output_dir} has no such run with a checkpoint. Some that have one: {found}.",
+            key="resume",
+            value=run,
+            remedy=f"If {run} is a sweep, use -m sweep.resume={run}.",
         )
     return folder
 

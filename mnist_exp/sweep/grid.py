@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from mnist_exp.composing import config_dir_of, from_composed
 from mnist_exp.console import SweepDisplay, show_lines, show_table
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import check_ids, check_stored, is_location, key_of, remember_locations, section_of, text_of
+from mnist_exp.overrides import check_ids, check_stored, is_location, key_of, remember_locations, section_of
 from mnist_exp.paths import take_credentials
 from mnist_exp.settings import Settings, build
 from mnist_exp.signals import install_signal_handlers
@@ -52,11 +52,6 @@ class GridSweep:
         """Run the jobs that `arguments` define, or the missing jobs of the sweep `sweep.resume`; raises UserError."""
         install_signal_handlers()
         check_ids(arguments)
-        for override in arguments:
-            if key_of(override) in ("resume", "rerun") and "latest" in text_of(override):
-                raise UserError.invalid(
-                    key_of(override), text_of(override), "ids of runs: when the sweep is resumed, another run could be the latest"
-                )
         hydra = self.composed.hydra
         remember_locations(hydra.overrides.task, config_dir_of(hydra))  # interpolations resolved
         self.settings = settings = from_composed(self.composed)

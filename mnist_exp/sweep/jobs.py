@@ -5,6 +5,7 @@ import pickle
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mnist_exp.composing import from_composed, without_hydra
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import GROUPS, key_of, parse
-from mnist_exp.settings import Settings, Trial
+from mnist_exp.settings import Settings, Trial, check_repeats
 from mnist_exp.tracking.base import COLORS, RunRecord
 from mnist_exp.tracking.definition import Job
 
@@ -53,7 +54,11 @@ class Composer:
                 value = override.get_value_element_as_str()
                 choices[key] = [key if override.is_delete() and value == "null" else f"{key}={value}"]
             elif override.is_discrete_sweep():
-                choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+                with suppress(OmegaConfBaseException):  # of a range among other values
+                    choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+                if not choices.get(key):
+                    text = str(override.input_line).partition("=")[2]
+                    raise UserError.invalid(key, text, "values such as 0,1,5, or one range that is not empty")
             else:
                 raise UserError(
                     f"{override.input_line} is invalid: expected a list of choices, such as 0.1,0.2 or range(0,5). "
@@ -97,6 +102,7 @@ class Composer:
         return added
 
     def _checked(self, number: int, overrides: Sequence[str], settings: Settings) -> Job:
+        check_repeats(settings, overrides)
         self._trial.try_out(settings, read_data=True)
         self._check(settings)
         return Job(number, list(overrides), settings.digest)

@@ -62,12 +62,14 @@ class WorkerPool:
         """Start the server of the workers, which begins its imports, unless it runs."""
         uses_mlflow = str(self.config.tracking.get("_target_", "")).endswith("MLflowStore")
         CONTEXT.set_forkserver_preload(PRELOADED + PRELOADED_FOR_MLFLOW if uses_mlflow else PRELOADED)
-        handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # closing the terminal must not end the server first
+        # Ctrl-C, or closing the terminal, must not end the server first, with the stack trace of an import.
+        handlers = {signum: signal.signal(signum, signal.SIG_IGN) for signum in (signal.SIGINT, signal.SIGHUP)}
         try:
             with environment(self.environment):
                 forkserver.ensure_running()
         finally:
-            signal.signal(signal.SIGHUP, handler)
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs."""
@@ -138,15 +140,17 @@ class Worker:
 
     def __init__(self, payload: bytes) -> None:
         self.connection, theirs = CONTEXT.Pipe()
-        self.process = CONTEXT.Process(target=worker_main, args=(theirs, payload))
+        self.process = CONTEXT.Process(target=worker_main, args=(theirs,))
         self.job: int | None = None
         self.process.start()
         theirs.close()
+        with suppress(OSError):  # it died, which `receive` reports
+            self.connection.send_bytes(payload)  # not an argument: if a signal cuts that short, the process prints a stack trace
 
     def send(self, number: int, overrides: list[str]) -> None:
         """Send a job to the worker."""
         self.job = number
-        with suppress(OSError):  # it died, which `receive` reports
+        with suppress(OSError):
             self.connection.send((number, overrides))
 
     def receive(self) -> JobReturn | None:
@@ -184,14 +188,15 @@ class Worker:
             self.process.join()
 
 
-def worker_main(connection: "Connection[Any, Any]", payload: bytes) -> None:
+def worker_main(connection: "Connection[Any, Any]") -> None:
     """Run the jobs from `connection` until it is closed or the parent dies."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_exit_with_parent, args=(parent.sentinel,), daemon=True).start()
-    context, config, task_function, state, ignores_hangup = cloudpickle.loads(payload)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN if ignores_hangup else signal.SIG_DFL)  # not the server's
     with safe_output(), suppress(EOFError, ConnectionError, KeyboardInterrupt):  # the sweep has ended
+        context, config, task_function, state, ignores_hangup = cloudpickle.loads(connection.recv_bytes())
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # not the server's, and so the next
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignores_hangup else signal.SIG_DFL)
         while True:
             number, overrides = connection.recv()
             setup_globals()

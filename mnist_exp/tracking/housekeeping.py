@@ -146,9 +146,9 @@ def delete(store: MLflowStore, record: RunRecord, output_dir: Path) -> str | Non
 
 def gc_command(store: MLflowStore) -> str:
     """Return the command that removes the artifacts of deleted runs for good."""
-    if store.uri.startswith("http"):
-        return f"MLFLOW_TRACKING_URI={shlex.quote(store.uri)} mlflow gc --backend-store-uri DATABASE   (on the server)"
-    return shlex.join(["mlflow", "gc", "--backend-store-uri", store.uri])
+    uri = shlex.quote(store.uri)
+    database = "DATABASE   (on the server)" if store.uri.startswith("http") else uri
+    return f"MLFLOW_TRACKING_URI={uri} mlflow gc --backend-store-uri {database}"
 
 
 def logged_models(store: MLflowStore, record: RunRecord) -> list[LoggedModel]:

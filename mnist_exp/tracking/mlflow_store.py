@@ -27,7 +27,7 @@ from mnist_exp.signals import defer_signals
 from mnist_exp.storage import run_dir
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import OUTCOME, PROCESS_DIED, Answer, RunInfo, RunRecord, Store, StoredRun, StoreUnavailableError
-from mnist_exp.tracking.connection import Result, check_uri, connect, first_line, is_refusal, retry
+from mnist_exp.tracking.connection import Result, check_uri, connect, first_line, is_refusal, restore_command, retry
 from mnist_exp.tracking.definition import Definition, parse_definition
 from mnist_exp.tracking.mlflow_tracker import MLflowTracker, terminate
 from mnist_exp.tracking.views import CURVES, VIEW_PREFIX, artifact_path, curves_tag, run_path, surplus_curves, view_path
@@ -99,7 +99,7 @@ class MLflowStore(Store):
         """Return a run in MLflow's form; raises UserError if the store has none of that id."""
         self.open()
         try:
-            return self.client.get_run(run_id)
+            run = self.client.get_run(run_id)
         except MlflowException as error:
             if not is_refusal(error):
                 raise
@@ -107,6 +107,10 @@ class MLflowStore(Store):
                 f"There is no run {run_id} in {self.uri}: set MLFLOW_TRACKING_URI or tracking.uri to its store, or use "
                 "tracking=none for a run that was started with it."
             ) from error
+        if run.info.lifecycle_stage == "deleted":
+            restore = restore_command(self.client, self.uri, run.info.experiment_id, run_id)
+            raise UserError(f"Run {run_id} was deleted in {self.uri}.", remedy=f"Restore it with `{restore}`.")
+        return run
 
     @defer_signals()
     def runs(self, query: str = "", *, everywhere: bool = False) -> list[RunRecord]:
@@ -307,7 +311,7 @@ def _unresolved(text: str, uri: str, found: list[RunRecord]) -> UserError:
         f"There is no run {text} in {uri}: expected latest, an id, or its first 6 or more hexadecimal digits.",
         key="id",
         value=text,
-        remedy=f"`{command('runs', 'list')}` lists the runs; set MLFLOW_TRACKING_URI or --tracking-uri to their store.",
+        remedy=f"`{command('runs', 'list')}` lists the runs; set MLFLOW_TRACKING_URI to their store.",
     )
 
 

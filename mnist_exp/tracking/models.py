@@ -148,9 +148,11 @@ def find_model(store: MLflowStore, text: str) -> ModelSource:
     if text and Path(text).is_dir():
         return ModelSource(text, f"folder {text}")
     if not re.fullmatch("latest|[0-9a-fA-F]{6,32}|models:/.+", text):
-        raise UserError(
-            f"model {text} is invalid: expected a folder, the id of a run, latest, models:/NAME@ALIAS, models:/NAME/VERSION or "
-            f"models:/ID. `{command('runs', 'list')}` lists the runs."
+        raise UserError.invalid(
+            "model",
+            text,
+            "a folder, the id of a run, latest, models:/NAME@ALIAS, models:/NAME/VERSION or models:/ID",
+            f"`{command('runs', 'list')}` lists the runs.",
         )
     store.open()
     if not text.startswith("models:/"):
@@ -183,8 +185,10 @@ def _of_run(store: MLflowStore, text: str) -> ModelSource:
         if models := logged_models(store, record):
             title = f"run {record.run_id[:8]}, {record.name}" + (f" on {record.data}" if record.data else "")
             return ModelSource(f"models:/{models[0].model_id}", title, models[0].model_id, record.run_id)
-    problem = f"{store.uri} has no finished run with a model" if text == "latest" else "the run has no model"
-    raise UserError(f"model {text}: {problem}. Train one with `{command('run')}`, or set MLFLOW_TRACKING_URI to its store.")
+    everywhere = f"experiment {store.experiment} of {store.uri} has no finished run with a model"
+    problem = everywhere if text == "latest" else "the run has no model"
+    remedy = f"Train one with `{command('run')}`, set MLFLOW_TRACKING_URI to its store, or name its experiment with --experiment."
+    raise UserError(f"model {text}: {problem}.", key="model", value=text, remedy=remedy)
 
 
 def find_champion(store: MLflowStore, name: str, alias: str) -> ModelVersion | None:

@@ -99,8 +99,16 @@ def test_an_id_that_looks_like_a_number_is_to_be_quoted(refuse: Refuse, override
     assert f"\"{key}='{value}'\"" in refuse(*(["-m"] if "sweep" in key else []), override)
 
 
-def test_a_sweep_names_its_runs_by_id(refuse: Refuse) -> None:
-    assert "rerun=latest" in refuse("-m", "rerun=latest")
+@pytest.mark.parametrize("override", ["rerun=latest", "resume=abcdef", "seed=range(0,2),5", "batch_size=range(3,1)"])
+def test_a_mistake_in_a_sweep_is_found_before_it_starts(refuse: Refuse, override: str) -> None:
+    assert f"{override} " in refuse("-m", "data=digits", override)
+
+
+def test_a_file_of_options_that_is_not_yaml(refuse: Refuse, tmp_path: Path) -> None:
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer" / "mine.yaml").write_text("lr: [1")
+    for option in ("mine", "adam"):
+        assert "mine.yaml" in refuse("--config-dir", str(tmp_path), "data=digits", f"optimizer={option}")
 
 
 def test_an_ambiguous_start_of_an_id_lists_the_candidates(tmp_path: Path) -> None:

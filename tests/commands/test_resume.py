@@ -70,6 +70,14 @@ def test_a_resumed_run_says_which_from_where_and_whether_the_software_changed(ca
     assert run.data.metrics["time/total_seconds"] > 1000, "the seconds before the resume count"
 
 
+def test_a_deleted_run_is_to_be_restored(call: Call, unfinished: Path) -> None:
+    client_of(unfinished).delete_run(unfinished.name)
+    done = call(main, "resume=latest", f"output_dir={unfinished.parent}")
+    client_of(unfinished).restore_run(unfinished.name)
+    assert done.returncode == 1
+    assert f"mlflow runs restore --run-id {unfinished.name}" in done.stderr
+
+
 def test_a_resumed_run_keeps_its_own_recipe(call: Call, unfinished: Path) -> None:
     done = call(main, "resume=latest", "optimizer=adam", "seed=3", f"output_dir={unfinished.parent}")
     assert done.returncode == 1

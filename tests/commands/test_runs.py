@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import exit_status
 from mlflow.store.entities import PagedList
+from processes import shell
 
 from mnist_exp import runs
 from mnist_exp.composing import compose_recipe
@@ -184,6 +185,14 @@ def test_prune_deletes_old_runs_and_their_folders(opened: MLflowStore, command: 
     assert gc_command(opened) in command(*options, "--yes")
     assert {run.run_id for run in opened.runs()} == {path.name for path in outputs.iterdir()} == {young, best}
     assert not opened.client.search_logged_models([opened.experiment_id], f"model_id='{model.model_id}'")
+
+
+@pytest.mark.slow
+def test_the_printed_command_removes_the_artifacts_of_deleted_runs(opened: MLflowStore, tmp_path: Path) -> None:
+    opened.client.delete_run(record(opened, tmp_path))
+    assert list(tmp_path.rglob("recipe.json"))
+    shell(gc_command(opened))
+    assert not list(tmp_path.rglob("recipe.json"))
 
 
 def test_prune_keeps_what_somebody_needs(opened: MLflowStore, tmp_path: Path) -> None:

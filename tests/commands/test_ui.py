@@ -78,7 +78,7 @@ def ui(store: str) -> Iterator[Ui]:
     yield start
     for server in servers:
         server.terminate()
-        server.wait()
+        assert server.wait() == 143  # 128 + SIGTERM
 
 
 @pytest.fixture

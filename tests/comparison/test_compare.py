@@ -68,7 +68,7 @@ def test_the_answer_is_printed_and_the_report_published_in_the_parent(run_compar
     assert all(f"<h2>{part}</h2>" in page for part in parts)
     assert page.index(f"<h1>{headline}") < page.index("<h2>Differences")
     assert "train.setting" not in page, "parameters that are the same in all arms are not shown"
-    assert page.count("</svg>\n</figure>") == page.count("<figure ") == 6
+    assert page.count("</svg>\n</figure>") == page.count("<figure ") == 5
     assert page.count("<title>plain_cnn, seed 0, run ") == 3, "a tooltip in each figure that shows runs"
     assert ">difference in test/accuracy" in page, "text is text"
     assert "run:" not in page

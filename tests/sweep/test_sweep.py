@@ -127,7 +127,7 @@ def test_a_resume_with_another_command_line_changes_nothing(
 def begin(store: str, tmp_path: Path, *overrides: str, jobs: int) -> subprocess.Popen[str]:
     """Start a sweep and wait until `jobs` of its jobs have reported something."""
     command = [sys.executable, "-m", "mnist_exp.run", *overrides, f"output_dir={tmp_path}/outputs"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     client = MlflowClient(store)
     deadline = time.monotonic() + 120
     while True:
@@ -174,6 +174,17 @@ def test_a_stopped_sweep_can_be_resumed(command_line: CommandLine, store: str, t
     assert resumed_parent.info.status == "FINISHED"
     assert [child.status for child in resumed] == ["FINISHED"] * 4
     assert {child.run_id for child in children} <= {child.run_id for child in resumed}
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_the_workers_start_leaves_no_stack_trace(store: str, tmp_path: Path) -> None:
+    process = begin(store, tmp_path, *LONG, jobs=0)
+    while not MLflowStore(store, "mnist_exp").runs():
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in error
 
 
 @pytest.mark.slow
