@@ -68,7 +68,6 @@ def test_frame_has_a_row_for_each_job(uri: str, trained: RunResult) -> None:
         (lambda: api.train("model.dropout=2"), "model.dropout"),
         (lambda: api.train("optimizer=adamm"), "optimizer"),
         (lambda: api.train("hue=1"), "hue"),
-        (lambda: api.train("seed=1,2"), "seed"),
         (lambda: api.train("resume=latest"), "resume=latest"),
         (lambda: api.load("ffffff"), "id"),
         (lambda: api.frame("ffffff"), "sweep"),
