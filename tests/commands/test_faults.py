@@ -41,11 +41,11 @@ def test_a_closed_pipe_is_no_error(arguments: tuple[str, ...], store: str, tmp_p
 @pytest.mark.parametrize("resume", [False, True])
 def test_another_user_learns_which_folder_cannot_be_written(resume: bool, tmp_path: Path) -> None:
     """Root without its privilege to override permissions acts as another user than the folder's owner."""
-    outputs = tmp_path / "outputs"
-    run_id = "0" * 32
+    outputs, run_id = tmp_path / "outputs", "0" * 32
     (outputs / run_id).mkdir(parents=True)
-    (outputs / run_id / run_dir.LOCK).touch(mode=0o600)
-    for path in (outputs / run_id / run_dir.LOCK, outputs / run_id, outputs):
+    for name in (run_dir.LOCK, run_dir.CHECKPOINT):
+        (outputs / run_id / name).touch(mode=0o600)
+    for path in (*(outputs / run_id).iterdir(), outputs / run_id, outputs):
         os.chown(path, 65534, 65534)
     command = [sys.executable, "-m", "mnist_exp.run", *([f"resume={run_id}"] if resume else SHORT), f"output_dir={outputs}"]
     theirs = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command, "tracking=none"]
