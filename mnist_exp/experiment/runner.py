@@ -246,8 +246,6 @@ def finalize(request: RunRequest, prepared: Prepared, recorder: Recorder, evalua
     The jobs of a sweep share most of their recipe: they do not repeat the figures of it.
     """
     data, split, choices = prepared.data, prepared.data.eval_split, request.recipe.choices
-    if split == "test":
-        recorder.tracker.log_dataset(dataset_info(data, "test", "test"))
     seed, with_recipe = request.settings.seed, request.job is None
     recorder.log_figures(run_figures(evaluation, split, data, prepared.phases, recorder.history, seed, with_recipe=with_recipe))
     recorder.log_history(split, evaluation.mistakes)
@@ -255,6 +253,7 @@ def finalize(request: RunRequest, prepared: Prepared, recorder: Recorder, evalua
     results = {f"time/{phase}_seconds": seconds for phase, seconds in recorder.seconds.items()}
     results["model/parameters"] = prepared.parameter_count
     if split == "test":
+        recorder.tracker.log_dataset(dataset_info(data, "test", "test"))
         results |= {f"test/{name}": value for name, value in evaluation.metrics.items()}
     results["time/total_seconds"] = recorder.elapsed
     result = RunResult(recorder.tracker.run_id, [*recorder.history, (0, results)], prepared.model, data.warning)
