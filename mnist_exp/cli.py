@@ -14,10 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from mnist_exp import composing
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import locations, quoted, remember_locations
@@ -192,7 +188,7 @@ def explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
         return f"Out of memory: {_first_line(error)}\nChoose a smaller batch_size or model, or stop other programs."
-    if isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
+    if isinstance(error, composing.COMPOSING_ERRORS):
         return str(composing.explain(error))
     innermost = traceback.extract_tb(error.__traceback__)[-1].filename
     if isinstance(error, ValueError | RuntimeError) and "/hydra/" in innermost:  # of no class of its own

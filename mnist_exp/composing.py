@@ -19,6 +19,7 @@ OmegaConf.register_new_resolver("root", lambda path: str(HOME / path), replace=T
 OmegaConf.register_new_resolver("scaled", lambda value, at, to: value * to / at, replace=True)
 
 EXTRAS = {"ray_launcher": "ray", "submitit": "slurm", "optuna": "search"}  # by part of the name of a package
+COMPOSING_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 # Names that people know from elsewhere, and ours.
 SYNONYMS = {
     "learning_rate": "lr", "num_epochs": "epochs", "max_epochs": "epochs", "bs": "batch_size", "batchsize": "batch_size",
@@ -57,7 +58,7 @@ def compose_recipe(*overrides: str) -> Recipe:
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = compose("config", [*overrides, *search], return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except COMPOSING_ERRORS as error:
         raise explain(error) from error
     return Recipe(from_composed(composed), choices_of(composed.hydra), list(overrides))
 

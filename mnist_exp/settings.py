@@ -219,17 +219,15 @@ def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def check_repeats(settings: Settings, overrides: Iterable[str]) -> None:
     """Raise UserError if overrides resume or rerun a run, which brings its own recipe, and change more than locations."""
-    for key in ("resume", "rerun"):
-        changed = [
-            override for override in overrides if not is_location(override) and key_of(override) not in ("resume", "rerun")
-        ]
-        if changed and (run := getattr(settings, key)):
-            raise UserError(
-                f"{key}={run} uses the run's own recipe: {' '.join(changed)} cannot change it.",
-                key=changed[0],
-                expected="at most the locations output_dir, tracking and data.root",
-                remedy="Start a new run for another recipe.",
-            )
+    run = settings.resume or settings.rerun
+    changed = [override for override in overrides if not is_location(override) and key_of(override) not in ("resume", "rerun")]
+    if run and changed:
+        raise UserError(
+            f"{'resume' if settings.resume else 'rerun'}={run} uses the run's own recipe: {' '.join(changed)} cannot change it.",
+            key=changed[0],
+            expected="at most the locations output_dir, tracking and data.root",
+            remedy="Start a new run for another recipe.",
+        )
 
 
 def _check_nodes(config: Mapping[str, Any]) -> None:
@@ -264,7 +262,7 @@ def _targets(folders: tuple[Path, ...]) -> set[tuple[str, str]]:
     for folder, group in ((folder, group) for folder in folders for group in ("", "local", "phase", "experiment", "arm", *nodes)):
         for file in (folder / group).glob("*.yaml"):
             try:
-                content = yaml.load(file.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}  # safe, in C
+                content = yaml.load(file.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}  # safe, in C
                 prefix = "phases.any." if group == "phase" else f"{group}." if group in nodes else ""
                 found |= {(_place(prefix + key), str(value)) for key, value in walk(content) if key.endswith("_target_")}
             except (yaml.YAMLError, TypeError) as error:

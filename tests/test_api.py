@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mnist_exp import api
+from mnist_exp import api, paths
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.runner import RunResult
 from mnist_exp.learning.datasets import load_digits
@@ -59,15 +59,22 @@ def test_frame_has_a_row_for_each_job(uri: str, trained: RunResult) -> None:
     assert table["optimizer.lr"].tolist() == [0.1, 0.2]
     assert table["val/accuracy"].tolist() == [0.5, 0.25]
     assert table["seed"].tolist() == [0, 0]
+    assert table["seed"].dtype.kind == "i"
+    assert set(table["status"]) == {"FINISHED"}
     assert table["run"].tolist() == ids
+    paths.typed["tracking.experiment"] = "sweeps"
+    assert api.frame().equals(table)
 
 
 @pytest.mark.parametrize(
     ("call", "key"),
     [
         (lambda: api.train("model.dropout=2"), "model.dropout"),
+        (lambda: api.train("+hue=1"), "hue"),
+        (lambda: api.train("optimizer = adam"), "optimizer = adam"),
         (lambda: api.train("optimizer=adamm"), "optimizer"),
         (lambda: api.train("hue=1"), "hue"),
+        (lambda: api.train("seed=1,2"), "seed"),
         (lambda: api.train("resume=latest"), "resume=latest"),
         (lambda: api.load("ffffff"), "id"),
         (lambda: api.frame("ffffff"), "sweep"),

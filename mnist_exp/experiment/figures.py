@@ -36,15 +36,14 @@ def run_figures(
     first = phases[0].config
     sample = data.splits[first.split].images[:8]
     title = f"{split}, accuracy {format_metric('accuracy', accuracy(evaluation.logits, evaluation.labels))}"
-    of_result: dict[str, Callable[[], Figure]] = {
+    drawings: dict[str, Callable[[], Figure]] = {
         "confusion_matrix": lambda: confusion_matrix(evaluation, title),
         "worst_mistakes": lambda: worst_mistakes(evaluation, data.splits[split].images),
         "learning_curves": lambda: learning_curves(history),
     }
-    of_recipe: dict[str, Callable[[], Figure]] = {
-        "augmented_digits": lambda: augmented_digits(sample, first.augmentation, generator(seed, "picture")),
-    }
-    return of_result | of_recipe if with_recipe else of_result
+    if with_recipe:
+        drawings["augmented_digits"] = lambda: augmented_digits(sample, first.augmentation, generator(seed, "picture"))
+    return drawings
 
 
 def confusion_matrix(evaluation: Evaluation, title: str) -> Figure:

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp.composing import from_composed, without_hydra
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import GROUPS, key_of, parse
+from mnist_exp.overrides import GROUPS, key_of, parse, text_of
 from mnist_exp.settings import Settings, Trial, check_repeats
 from mnist_exp.tracking.base import COLORS, RunRecord
 from mnist_exp.tracking.definition import Job
@@ -57,7 +57,7 @@ class Composer:
                 with suppress(OmegaConfBaseException):  # of a range among other values
                     choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
                 if not choices.get(key):
-                    text = str(override.input_line).partition("=")[2]
+                    text = text_of(str(override.input_line))
                     raise UserError.invalid(key, text, "values such as 0,1,5, or one range that is not empty")
             else:
                 raise UserError(

@@ -145,7 +145,8 @@ class Worker:
         self.process.start()
         theirs.close()
         with suppress(OSError):  # it died, which `receive` reports
-            self.connection.send_bytes(payload)  # not an argument: if a signal cuts that short, the process prints a stack trace
+            # Not an argument of the process, which prints a stack trace if a signal stops us while we write its arguments.
+            self.connection.send_bytes(payload)
 
     def send(self, number: int, overrides: list[str]) -> None:
         """Send a job to the worker."""
@@ -195,7 +196,7 @@ def worker_main(connection: "Connection[Any, Any]") -> None:
     threading.Thread(target=_exit_with_parent, args=(parent.sentinel,), daemon=True).start()
     with safe_output(), suppress(EOFError, ConnectionError, KeyboardInterrupt):  # the sweep has ended
         context, config, task_function, state, ignores_hangup = cloudpickle.loads(connection.recv_bytes())
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # not the server's, and so the next
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
         signal.signal(signal.SIGHUP, signal.SIG_IGN if ignores_hangup else signal.SIG_DFL)
         while True:
             number, overrides = connection.recv()

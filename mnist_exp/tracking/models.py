@@ -185,8 +185,9 @@ def _of_run(store: MLflowStore, text: str) -> ModelSource:
         if models := logged_models(store, record):
             title = f"run {record.run_id[:8]}, {record.name}" + (f" on {record.data}" if record.data else "")
             return ModelSource(f"models:/{models[0].model_id}", title, models[0].model_id, record.run_id)
-    everywhere = f"experiment {store.experiment} of {store.uri} has no finished run with a model"
-    problem = everywhere if text == "latest" else "the run has no model"
+    problem = "the run has no model"
+    if text == "latest":
+        problem = f"experiment {store.experiment} of {store.uri} has no finished run with a model"
     remedy = f"Train one with `{command('run')}`, set MLFLOW_TRACKING_URI to its store, or name its experiment with --experiment."
     raise UserError(f"model {text}: {problem}.", key="model", value=text, remedy=remedy)
 

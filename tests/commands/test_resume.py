@@ -14,7 +14,6 @@ from mlflow import MlflowClient
 from processes import SHORT, begin, shell
 
 from mnist_exp.api import train
-from mnist_exp.errors import UserError
 from mnist_exp.overrides import quoted
 from mnist_exp.paths import CHECKOUT
 from mnist_exp.run import main
@@ -95,20 +94,6 @@ def test_a_stored_configuration_with_a_foreign_target_is_refused(call: Call, unf
     assert done.returncode == 1
     assert "model._target_=antigravity.main" in done.stderr
     assert "antigravity" not in sys.modules
-
-
-@pytest.mark.parametrize("marker", [run_dir.FINISHED, run_dir.DIVERGED])
-def test_latest_is_a_run_that_can_go_on(tmp_path: Path, marker: str) -> None:
-    for name in ("a", "b"):
-        (tmp_path / (name * 32)).mkdir()
-        (tmp_path / (name * 32) / run_dir.CHECKPOINT).touch()
-    (tmp_path / ("b" * 32) / marker).touch()
-    assert run_dir.find_run(tmp_path, "latest").name == "a" * 32
-    (tmp_path / ("a" * 32) / marker).touch()
-    for run in ("latest", "0" * 32, *(["b" * 32] if marker == run_dir.FINISHED else [])):
-        with pytest.raises(UserError) as error:
-            run_dir.find_run(tmp_path, run)
-        assert (error.value.key, error.value.value) == ("resume", run)
 
 
 @pytest.mark.slow

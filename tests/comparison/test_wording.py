@@ -34,6 +34,8 @@ def test_every_verdict_follows_from_interval_and_margin(better: float, noise: fl
     arms, rows = compared(better, noise)
     assert wording.describe_verdict(rows[0]) == verdict
     headline = wording.headline(arms, rows)
+    assert headline.startswith("In test/accuracy, against model=plain_cnn (9")
+    assert headline.endswith("95 % intervals, n = 5 seeds, margin 0.05 points.")
     assert f"se_cnn {'undecided' if verdict == 'undecided' else f'is {verdict}'}: " in headline
     assert wording.table(rows)[1]["verdict"] == verdict
 

@@ -26,6 +26,7 @@ def test_the_targets_are_the_mean_predictions_of_the_runs(composed: Compose, dig
     torch.testing.assert_close(targets, (predictions[0] + predictions[1]) / 2)
     assert not targets.requires_grad
     assert Labels()(images, labels) is labels, "without a teacher"
+    assert not Labels().saw_validation_split
 
 
 def test_a_student_is_trained_resumed_and_rerun(in_process: CommandLine, store: str, tmp_path: Path) -> None:

@@ -128,9 +128,12 @@ def test_the_latest_is_the_one_saved_last_that_has_neither_finished_nor_diverged
     run_dir.mark_diverged(tmp_path / diverged)
     assert run_dir.find_run(tmp_path, "latest").name == new
     assert run_dir.find_run(tmp_path, diverged).name == diverged, "by its id"
-    for folder, name in ((tmp_path, done), (tmp_path, "e" * 32), (tmp_path / "nowhere", "latest")):
-        with pytest.raises(UserError):
+    for name in (new, old):
+        run_dir.mark_complete(tmp_path / name)
+    for folder, name in ((tmp_path, done), (tmp_path, "e" * 32), (tmp_path, "latest"), (tmp_path / "nowhere", "latest")):
+        with pytest.raises(UserError) as error:
             run_dir.find_run(folder, name)
+        assert (error.value.key, error.value.value) == ("resume", name)
 
 
 def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
