@@ -75,16 +75,15 @@ def frame(sweep: str = "latest") -> pd.DataFrame:
     """
     leave_credentials()
     store = find_store()
-    parent, definition = store.find_sweep(sweep, finished_too=True)
-    overrides = {job.number: {key_of(item): text_of(item) for item in job.overrides} for job in definition.jobs}
-    records = sorted(store.children(parent.run_id), key=lambda record: record.job or 0)
+    records = sorted(store.children(store.find_sweep(sweep).run_id), key=lambda record: record.job or 0)
+    overrides = [{key_of(item): text_of(item) for item in record.overrides} for record in records]
     table = pd.DataFrame(
         {"run": record.run_id, "job": record.job, "status": record.status, "arm": record.tags.get(ARM, ""), "data": record.data}
-        | overrides.get(record.job or 0, {})
+        | values
         | record.metrics
-        for record in records
+        for record, values in zip(records, overrides, strict=True)
     )
-    for key in dict.fromkeys(key for values in overrides.values() for key in values if key in table):
+    for key in dict.fromkeys(key for values in overrides for key in values):
         numbers = pd.to_numeric(table[key], errors="coerce")
         if numbers.notna().equals(table[key].notna()):
             table[key] = numbers

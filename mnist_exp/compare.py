@@ -17,8 +17,7 @@ from mnist_exp.overrides import command
 
 if TYPE_CHECKING:
     from mnist_exp.comparison.arms import Arms
-    from mnist_exp.tracking.base import RunRecord, Store
-    from mnist_exp.tracking.definition import Definition
+    from mnist_exp.tracking.base import Store, Sweep
 
 REPORT, PICTURE = "report.html", "differences.png"
 
@@ -69,13 +68,13 @@ def compare(arguments: argparse.Namespace) -> None:
     from mnist_exp.tracking.base import Answer
 
     settings = cli.default_settings()
-    sweeps: list[tuple[RunRecord, Definition]] = []
+    sweeps: list[Sweep] = []
     if arguments.results:
         sources = tables.read_tables(arguments.results)
     else:
         store = cli.find_store(settings)
         sweeps = find_sweeps(store, arguments.sweeps or ["latest"])
-        sources = [arms.source_of(store, *item) for item in sweeps]
+        sources = [arms.source_of(store, sweep) for sweep in sweeps]
     if arguments.export:
         tables.write_table(arguments.export, sources)
     compared = arms.arrange(sources, arguments.factor, arguments.baseline)
@@ -92,34 +91,32 @@ def compare(arguments: argparse.Namespace) -> None:
     with suppress(UserError):  # a damaged file
         root = settings.data.get("root") or settings.data.get("default_root")
         images = find_test_images(record.data, root, record.digests.get("test", ""))
-    for parent, _ in sweeps:
-        page = report.render(compared, rows, levels, parsed, parent, repeated, images, store.page)
+    for sweep in sweeps:
+        page = report.render(compared, rows, levels, parsed, sweep.record, repeated, images, store.page)
         with tempfile.TemporaryDirectory() as folder:
             answer = Answer(Path(folder) / REPORT, Path(folder) / PICTURE, headline, arms.answer_metrics(compared, rows))
             answer.report.write_text(page, encoding="utf-8")
             report.draw_differences(rows, answer.picture)
-            show_lines([f"Report: {store.publish(parent.run_id, answer)}"])
+            show_lines([f"Report: {store.publish(sweep.run_id, answer)}"])
 
 
-def find_sweeps(store: "Store", ids: Sequence[str]) -> "list[tuple[RunRecord, Definition]]":
-    """Return the parents and definitions of sweeps, each once, in the order of their start."""
-    sweeps = [store.find_sweep(sweep, finished_too=True) for sweep in ids]
-    return sorted(
-        {parent.run_id: (parent, definition) for parent, definition in sweeps}.values(), key=lambda item: item[0].started
-    )
+def find_sweeps(store: "Store", ids: Sequence[str]) -> "list[Sweep]":
+    """Return sweeps, each once, in the order of their start."""
+    sweeps = {sweep.run_id: sweep for sweep in map(store.find_sweep, ids)}
+    return sorted(sweeps.values(), key=lambda sweep: sweep.record.started)
 
 
-def commands(sweeps: "Sequence[tuple[RunRecord, Definition]]", arms: "Arms", arguments: argparse.Namespace) -> list[str]:
+def commands(sweeps: "Sequence[Sweep]", arms: "Arms", arguments: argparse.Namespace) -> list[str]:
     """Return the shell commands that repeat the sweeps, their extensions, and the comparison."""
     repeated = []
-    for _, definition in sweeps:
-        is_search = definition.sweeper == "optuna"
-        search = ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={definition.total}"] if is_search else []
-        repeated.append(command("run", "-m", *search, *definition.overrides))
-        repeated += [command("run", "-m", "sweep.extend=latest", *step.overrides) for step in definition.extensions]
+    for sweep in sweeps:
+        search = ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={sweep.total}"] if sweep.sweeper == "optuna" else []
+        first, *added = sweep.grids
+        repeated.append(command("run", "-m", *search, *first))
+        repeated += [command("run", "-m", "sweep.extend=latest", *grid) for grid in added]
     options = ["--metric", *arguments.metrics] if arguments.metrics else []
     options += ["--margin", str(arguments.margin)] if arguments.margin else []
-    ids = [parent.run_id for parent, _ in sweeps]
+    ids = [sweep.run_id for sweep in sweeps]
     return [*repeated, command("compare", *ids, "--factor", arms.factor, "--baseline", arms.baseline, *options)]
 
 

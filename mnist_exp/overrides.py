@@ -2,13 +2,17 @@
 
 import re
 import shlex
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp.errors import UserError
 from mnist_exp.paths import CONFIG_DIR, LOCATIONS, NAME, take_credentials, typed
@@ -53,6 +57,46 @@ def section_of(override: str) -> str:
 def text_of(override: str) -> str:
     """Return the value of an override as typed."""
     return (parse(override).input_line or "").partition("=")[2]
+
+
+def choices(override: str) -> list[str]:
+    """Return the overrides that a list of choices or a range stands for, the override itself if it has one value.
+
+    Raises:
+        UserError: It is an interval, or has no value.
+    """
+    parsed = parse(override)
+    key = parsed.get_key_element()
+    if not parsed.is_sweep_override():
+        value = parsed.get_value_element_as_str()
+        return [key if parsed.is_delete() and value == "null" else f"{key}={value}"]
+    if not parsed.is_discrete_sweep():
+        raise UserError(
+            f"{override} is invalid: expected a list of choices, such as 0.1,0.2 or range(0,5). "
+            "Intervals need hydra/sweeper=optuna."
+        )
+    found: list[str] = []
+    with suppress(OmegaConfBaseException):  # of a range among other values
+        found = [f"{key}={value}" for value in parsed.sweep_string_iterator()]
+    if not found:
+        raise UserError.invalid(key, text_of(override), "values such as 0,1,5, or one range that is not empty")
+    return found
+
+
+def combinations(grid: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return the overrides of each job of a grid: every combination of the choices of its overrides."""
+    by_key = {key_of(override): choices(override) for override in grid}
+    return list(product(*by_key.values()))
+
+
+def varied_keys(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """Return the keys whose overrides differ between jobs, or are missing in some, in the order of the command line."""
+    values: dict[str, set[str]] = {}
+    counts = Counter(key_of(override) for job in jobs for override in job)
+    for job in jobs:
+        for override in job:
+            values.setdefault(key_of(override), set()).add(override)
+    return [key for key, seen in values.items() if len(seen) > 1 or counts[key] < len(jobs)]
 
 
 def is_location(override: str) -> bool:

@@ -45,7 +45,7 @@ def run_composed(composed: DictConfig) -> float | None:
     install_signal_handlers()
     from mnist_exp.experiment import repeat, runner  # after the command line is parsed: they take seconds to import
     from mnist_exp.sweep.search import make_pruning_callback
-    from mnist_exp.tracking.definition import parse_job_context
+    from mnist_exp.tracking.job_context import parse_job_context
 
     job = HydraConfig.get()
     try:

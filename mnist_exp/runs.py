@@ -173,11 +173,11 @@ def best_arm(store: "MLflowStore", settings: "Settings", arguments: argparse.Nam
     from mnist_exp.console import show_lines, show_table
     from mnist_exp.sweep.summary import rank_arms
 
-    parent, definition = store.find_sweep(arguments.sweep, finished_too=True)
-    arms = rank_arms(definition.jobs, store.children(parent.run_id))
+    sweep = store.find_sweep(arguments.sweep)
+    arms = rank_arms(store.children(sweep.run_id))
     if not arms:
         raise UserError(
-            f"Sweep {parent.run_id} has no finished job with {OBJECTIVE}, by which arms are ranked.",
+            f"Sweep {sweep.run_id} has no finished job with {OBJECTIVE}, by which arms are ranked.",
             remedy="Finish it, or start one with validation images, such as data=mnist_tuning.",
         )
     show_table(
@@ -205,12 +205,12 @@ def promote_model(store: "MLflowStore", settings: "Settings", arguments: argpars
                 "with it.",
                 remedy="Promote a run of your choice with --run.",
             )
-        parent, definition = store.find_sweep(arguments.sweep, finished_too=True)
-        decision = decide_by_sweep(source_of(store, parent, definition), before.run_id if before else None)
+        sweep = store.find_sweep(arguments.sweep)
+        decision = decide_by_sweep(source_of(store, sweep), before.run_id if before else None)
         if decision.run is None:
             show_lines([decision.reason])
             return
-        record, reason, tags = decision.run, decision.reason, decision.tags | {"sweep": parent.run_id}
+        record, reason, tags = decision.run, decision.reason, decision.tags | {"sweep": sweep.run_id}
     source = models.verified_model(store, record)
     version = models.register(store, source, arguments.name, arguments.alias, reason, tags)
     show_lines([reason, f"models:/{arguments.name}@{arguments.alias} is version {version}, of run {record.run_id}."])

@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache, partial
@@ -106,13 +106,19 @@ class Settings(BaseModel):
     sweep: SweepSettings = SweepSettings()
     shape: dict[Literal["classes", "side", "in_channels"], Count] | None = None
 
-    @property
-    def digest(self) -> str:
-        """A short hash of what affects the outcome of a run."""
-        recipe = self.model_dump(mode="json", exclude=set(NEUTRAL))
-        places = {key.removeprefix("data.") for key in LOCATIONS}
+    def digest(self, counted: Container[str] = ()) -> str:
+        """Return a short hash of what affects the outcome of a run, with newer keys at their defaults.
+
+        Args:
+            counted: Keys that count although they do not affect the outcome, because a sweep varies them.
+        """
+        if self.rerun:  # such a run brings its own recipe
+            return _short_hash({"rerun": self.rerun})
+        recipe = _with_defaults(self.model_dump(mode="json", exclude={key for key in NEUTRAL if key not in counted}), "")
+        places = {key.removeprefix("data.") for key in LOCATIONS if key not in counted}
         recipe["data"] = {key: value for key, value in recipe["data"].items() if key not in places}
-        return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+        recipe["phases"] = list(recipe["phases"].items())  # their order counts
+        return _short_hash(recipe)
 
     @property
     def phase_parts(self) -> dict[str, dict[str, tuple[str, Any]]]:
@@ -183,11 +189,35 @@ def defaults_of_newer_keys(settings: Settings) -> dict[str, Any]:
     """Return the keys that a stored configuration lacks, because it is older than they are, and the defaults that apply."""
     missing = settings.model_dump(include=Settings.model_fields.keys() - settings.model_fields_set - {"shape", *PARTS})
     for key, node in walk(settings.model_dump(exclude={"tracking"})):
-        if isinstance(node, dict) and str(node.get("_target_")).startswith(f"{NAME}."):  # conf/ writes out all of our arguments
-            parameters = inspect.signature(_target(node, key)).parameters.values()
-            defaults = {item.name: item.default for item in parameters if item.default is not inspect.Parameter.empty}
-            missing |= {f"{key}.{name}": value for name, value in defaults.items() if name not in node}
+        if isinstance(node, dict):
+            missing |= {f"{key}.{name}": value for name, value in _defaults(node, key).items() if name not in node}
     return missing
+
+
+def _defaults(node: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return the defaults of a node's arguments if its target is ours: conf/ writes out all of them."""
+    if not str(node.get("_target_")).startswith(f"{NAME}."):
+        return {}
+    return _defaults_of(_target(node, key))
+
+
+@cache
+def _defaults_of(target: Any) -> dict[str, Any]:
+    parameters = inspect.signature(target).parameters.values()
+    return {item.name: item.default for item in parameters if item.default is not inspect.Parameter.empty}
+
+
+def _with_defaults(value: Any, key: str) -> Any:
+    """Return a part of a configuration with the defaults of the arguments that its nodes lack."""
+    if isinstance(value, list):
+        return [_with_defaults(item, key) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {name: _with_defaults(item, f"{key}.{name}") for name, item in (_defaults(value, key) | value).items()}
+
+
+def _short_hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def check_settings(text: str) -> Settings:

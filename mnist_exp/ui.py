@@ -120,7 +120,7 @@ def list_pages(store: "MLflowStore", run_id: str | None, view: str | None) -> di
         name = views.TEMPLATES[view]["name"]
         return {name: saved[name]} | saved
     if view == views.CURVES and run_id in (None, "latest"):
-        run_id = store.find_sweep("latest", finished_too=True)[0].run_id
+        run_id = store.find_sweep("latest").run_id
     if run_id is None:
         return saved
     run = store.get_run(store.resolve_id(run_id))

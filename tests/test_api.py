@@ -10,7 +10,6 @@ from mnist_exp.errors import UserError
 from mnist_exp.experiment.runner import RunResult
 from mnist_exp.learning.datasets import load_digits
 from mnist_exp.tracking.base import RunInfo
-from mnist_exp.tracking.definition import Definition, Job
 from mnist_exp.tracking.mlflow_store import MLflowStore
 
 
@@ -46,12 +45,13 @@ def test_train_returns_the_run_and_load_its_model(uri: str, trained: RunResult) 
 
 def test_frame_has_a_row_for_each_job(uri: str, trained: RunResult) -> None:
     store = MLflowStore(uri, "sweeps")
-    jobs = [Job(number, [f"optimizer.lr={lr}", "seed=0"], str(number)) for number, lr in enumerate((0.1, 0.2))]
-    with store.start(RunInfo("sweep", "", {"sweep_jobs": "2"})) as parent:
-        parent.log_text(Definition("grid", 2, ["optimizer.lr=0.1,0.2"], {}, jobs).as_json(), "sweep.json")
+    grid = '[["optimizer.lr=0.1,0.2", "seed=0"]]'
+    with store.start(RunInfo("sweep", "", {"sweep_jobs": "2", "sweeper": "grid", "grids": grid})) as parent:
+        pass
     ids = []
-    for number, accuracy in enumerate((0.5, 0.25)):
+    for number, (rate, accuracy) in enumerate([(0.1, 0.5), (0.2, 0.25)]):
         tags = {"sweep_id": parent.run_id, "job_num": str(number), "data": "digits"}
+        tags["overrides"] = f"optimizer.lr={rate} seed=0"
         with store.start(RunInfo("job", "", tags)) as job:
             job.log_metrics({"val/accuracy": accuracy}, 1)
         ids.append(job.run_id)

@@ -1,6 +1,8 @@
 """Which runs may be compared: arms of one factor, their runs paired by seed and averaged over every other key that varied."""
 
+import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -9,9 +11,8 @@ import numpy as np
 from mnist_exp.comparison.statistics import Comparison, Verdict, compare, levels_differ
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import metric_of
-from mnist_exp.overrides import key_of, text_of
-from mnist_exp.tracking.base import RunRecord, Store
-from mnist_exp.tracking.definition import Definition, storable
+from mnist_exp.overrides import combinations, key_of, text_of
+from mnist_exp.tracking.base import RunRecord, Store, Sweep
 
 Jobs = Mapping[int, Mapping[str, str]]  # the overrides of each job by its number, as values by key
 Block = tuple[tuple[str, str], ...]  # (key, value) of every key that varied except the factor, the seed included
@@ -37,10 +38,22 @@ class Source:
     initial: frozenset[int]
 
 
-def source_of(store: Store, parent: RunRecord, definition: Definition) -> Source:
+def source_of(store: Store, sweep: Sweep) -> Source:
     """Return the runs of a sweep as a source of a comparison."""
-    jobs = {job.number: {key_of(item): text_of(item) for item in job.overrides} for job in definition.jobs}
-    return Source(parent.run_id, store.children(parent.run_id), jobs, definition.initial)
+    records = store.children(sweep.run_id)
+    jobs = {record.job: record.overrides for record in records if record.job is not None}
+    if sweep.sweeper != "grid":  # a search records what it has proposed
+        return Source(sweep.run_id, records, _values(jobs), frozenset(jobs))
+    first, *later = ([list(combination) for combination in combinations(grid)] for grid in sweep.grids)
+    missing = [job for job in [*first, *itertools.chain(*later)] if job not in jobs.values()]
+    # Combinations that compose equal configurations are one job.
+    jobs |= dict(zip((number for number in range(sweep.total) if number not in jobs), missing, strict=False))
+    initial = frozenset(number for number, job in jobs.items() if job in first)
+    return Source(sweep.run_id, records, _values(dict(sorted(jobs.items()))), initial)
+
+
+def _values(jobs: Mapping[int, Sequence[str]]) -> Jobs:
+    return {number: {key_of(item): text_of(item) for item in job} for number, job in jobs.items()}
 
 
 @dataclass(frozen=True)
@@ -471,4 +484,4 @@ def answer_metrics(arms: Arms, rows: Sequence[Row]) -> dict[str, float]:
             ends = {"difference": values.difference, "low": values.interval.low, "high": values.interval.high}
             found |= {f"{name}/{key}": value * scale for key, value in ends.items()}
             found |= {f"{name}/p": values.p, f"{name}/n": float(values.n)}
-    return {storable(name)[:200]: value for name, value in found.items() if math.isfinite(value)}
+    return {re.sub(r"[^\w\-. /:]", "_", name)[:200]: value for name, value in found.items() if math.isfinite(value)}

@@ -20,7 +20,7 @@ from mnist_exp.signals import Interrupted, defer_signals
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import models, provenance
-from mnist_exp.tracking.base import OUTCOME, DatasetInfo, RunInfo, Store, Tracker
+from mnist_exp.tracking.base import OUTCOME, RECIPE, DatasetInfo, RunInfo, Store, Tracker
 from mnist_exp.tracking.tags import RESUMED
 
 COMPARED = ("confusion_matrix", "worst_mistakes")  # figures that the UI shows side by side
@@ -54,7 +54,7 @@ class Recorder:
         recipe = self._initial.recipe
         self.tracker.log_params(params)
         self.tracker.log_text(yaml.safe_dump(recipe.settings.model_dump(mode="json"), sort_keys=False), "config.yaml")
-        self.tracker.log_text(recipe.as_json(), "recipe.json")
+        self.tracker.log_text(recipe.as_json(), RECIPE)
         if resumed is None:
             patch, status = provenance.uncommitted()
             texts = {"packages.txt": provenance.packages(), "uncommitted.diff": patch, "status.txt": status}

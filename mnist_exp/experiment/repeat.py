@@ -14,7 +14,7 @@ from mnist_exp.settings import Recipe, Settings, build, check_repeats, defaults_
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import Store
-from mnist_exp.tracking.definition import JobContext, parse_job_context
+from mnist_exp.tracking.job_context import JobContext, parse_job_context
 
 
 def request(recipe: Recipe, job: JobContext | None = None, **options: Any) -> RunRequest:

@@ -1,6 +1,7 @@
 """One run: prepare, start, train, evaluate, finalize."""
 
 import os
+import shlex
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -26,8 +27,8 @@ from mnist_exp.storage import run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import RunInfo, Store
-from mnist_exp.tracking.definition import JobContext
-from mnist_exp.tracking.tags import ARM, CONFIG_HASH, DATA, DIFFERS, JOB, OVERRIDES, RERUN_OF, SWEEP
+from mnist_exp.tracking.job_context import JobContext
+from mnist_exp.tracking.tags import ARM, DATA, DIFFERS, JOB, OVERRIDES, RERUN_OF, SWEEP
 from mnist_exp.tracking.views import artifact_path
 
 ShouldPrune = Callable[[int, Mapping[str, float]], bool]  # called with examples seen and metrics
@@ -201,8 +202,7 @@ def _run_info(request: RunRequest, prepared: Prepared) -> RunInfo:
         **provenance.machine_tags(prepared.device),
         **provenance.process_tags(settings.output_dir),
         DATA: prepared.data.name,
-        CONFIG_HASH: settings.digest,
-        OVERRIDES: " ".join(request.recipe.overrides),
+        OVERRIDES: shlex.join(request.recipe.overrides),
     }
     if job:
         shown = [override for override in shown if key_of(override) in job.varied]

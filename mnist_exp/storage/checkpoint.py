@@ -34,7 +34,7 @@ class Checkpoint:
         history: (examples seen, metrics) of every report.
         seconds: Seconds of training by phase.
         elapsed: Seconds of the whole run.
-        job: The context of a job of a sweep, as in `tracking.definition.JobContext`.
+        job: The context of a job of a sweep, as in `tracking.job_context.JobContext`.
     """
 
     run_id: str

@@ -1,29 +1,36 @@
 """Grids: every combination of the choices on the command line, once."""
 
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import replace
-from datetime import UTC, datetime
+from contextlib import ExitStack, suppress
+from importlib.util import find_spec
 
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from mnist_exp.composing import config_dir_of, from_composed
+from mnist_exp.composing import config_dir_of, from_composed, missing_extra
 from mnist_exp.console import SweepDisplay, show_lines, show_table
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import check_ids, check_stored, is_location, key_of, remember_locations, section_of
+from mnist_exp.overrides import (
+    check_ids,
+    check_stored,
+    combinations,
+    is_location,
+    key_of,
+    remember_locations,
+    section_of,
+    varied_keys,
+)
 from mnist_exp.paths import take_credentials
-from mnist_exp.settings import Settings, build
+from mnist_exp.settings import NEUTRAL, Recipe, Settings, build, walk
 from mnist_exp.signals import install_signal_handlers
 from mnist_exp.storage import run_dir
-from mnist_exp.sweep.jobs import Composer, failed, varied_keys
-from mnist_exp.sweep.parent import Parent, check_definition, check_output_dir, open_parent
+from mnist_exp.sweep.jobs import Composer, Job, failed
+from mnist_exp.sweep.parent import Parent, check_output_dir, open_parent
 from mnist_exp.sweep.summary import Progress, preview
 from mnist_exp.tracking import provenance
-from mnist_exp.tracking.base import Store
-from mnist_exp.tracking.definition import Definition, Extension, Job
+from mnist_exp.tracking.base import RunRecord, Store, Sweep
 
 
 class GridSweep:
@@ -42,6 +49,10 @@ class GridSweep:
     def __init__(self, context: HydraContext, task: TaskFunction, composed: DictConfig, params: dict[str, str]) -> None:
         if isinstance(uri := composed.get("tracking", {}).get("uri"), str):  # from conf/local or a preset
             OmegaConf.update(composed, "tracking.uri", take_credentials(uri), force_add=True)
+        launcher = composed.hydra.launcher._target_
+        for package in ("ray", "submitit"):  # they import theirs only when they start the first job
+            if f"hydra_{package}_launcher" in launcher and find_spec(package) is None:
+                raise UserError(missing_extra(launcher) or "", key="hydra/launcher", value=launcher)
         self.composed, self.params = composed, params
         self.composer = Composer(context.config_loader, composed, self.check)
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
@@ -55,43 +66,46 @@ class GridSweep:
         hydra = self.composed.hydra
         remember_locations(hydra.overrides.task, config_dir_of(hydra))  # interpolations resolved
         self.settings = settings = from_composed(self.composed)
-        store = build(settings.tracking, "tracking")
+        store: Store = build(settings.tracking, "tracking")
         if not settings.sweep.dry_run:
             run_dir.ensure_writable_dir(settings.output_dir)
         # The command line: locations, the sweep's own keys, and what defines its jobs.
         locations = [override for override in arguments if is_location(override)]
         apart = {*locations, *(override for override in arguments if section_of(override) == "sweep")}
         overrides = [f"{key}={value}" for key, value in self.params.items()]
-        overrides += [override for override in arguments if override not in apart]
-        stored = None
-        if settings.sweep.resume or settings.sweep.extend:
-            sweep_id, stored = self._load_definition(store, overrides, locations)
-            definition = self.extend(sweep_id, stored, overrides) if settings.sweep.extend else self.resume(stored)
-        else:
-            sweep_id, jobs = None, self.define(overrides)
-            definition = Definition(self.name, self.total(jobs), overrides, provenance.software(), jobs)
-        if definition is not stored:  # what could not be read back from the store is refused before anything is recorded
-            check_stored(definition.all_overrides, "The command line")
-        if settings.sweep.dry_run:
-            rows, notes = preview(definition, sweep_id, store)
-            show_table(rows)
-            show_lines(notes)
-            return
-        getattr(self.launcher, "warm_up", lambda: None)()  # now that nothing can be refused any more
-        launching = [override for override in self.composed.hydra.overrides.hydra if "launcher" in override]
-        with open_parent(
-            store,
-            definition,
-            settings,
-            sweep_id=sweep_id,
-            stored=stored,
-            swept_keys=self.swept_keys(definition),
-            locations=locations,
-            selecting_overrides=(*self.selecting_overrides, *launching),
-        ) as parent:
-            if definition is not stored:
-                parent.define()
-            display = SweepDisplay(definition.total)
+        overrides = self.composer.write_out(overrides + [override for override in arguments if override not in apart])
+        check_stored(overrides, "The command line")  # what could not be read back is refused before anything is recorded
+        with ExitStack() as lock:
+            stored = self._find_stored(store, locations, lock)
+            grids = self._grids(stored, overrides)
+            jobs = self.define(stored, grids)
+            children = self.match(store, stored, jobs)
+            if settings.sweep.dry_run:
+                done = {number for child, number in children if child.is_done}
+                rows, notes = preview(jobs, done, self.total(stored, jobs))
+                show_table(rows)
+                show_lines(notes)
+                return
+            getattr(self.launcher, "warm_up", lambda: None)()  # now that nothing can be refused any more
+            launching = [override for override in hydra.overrides.hydra if "launcher" in override]
+            parent = lock.enter_context(
+                open_parent(
+                    store,
+                    settings,
+                    sweeper=self.name,
+                    grids=grids,
+                    jobs=jobs,
+                    total=self.total(stored, jobs),
+                    resumed=stored.run_id if stored else None,
+                    swept_keys=self.swept_keys(grids),
+                    locations=locations,
+                    selecting_overrides=(*self.selecting_overrides, *launching),
+                )
+            )
+            for child, number in children:
+                if child.job != number:
+                    store.number_job(child.run_id, number)
+            display = SweepDisplay(self.total(stored, jobs))
             try:
                 with display.polling(Progress(store, parent.tracker.run_id).read):
                     self.run_jobs(parent)
@@ -101,68 +115,121 @@ class GridSweep:
                 raise
             _check_finished(parent, _show(parent, display))
 
-    def _load_definition(self, store: Store, overrides: list[str], locations: list[str]) -> tuple[str, Definition]:
-        """Return the id and the definition of the sweep to resume or to extend."""
+    def _find_stored(self, store: Store, locations: list[str], lock: ExitStack) -> Sweep | None:
+        """Return the sweep to resume or to extend, which stays locked, None for a new one; raises UserError."""
         sweep, output_dir = self.settings.sweep, self.settings.output_dir
-        key = "sweep.extend" if sweep.extend else "sweep.resume"
         if sweep.extend and sweep.resume:
             raise UserError("sweep.resume and sweep.extend exclude each other: resume the sweep first, then extend it.")
+        if not (sweep.extend or sweep.resume):
+            return None
+        key = "sweep.extend" if sweep.extend else "sweep.resume"
         if not sweep.dry_run:
             store.reap(output_dir)
-        record, stored = store.find_sweep(sweep.extend or sweep.resume or "", finished_too=bool(sweep.extend))
-        if sweep.extend and (self.name != GridSweep.name or stored.sweeper != self.name):
-            raise UserError.invalid(
-                key,
-                record.run_id,
-                "a grid, not a search",
-                "Continue a search with sweep.resume and a larger hydra.sweeper.n_trials.",
+        found = store.find_sweep(sweep.extend or sweep.resume or "", unfinished=not sweep.extend)
+        if found.sweeper != self.name:
+            raise UserError.invalid(key, found.run_id, f"a sweep by {self.name}", f"Add hydra/sweeper={found.sweeper}.")
+        check_output_dir(found.record, output_dir, locations, key)
+        if not sweep.dry_run:
+            lock.enter_context(run_dir.lock_run(output_dir / found.run_id))
+            found = store.find_sweep(found.run_id)  # another process may have extended it
+        return found
+
+    def _grids(self, stored: Sweep | None, overrides: list[str]) -> list[list[str]]:
+        """Return the grids to run: the typed one, or the stored ones with those that an extension adds; raises UserError."""
+        if stored is None:
+            return [overrides]
+        if self.settings.sweep.extend:
+            return self.extend(stored, overrides)
+        if overrides and overrides not in stored.grids:
+            raise UserError(
+                f"sweep.resume={stored.run_id} runs the sweep as it was started: {' '.join(overrides)} cannot change it.",
+                key="sweep.resume",
+                value=stored.run_id,
+                remedy="Leave the overrides out, start another sweep, or add jobs with sweep.extend.",
             )
-        check_output_dir(record, output_dir, locations, key)
-        jobs = [self.composer.job(job.number, job.overrides) for job in stored.jobs]
-        if not sweep.force:
-            current = [] if sweep.extend else overrides
-            check_definition(stored, Definition(self.name, len(jobs), current, provenance.software(), jobs), key)
-        return record.run_id, stored
+        return stored.grids
 
-    def extend(self, sweep_id: str, stored: Definition, overrides: list[str]) -> Definition:
-        """Return the definition of a sweep with the jobs that `overrides` add; raises UserError if they add none."""
+    def extend(self, stored: Sweep, overrides: list[str]) -> list[list[str]]:
+        """Return the grids of a sweep, and each with the values of `overrides`; raises UserError without any."""
         if not overrides:
-            raise UserError(f"sweep.extend={sweep_id} adds nothing: expected new values, such as 'seed=range(5,20)'.")
-        existing, varied = {override for job in stored.jobs for override in job.overrides}, varied_keys(stored.jobs)
-        for override in (item for choices in self.composer.choices(overrides).values() for item in choices):
-            if section_of(override) == "data" and key_of(override) not in varied and override not in existing:
-                raise UserError(
-                    f"{override} is invalid: sweep {sweep_id} does not vary the data, and runs on other data cannot be compared "
-                    "with its own. Leave it out, or start another sweep."
-                )
-        jobs = self.composer.added(stored.jobs, overrides)
-        if not jobs:
-            raise UserError(f"sweep.extend={sweep_id} adds no job: all combinations with {' '.join(overrides)} are in the sweep.")
-        step = Extension(datetime.now(UTC).isoformat(timespec="seconds"), overrides, jobs[0].number, len(jobs))
-        return replace(stored, total=stored.total + len(jobs), jobs=[*stored.jobs, *jobs], extensions=[*stored.extensions, step])
+            raise UserError(f"sweep.extend={stored.run_id} adds nothing: expected new values, such as 'seed=range(5,20)'.")
+        typed = {key_of(override): override for override in overrides}
+        grids = list(stored.grids)
+        for grid in stored.grids:
+            extended = list(({key_of(override): override for override in grid} | typed).values())
+            grids += [extended] if extended not in grids else []
+        return grids
 
-    def define(self, overrides: list[str]) -> list[Job]:
-        """Return all jobs that can be defined before the first starts, validated."""
-        return self.composer.grid(overrides)
+    def define(self, stored: Sweep | None, grids: list[list[str]]) -> list[Job]:
+        """Return all jobs that can be defined before the first starts, checked."""
+        jobs = self.composer.grid(grids)
+        if self.settings.sweep.extend and stored and len(jobs) == stored.total:
+            raise UserError(f"sweep.extend={stored.run_id} adds no job: the sweep has all of these combinations.")
+        return jobs
 
     def check(self, settings: Settings) -> None:
         """Raise UserError if this sweeper must not run a job of those settings."""
 
-    def total(self, jobs: list[Job]) -> int:
-        """Return the number of jobs of a new sweep."""
+    def total(self, stored: Sweep | None, jobs: list[Job]) -> int:
+        """Return the number of jobs of the sweep."""
         return len(jobs)
 
-    def resume(self, stored: Definition) -> Definition:
-        """Return the definition of a resumed sweep."""
-        return stored
+    def match(self, store: Store, stored: Sweep | None, jobs: list[Job]) -> list[tuple[RunRecord, int | None]]:
+        """Return the runs of a stored sweep, each with the number of the job that it is, None if it is none any more.
 
-    def swept_keys(self, definition: Definition) -> list[str]:
+        Raises:
+            UserError: A finished run is none any more, or other software has computed it, unless `sweep.force` is set.
+        """
+        if stored is None:
+            return []
+        children = store.children(stored.run_id)
+        recipes = store.read_recipes(children)
+        matched = [(child, self.number(child, recipes.get(child.run_id), jobs)) for child in children]
+        for child, number in matched:
+            if child.is_done and not self.settings.sweep.force:
+                self._check_unchanged(child, recipes[child.run_id].settings, number, jobs)
+        return matched
+
+    def number(self, child: RunRecord, recipe: Recipe | None, jobs: list[Job]) -> int | None:
+        """Return the number of the job that a stored run is: the one of the same digest."""
+        if recipe is None:  # it ended before it recorded its recipe
+            return child.job
+        digest = recipe.settings.digest(varied_keys([job.overrides for job in jobs]))
+        return next((job.number for job in jobs if job.digest == digest), None)
+
+    def _check_unchanged(self, child: RunRecord, then: Settings, number: int | None, jobs: list[Job]) -> None:
+        """Raise UserError if the job of a finished run would compute something else today.
+
+        Args:
+            child: The run.
+            then: Its settings.
+            number: The number of the job that it is, None if it is none any more.
+            jobs: The jobs as composed today.
+        """
+        changed = provenance.differences(child.tags, provenance.software())
+        if number is None and not changed:
+            changed = "no grid has its configuration"
+            for job in (job for job in jobs if job.number == child.job):
+                before, now = (
+                    dict(walk(settings.model_dump(mode="json", exclude=set(NEUTRAL))))
+                    for settings in (then, self.composer.settings(job.overrides))
+                )
+                keys = [key for key, value in before.items() if not isinstance(value, dict) and now.get(key) != value]
+                changed = "; ".join(f"{key} was {before[key]}, is {now.get(key)}" for key in keys)
+        if changed:
+            raise UserError(
+                f"The sweep differs from its start: run {child.run_id} ({child.name}) has finished, but {changed}.",
+                key="sweep.force",
+                remedy="Start a new sweep, or run the jobs that have not finished with sweep.force=true.",
+            )
+
+    def swept_keys(self, grids: list[list[str]]) -> list[str]:
         """Return the keys that differ between jobs."""
-        return varied_keys(definition.jobs)
+        return varied_keys([combination for grid in grids for combination in combinations(grid)])
 
     def run_jobs(self, parent: Parent) -> None:
         """Run all jobs."""
-        self.launch_missing(parent, parent.definition.jobs)
+        self.launch_missing(parent, parent.jobs)
 
     def launch_missing(self, parent: Parent, jobs: Sequence[Job]) -> None:
         """Run those of `jobs` that have not finished."""

@@ -1,29 +1,40 @@
 """The jobs of a sweep: composed and validated before the first starts, and matched with their runs in the store."""
 
-import itertools
 import pickle
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp.composing import from_composed, without_hydra
-from mnist_exp.errors import UserError
-from mnist_exp.overrides import GROUPS, key_of, parse, text_of
+from mnist_exp.overrides import GROUPS, combinations, key_of, parse, varied_keys
 from mnist_exp.settings import Settings, Trial, check_repeats
 from mnist_exp.tracking.base import COLORS, RunRecord
-from mnist_exp.tracking.definition import Job
 
 JobResults = Mapping[int, JobReturn]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a sweep.
+
+    Args:
+        number: The position of the job in the sweep, from 0.
+        overrides: The overrides that define the job.
+        digest: The digest of the configuration that they compose, which identifies the job in the store.
+    """
+
+    number: int
+    overrides: list[str]
+    digest: str
 
 
 class Composer:
@@ -39,73 +50,41 @@ class Composer:
 
     def job(self, number: int, overrides: Sequence[str]) -> Job:
         """Return a job, composed and checked; raises UserError."""
-        return self._checked(number, overrides, from_composed(self._compose(overrides)))
+        settings = self.settings(overrides)
+        self._check_job(settings, overrides)
+        return Job(number, list(overrides), settings.digest())
 
-    def parse(self, overrides: list[str]) -> list[Override]:
-        """Return overrides as parsed by Hydra, with globs resolved against conf/."""
-        return OverridesParser.create(config_loader=self._loader).parse_overrides(overrides)
+    def settings(self, overrides: Sequence[str]) -> Settings:
+        """Return the settings that overrides compose; raises UserError."""
+        return from_composed(self._compose(overrides))
 
-    def choices(self, overrides: list[str]) -> dict[str, list[str]]:
-        """Return the overrides that a command line chooses between, by key; raises UserError on an interval."""
-        choices: dict[str, list[str]] = {}
-        for override in self.parse(overrides):
-            key = override.get_key_element()
-            if not override.is_sweep_override():
-                value = override.get_value_element_as_str()
-                choices[key] = [key if override.is_delete() and value == "null" else f"{key}={value}"]
-            elif override.is_discrete_sweep():
-                with suppress(OmegaConfBaseException):  # of a range among other values
-                    choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
-                if not choices.get(key):
-                    text = text_of(str(override.input_line))
-                    raise UserError.invalid(key, text, "values such as 0,1,5, or one range that is not empty")
+    def write_out(self, overrides: list[str]) -> list[str]:
+        """Return overrides with globs resolved against conf/ and shuffled choices in their order."""
+        written = []
+        for override in OverridesParser.create(config_loader=self._loader).parse_overrides(overrides):
+            value = override.value()
+            if isinstance(value, Glob) or getattr(value, "shuffle", False):
+                written.append(f"{override.get_key_element()}={','.join(override.sweep_string_iterator())}")
             else:
-                raise UserError(
-                    f"{override.input_line} is invalid: expected a list of choices, such as 0.1,0.2 or range(0,5). "
-                    "Intervals need hydra/sweeper=optuna."
-                )
-        return choices
+                written.append(str(override.input_line))
+        return written
 
-    def grid(self, overrides: list[str]) -> list[Job]:
-        """Return every combination of the choices in `overrides`; combinations that compose equal configurations count once."""
-        jobs: dict[tuple[str, ...], Job] = {}
-        combinations = list(itertools.product(*self.choices(overrides).values()))
-        composed = [from_composed(self._compose(combination)) for combination in combinations]  # finds most mistakes, and is fast
-        for combination, settings in zip(combinations, composed, strict=True):
-            job = self._checked(len(jobs), combination, settings)
-            runs = (override for override in combination if key_of(override) in ("resume", "rerun"))
-            jobs.setdefault((job.config_hash, *runs), job)
+    def grid(self, grids: Sequence[Sequence[str]]) -> list[Job]:
+        """Return every combination of the choices in each grid; combinations that compose equal configurations count once."""
+        jobs: dict[str, Job] = {}
+        combined = list(dict.fromkeys(combination for grid in grids for combination in combinations(grid)))
+        varied = varied_keys(combined)
+        composed = [self.settings(combination) for combination in combined]  # finds most mistakes, and is fast
+        for combination, settings in zip(combined, composed, strict=True):
+            self._check_job(settings, combination)
+            digest = settings.digest(varied)
+            jobs.setdefault(digest, Job(len(jobs), list(combination), digest))
         return list(jobs.values())
 
-    def added(self, jobs: Sequence[Job], overrides: list[str]) -> list[Job]:
-        """Return new jobs: the values of `overrides`, combined with the values that the other keys have in `jobs`.
-
-        Args:
-            jobs: The jobs that exist; a combination that composes the configuration of one is left out.
-            overrides: The overrides of the command line.
-        """
-        choices = self.choices(overrides)
-        hashes, seen = {job.config_hash for job in jobs}, {tuple(job.overrides) for job in jobs}
-        added: list[Job] = []
-        # An existing job with a value replaced keeps the order of its overrides, which decides what overrides what.
-        for combination in itertools.product(*choices.values()):
-            for job in jobs:
-                values = {key_of(override): override for override in combination}
-                changed = [values.pop(key_of(override), override) for override in job.overrides] + list(values.values())
-                if tuple(changed) in seen:
-                    continue
-                seen.add(tuple(changed))
-                new = self.job(jobs[-1].number + 1 + len(added), changed)
-                if new.config_hash not in hashes:
-                    hashes.add(new.config_hash)
-                    added.append(new)
-        return added
-
-    def _checked(self, number: int, overrides: Sequence[str], settings: Settings) -> Job:
+    def _check_job(self, settings: Settings, overrides: Sequence[str]) -> None:
         check_repeats(settings, overrides)
         self._trial.try_out(settings, read_data=True)
         self._check(settings)
-        return Job(number, list(overrides), settings.digest)
 
     def _compose(self, overrides: Sequence[str]) -> DictConfig:
         plain = {override: parsed for override in overrides if (parsed := _plain_value(override))}
@@ -128,17 +107,6 @@ def _plain_value(override: str) -> Override | None:
     key = parsed.key_or_group
     is_change = not (parsed.is_add() or parsed.is_force_add() or parsed.is_delete() or parsed.is_sweep_override())
     return parsed if is_change and parsed.package is None and key not in GROUPS and "/" not in key else None
-
-
-def varied_keys(jobs: Iterable[Job]) -> list[str]:
-    """Return the keys whose overrides differ between jobs, or are missing in some, in the order of the command line."""
-    values: dict[str, set[str]] = {}
-    jobs = list(jobs)
-    counts = Counter(key_of(override) for job in jobs for override in job.overrides)
-    for job in jobs:
-        for override in job.overrides:
-            values.setdefault(key_of(override), set()).add(override)
-    return [key for key, seen in values.items() if len(seen) > 1 or counts[key] < len(jobs)]
 
 
 def job_colors(jobs: Sequence[Job]) -> dict[int, str]:

@@ -1,5 +1,6 @@
 """The parent run of a sweep: define it, resume it, finalize it."""
 
+import json
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -14,13 +15,14 @@ from mnist_exp.overrides import command, key_of, quoted
 from mnist_exp.settings import Settings
 from mnist_exp.signals import Interrupted, defer_signals
 from mnist_exp.storage import run_dir
-from mnist_exp.sweep.jobs import common_data, failure_reason, job_colors, latest_run_per_job
+from mnist_exp.sweep.jobs import Job, common_data, failure_reason, job_colors, latest_run_per_job
 from mnist_exp.sweep.summary import describe_sweep, job_table, results_csv, sweep_metrics
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import PROCESS_DIED, RunInfo, RunRecord, Store, Tracker
-from mnist_exp.tracking.definition import Definition, Job, JobContext, sweep_params
-from mnist_exp.tracking.tags import ANSWER, HOST, OUTPUT_DIR, OVERRIDES, PID, SWEEP_JOBS
+from mnist_exp.tracking.job_context import JobContext
+from mnist_exp.tracking.tags import ANSWER, GRIDS, HOST, OUTPUT_DIR, OVERRIDES, PID, SWEEP_JOBS, SWEEPER
 
+MAX_TAG = 8000  # characters; MLflow cuts a longer value without an error
 ORPHAN_PATIENCE = 60.0  # seconds for the jobs of a killed parent to end
 
 
@@ -32,7 +34,9 @@ class Parent:
         store: Holds the runs of the jobs.
         tracker: Of the parent's own run.
         output_dir: The folder of all runs.
-        definition: The sweep's definition; a search appends its jobs.
+        grids: The overrides of each grid.
+        jobs: The jobs; a search appends those that it proposes.
+        total: The number of jobs, including those that a search has not proposed yet.
         swept_keys: The keys that differ between jobs.
         path_overrides: The overrides of locations on the command line, which every job receives.
         resume_command: The command that resumes the sweep.
@@ -44,7 +48,9 @@ class Parent:
     store: Store
     tracker: Tracker
     output_dir: Path
-    definition: Definition
+    grids: list[list[str]]
+    jobs: list[Job]
+    total: int
     swept_keys: list[str]
     path_overrides: list[str]
     resume_command: str
@@ -61,17 +67,10 @@ class Parent:
         """Return the runs of the jobs."""
         return self.store.children(self.tracker.run_id)
 
-    def define(self) -> None:
-        """Record the definition, which `sweep.resume` reads."""
-        self.tracker.log_text(self.definition.as_json(), "sweep.json")
-        self.tracker.set_tags({SWEEP_JOBS: str(self.definition.total)})
-        self.tracker.log_params(sweep_params(self.definition))
-        self.tracker.flush()
-
     def missing(self, jobs: Sequence[Job]) -> dict[int, list[str]]:
         """Return the overrides of those of `jobs` that have not finished; each resumes its last checkpoint if it has one."""
         children = self.children()
-        runs, colors = latest_run_per_job(children), job_colors(self.definition.jobs)
+        runs, colors = latest_run_per_job(children), job_colors(self.jobs)
         data = None if self.force else common_data(children, self.swept_keys)
         missing = {}
         for job in jobs:
@@ -113,59 +112,67 @@ class Parent:
         """Record the results of all jobs; return them as the rows of a table."""
         self.store.reap(self.output_dir)
         children = self.children()
-        rows = job_table(self.definition.jobs, children, self.results)
+        rows = job_table(self.jobs, children, self.results)
         if rows:
-            self.tracker.log_text(results_csv(self.definition.jobs, children, self.results), "results.csv")
+            self.tracker.log_text(results_csv(self.jobs, children, self.results), "results.csv")
             self.tracker.log_results(sweep_metrics(rows, children))
-            sweep_id, resume = self.tracker.run_id, self.resume_command
-            self.tracker.set_description(describe_sweep(rows, children, self.store, sweep_id, resume, self.definition))
+            self.tracker.set_description(
+                describe_sweep(rows, children, self.store, self.tracker.run_id, self.resume_command, self.grids)
+            )
         return rows
 
 
 @contextmanager
 def open_parent(
     store: Store,
-    definition: Definition,
     settings: Settings,
     *,
-    sweep_id: str | None,
-    stored: Definition | None,
+    sweeper: str,
+    grids: list[list[str]],
+    jobs: list[Job],
+    total: int,
+    resumed: str | None,
     swept_keys: list[str],
     locations: list[str],
     selecting_overrides: Sequence[str],
 ) -> Iterator[Parent]:
-    """Start the parent's run, or resume the run `sweep_id`.
+    """Start the parent's run, or resume the run `resumed`, whose folder the caller has locked.
 
     Args:
         store: The store.
-        definition: The sweep's definition.
         settings: The settings of the command line.
-        sweep_id: The id of a sweep to resume or to extend.
-        stored: Its definition, as read before.
+        sweeper: The name of what proposes the jobs.
+        grids: The overrides of each grid.
+        jobs: The jobs that are known so far.
+        total: The number of jobs, including those that a search has not proposed yet.
+        resumed: The id of a sweep to resume or to extend.
         swept_keys: The keys that differ between jobs.
         locations: The overrides of locations on the command line.
-        selecting_overrides: The overrides that select the sweeper.
+        selecting_overrides: The overrides that select the sweeper and the launcher.
     """
     output_dir = run_dir.ensure_writable_dir(settings.output_dir)
+    recorded = json.dumps(grids)
+    if len(recorded) > MAX_TAG:
+        raise UserError(
+            f"The sweep's overrides have {len(recorded):,} characters.", expected=f"at most {MAX_TAG:,}", remedy="Use ranges."
+        )
     process_tags = provenance.process_tags(output_dir)
-    tags = provenance.git_tags() | definition.software | process_tags
-    tags |= {OVERRIDES: " ".join(definition.overrides), SWEEP_JOBS: str(definition.total)}
+    sweep_tags = {GRIDS: recorded, SWEEPER: sweeper, SWEEP_JOBS: str(total)}
+    tags = provenance.git_tags() | provenance.software() | process_tags | sweep_tags | {OVERRIDES: shlex.join(grids[0])}
     name = f"sweep {' by '.join(swept_keys) or 'of one'}"
-    info = RunInfo(name, command("run", "-m", *selecting_overrides, *definition.overrides), tags)
+    info = RunInfo(name, command("run", "-m", *selecting_overrides, *grids[0]), tags)
     with ExitStack() as lock, ExitStack() as running:  # the lock outlasts the final status
-        if sweep_id:
-            lock.enter_context(run_dir.lock_run(output_dir / sweep_id))
         store.open()  # may take long and be interrupted
-        if sweep_id and store.find_sweep(sweep_id, finished_too=True)[1] != stored:
-            raise UserError(f"Sweep {sweep_id} was changed by another process since it was read. Repeat the command.")
         with defer_signals():  # a sweep that has started must get a final status
-            tracker = running.enter_context(store.start(info, sweep_id))
+            tracker = running.enter_context(store.start(info, resumed))
         resume_command = command("run", "-m", *selecting_overrides, f"sweep.resume={quoted(tracker.run_id)}")
         lock.enter_context(_resume_advice(resume_command))
-        force = settings.sweep.force
-        parent = Parent(store, tracker, output_dir, definition, swept_keys, locations, resume_command, force)
-        if sweep_id:
-            tracker.set_tags(process_tags | {ANSWER: ""})  # an answer from fewer jobs no longer holds
+        parent = Parent(
+            store, tracker, output_dir, grids, jobs, total, swept_keys, locations, resume_command, settings.sweep.force
+        )
+        if resumed:
+            tracker.set_tags(process_tags | sweep_tags | {ANSWER: ""})  # an answer from fewer jobs no longer holds
+            tracker.flush()  # before the first job starts
         else:
             lock.enter_context(run_dir.lock_run(parent.folder))
             store.reap(output_dir)
@@ -193,29 +200,4 @@ def check_output_dir(parent: RunRecord, output_dir: Path, locations: Sequence[st
             f"{key}={parent.run_id}: the sweep was not started with output_dir={output_dir.absolute()}, but with "
             f"{stored!r}, according to its parent. If its checkpoints are there, add "
             f"{shlex.quote(f'output_dir={quoted(stored)}')}."
-        )
-
-
-def check_definition(stored: Definition, current: Definition, key: str) -> None:
-    """Raise UserError if a sweep would not be resumed or extended as it was started.
-
-    Args:
-        stored: The definition in the store.
-        current: The same jobs as composed now, with the sweeper, overrides and software of the present command.
-        key: The key that asks for it, sweep.resume or sweep.extend.
-    """
-    environment = provenance.differences(stored.software, current.software)
-    changed = [environment] if environment else []
-    if current.sweeper != stored.sweeper:
-        changed.append(f"the sweeper was {stored.sweeper}: hydra/sweeper={stored.sweeper}")
-    if current.overrides and current.overrides != stored.overrides:
-        changed.append(f"the command line was {' '.join(stored.overrides)}, is {' '.join(current.overrides)}")
-    for old, new in zip(stored.jobs, current.jobs, strict=True):
-        if new.config_hash != old.config_hash:
-            changed.append(f"job {old.number} ({' '.join(old.overrides)}) now composes another configuration")
-            break
-    if changed:
-        raise UserError(
-            f"{key}: the sweep differs from its start: {'; '.join(changed)}. "
-            "Start a new sweep, or continue by the stored definition with sweep.force=true."
         )

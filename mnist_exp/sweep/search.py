@@ -1,7 +1,6 @@
 """Searches: Optuna proposes jobs from the results of earlier ones, and prunes those that perform badly."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,16 +11,18 @@ from omegaconf import DictConfig
 
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import OBJECTIVE
-from mnist_exp.settings import Settings
+from mnist_exp.overrides import parse
+from mnist_exp.settings import Recipe, Settings
 from mnist_exp.sweep.grid import GridSweep
-from mnist_exp.sweep.jobs import latest_run_per_job
+from mnist_exp.sweep.jobs import Job, latest_run_per_job
 from mnist_exp.sweep.parent import Parent
 from mnist_exp.sweep.workers import cores
-from mnist_exp.tracking.definition import Definition, Job
+from mnist_exp.tracking.base import RunRecord, Sweep
 from mnist_exp.tracking.tags import PRUNED
 
 if TYPE_CHECKING:
-    from optuna import Study, Trial
+    from optuna import Study
+    from optuna.trial import BaseTrial, FrozenTrial
 
 STUDY = "search"
 DATABASE = "optuna.db"  # in the sweep's folder
@@ -64,55 +65,67 @@ class SearchSweep(GridSweep):
         self.n_trials, self.n_parallel = n_trials, n_parallel
         super().__init__(context, task, composed, params)
 
-    def total(self, jobs: list[Job]) -> int:
-        return self.n_trials
-
-    def resume(self, stored: Definition) -> Definition:
-        """Return the stored definition; the command line may change the number of jobs."""
+    def total(self, stored: Sweep | None, jobs: list[Job]) -> int:
+        """Return the number of trials; the command line of a resumed search may change it."""
         changed = any(override.startswith("hydra.sweeper.n_trials=") for override in self.composed.hydra.overrides.hydra)
-        return replace(stored, total=self.n_trials) if changed else stored
+        return stored.total if stored and not changed else self.n_trials
+
+    def extend(self, stored: Sweep, overrides: list[str]) -> list[list[str]]:
+        """Raise UserError: a search has no grid."""
+        raise UserError.invalid(
+            "sweep.extend", stored.run_id, "a grid", "Continue a search with sweep.resume and a larger hydra.sweeper.n_trials."
+        )
 
     def check(self, settings: Settings) -> None:
         """Raise UserError if the search could see the test set."""
         if not settings.data.get("validation_size"):
             raise UserError("A search must not see the test set: add data=mnist_tuning, which validates on training images.")
 
-    def define(self, overrides: list[str]) -> list[Job]:
-        """Return no job: Optuna proposes them during the sweep."""
+    def define(self, stored: Sweep | None, grids: list[list[str]]) -> list[Job]:
+        """Return the trials of a stored search; Optuna proposes others while it runs."""
         self.check(self.settings)
-        return []
+        if stored is None:
+            return []
+        folder = self.settings.output_dir / stored.run_id
+        if not (folder / DATABASE).exists():
+            raise UserError(f"The study of this search is not in {folder}: set output_dir to the folder it started with.")
+        study = open_study(folder, self.settings.seed)
+        try:
+            return [self._job(_continued(study, trial), grids) for trial in study.trials]
+        except ValueError as error:
+            raise UserError(f"{folder / DATABASE} is not the study of this search: {error}") from error
 
-    def swept_keys(self, definition: Definition) -> list[str]:
+    def number(self, child: RunRecord, recipe: Recipe | None, jobs: list[Job]) -> int | None:
+        """Return the number of the trial: several may have the same values."""
+        return child.job
+
+    def swept_keys(self, grids: list[list[str]]) -> list[str]:
         """Return the keys that are searched."""
-        return [key for key, value in self._space(definition.overrides).items() if not isinstance(value, str)]
+        return [key for key, value in self._space(grids).items() if not isinstance(value, str)]
 
     def run_jobs(self, parent: Parent) -> None:
         """Propose jobs, run them, and report their results to the study, until there are n_trials jobs."""
-        definition = parent.definition
-        if definition.jobs and not (parent.folder / DATABASE).exists():
-            raise UserError(f"The study of this search is not in {parent.folder}: set output_dir to the folder it started with.")
         study = open_study(parent.folder, self.settings.seed)
         parent.in_search = True
-        space = self._space(definition.overrides)
-        jobs = list(definition.jobs)
+        jobs = list(parent.jobs)
         while True:
             self.launch_missing(parent, jobs)
             tell_study(study, parent)
-            missing = min(self.n_parallel or cores(), definition.total - len(definition.jobs))
+            missing = min(self.n_parallel or cores(), parent.total - len(parent.jobs))
             if missing <= 0:
                 return
-            jobs = []
-            for _ in range(missing):
-                trial = study.ask()
-                overrides = [f"{key}={suggest(trial, key, value)}" for key, value in space.items()]
-                jobs.append(self.composer.job(trial.number, overrides))
-            definition.jobs.extend(jobs)
-            parent.define()
+            jobs = [self._job(study.ask(), parent.grids) for _ in range(missing)]
+            parent.jobs.extend(jobs)
 
-    def _space(self, overrides: list[str]) -> dict[str, Any]:
+    def _job(self, trial: "BaseTrial", grids: list[list[str]]) -> Job:
+        """Return the job of a trial, which gets a value for each searched key that has none."""
+        overrides = [f"{key}={suggest(trial, key, value)}" for key, value in self._space(grids).items()]
+        return self.composer.job(trial.number, overrides)
+
+    def _space(self, grids: list[list[str]]) -> dict[str, Any]:
         """Return the values of each key: a single one, a list, or an interval."""
         space: dict[str, Any] = {}
-        for override in self.composer.parse(overrides):
+        for override in map(parse, grids[0]):
             if not override.is_sweep_override():
                 value: Any = override.get_value_element_as_str()
             elif override.is_discrete_sweep():
@@ -149,7 +162,17 @@ def open_study(folder: Path, seed: int) -> "Study":
     return study
 
 
-def suggest(trial: "Trial", key: str, value: Any) -> object:
+def _continued(study: "Study", trial: "FrozenTrial") -> "BaseTrial":
+    """Return a trial that another process may have started: one that still runs can be reported and gets missing values."""
+    import optuna
+
+    if trial.state.is_finished():
+        return trial
+    # Optuna has no public way to continue a trial in another process. tests/sweep/test_search.py fails if this changes.
+    return optuna.trial.Trial(study, trial._trial_id)  # noqa: SLF001  # see above
+
+
+def suggest(trial: "BaseTrial", key: str, value: Any) -> object:
     """Return the trial's value of `key`, as written on a command line."""
     if isinstance(value, str):
         return value
@@ -180,12 +203,9 @@ def make_pruning_callback(folder: Path, number: int) -> Callable[[int, Mapping[s
         folder: The folder of the sweep.
         number: The number of the job.
     """
-    import optuna
-
     study = open_study(folder, seed=0)
     (frozen,) = [trial for trial in study.get_trials() if trial.number == number]
-    # Optuna has no public way to continue a trial in another process. tests/sweep/test_search.py fails if this changes.
-    trial = optuna.trial.Trial(study, frozen._trial_id)  # noqa: SLF001  # see above
+    trial = _continued(study, frozen)
 
     def should_prune(examples_seen: int, metrics: Mapping[str, float]) -> bool:
         if OBJECTIVE not in metrics or frozen.state.is_finished():  # finished: the job failed and is repeated

@@ -2,18 +2,18 @@
 
 import csv
 import io
+import shlex
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from hydra.core.utils import JobStatus
 
 from mnist_exp.metrics import OBJECTIVE, format_metric
 from mnist_exp.overrides import key_of
-from mnist_exp.sweep.jobs import JobResults, failure_reason, latest_run_per_job, result_of
+from mnist_exp.sweep.jobs import Job, JobResults, failure_reason, latest_run_per_job, result_of
 from mnist_exp.tracking.base import RunRecord, Store
-from mnist_exp.tracking.definition import Definition, Job
 from mnist_exp.tracking.tags import ERROR, PRUNED
 
 SHOWN = ("val/accuracy", "test/accuracy", "test/loss", "time/total_seconds")
@@ -48,20 +48,19 @@ class Progress:
         return statuses["FINISHED"], statuses["FAILED"] + statuses["KILLED"], shown
 
 
-def preview(definition: Definition, sweep_id: str | None, store: Store) -> tuple[list[dict[str, str]], list[str]]:
+def preview(jobs: Sequence[Job], done: Container[int | None], total: int) -> tuple[list[dict[str, str]], list[str]]:
     """Return the jobs of a sweep that has not started, as the rows of a table, and notes.
 
     Args:
-        definition: The sweep's definition.
-        sweep_id: The id of a sweep to resume, whose finished jobs are skipped.
-        store: The store; it is read if a sweep is resumed.
+        jobs: The jobs that are known so far.
+        done: The numbers of the jobs that a resumed sweep skips.
+        total: The number of jobs, including those that a search has not proposed yet.
     """
-    done = latest_run_per_job(run for run in store.children(sweep_id) if run.is_done) if sweep_id else {}
-    plan = {job.number: "skip: finished" if job.number in done else "run" for job in definition.jobs}
-    rows = [{"job": str(job.number), "plan": plan[job.number], "overrides": " ".join(job.overrides)} for job in definition.jobs]
-    left = definition.total - len(done)
-    notes = [f"{definition.total} jobs, {left} to run." if left < definition.total else f"{definition.total} jobs."]
-    if len(definition.jobs) < definition.total:
+    plan = {job.number: "skip: finished" if job.number in done else "run" for job in jobs}
+    rows = [{"job": str(job.number), "plan": plan[job.number], "overrides": " ".join(job.overrides)} for job in jobs]
+    skipped = sum(job.number in done for job in jobs)
+    notes = [f"{total} jobs, {total - skipped} to run." if skipped else f"{total} jobs."]
+    if len(jobs) < total:
         notes.append("The search proposes its jobs while it runs.")
     return rows, [*notes, "Nothing was recorded: sweep.dry_run=true."]
 
@@ -81,13 +80,12 @@ class RankedArm:
     count: int
 
 
-def rank_arms(jobs: Iterable[Job], children: Iterable[RunRecord]) -> list[RankedArm]:
+def rank_arms(children: Iterable[RunRecord]) -> list[RankedArm]:
     """Return the arms with finished jobs that have a validation accuracy, the best first; equal ones in the sweep's order."""
-    finished, arms = latest_run_per_job(children), defaultdict[tuple[str, ...], list[float]](list)
-    for job in jobs:
-        child = finished.get(job.number)
-        if child and child.status == "FINISHED" and OBJECTIVE in child.metrics:
-            arms[tuple(item for item in job.overrides if key_of(item) != "seed")].append(child.metrics[OBJECTIVE])
+    arms = defaultdict[tuple[str, ...], list[float]](list)
+    for _, child in sorted(latest_run_per_job(children).items()):
+        if child.status == "FINISHED" and OBJECTIVE in child.metrics:
+            arms[tuple(item for item in child.overrides if key_of(item) != "seed")].append(child.metrics[OBJECTIVE])
     ranked = [RankedArm(overrides, statistics.mean(values), len(values)) for overrides, values in arms.items()]
     return sorted(ranked, key=lambda arm: arm.mean, reverse=True)
 
@@ -159,7 +157,7 @@ def describe_sweep(
     store: Store,
     sweep_id: str,
     resume_command: str,
-    definition: Definition,
+    grids: Sequence[Sequence[str]],
 ) -> str:
     """Return the parent's description in Markdown: counts by status, the best jobs by validation, history, the table.
 
@@ -169,7 +167,7 @@ def describe_sweep(
         store: The store, for links.
         sweep_id: The id of the parent.
         resume_command: The command that resumes the sweep.
-        definition: The sweep's definition, with its extensions.
+        grids: The overrides of each grid.
     """
     counts = ", ".join(f"{count} {status}" for status, count in Counter(row["status"] for row in rows).most_common())
     latest = latest_run_per_job(children).values()
@@ -185,8 +183,8 @@ def describe_sweep(
     finished = sum(row["status"] == "FINISHED" for row in rows)
     if finished and (curves := store.link_curves(sweep_id, finished)):
         lines += ["", f"[Curves by arm]({curves}), each the mean over its runs."]
-    for step in definition.extensions:
-        lines += ["", f"Extended {step.time}: `{' '.join(step.overrides)}` added {step.count} jobs from job {step.first} on."]
+    if len(grids) > 1:
+        lines += ["", "Its grids:", *(f"- `{shlex.join(grid)}`" for grid in grids)]
     shown = ("job", "name", "status", *SHOWN)
     lines += ["", f"| {' | '.join(shown)} |", f"|{' --- |' * len(shown)}"]
     lines += [f"| {' | '.join(row[key] for key in shown)} |" for row in rows[:ROWS_SHOWN]]

@@ -1,19 +1,23 @@
 """The interface between runs and a store of runs, in plain values; and the store that records nothing."""
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 from uuid import uuid4
 
+from pydantic import TypeAdapter, ValidationError
+
 from mnist_exp.errors import ResumableError, UserError
+from mnist_exp.overrides import check_stored
 from mnist_exp.settings import Recipe
-from mnist_exp.tracking.definition import Definition
-from mnist_exp.tracking.tags import COMMIT, DATA, JOB, PRUNED
+from mnist_exp.tracking.tags import COMMIT, DATA, GRIDS, JOB, OVERRIDES, PRUNED, SWEEP_JOBS, SWEEPER
 
 # The colors of arms in charts and figures, which color-blind people can distinguish (Okabe and Ito, 2008).
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+RECIPE = "recipe.json"  # the artifact with the recipe of a run
 OUTCOME = "outcome.json"  # the artifact with the history and the mistakes of a run
 PROCESS_DIED = "the process exited"  # a reason that a better known one may replace
 
@@ -104,6 +108,11 @@ class RunRecord:
         return int(number) if number.isdecimal() else None
 
     @property
+    def overrides(self) -> list[str]:
+        """The overrides of the run's command line, without locations."""
+        return shlex.split(self.tags.get(OVERRIDES, ""))
+
+    @property
     def data(self) -> str:
         """The name of the data set, empty if unknown."""
         return self.tags.get(DATA, "")
@@ -117,6 +126,54 @@ class RunRecord:
     def is_done(self) -> bool:
         """Whether no work is left: the run has finished, or a search has pruned it."""
         return self.status == "FINISHED" or PRUNED in self.tags
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep as its parent records it.
+
+    Args:
+        record: The parent.
+        grids: The overrides of each grid: the first from the start, each further one from an extension. Of a search, one.
+    """
+
+    record: RunRecord
+    grids: list[list[str]]
+
+    @property
+    def run_id(self) -> str:
+        """The id of the parent."""
+        return self.record.run_id
+
+    @property
+    def sweeper(self) -> str:
+        """The name of what proposes the jobs: `grid` or `optuna`."""
+        return self.record.tags.get(SWEEPER, "")
+
+    @property
+    def total(self) -> int:
+        """The number of jobs, including those that a search has not proposed yet."""
+        return int(self.record.tags[SWEEP_JOBS])
+
+
+def read_sweep(record: RunRecord) -> Sweep:
+    """Return a sweep, given its parent.
+
+    Raises:
+        UserError: Another version recorded it, or it contains overrides that a store must not contain.
+    """
+    try:
+        grids = TypeAdapter(list[list[str]]).validate_json(record.tags.get(GRIDS, ""))
+        int(record.tags[SWEEP_JOBS])
+    except (ValidationError, ValueError) as error:
+        raise UserError(
+            f"Sweep {record.run_id} has no readable tag {GRIDS}: an earlier version recorded it.",
+            key=GRIDS,
+            value=record.tags.get(GRIDS),
+            remedy="Start it again, or use the version that recorded it.",
+        ) from error
+    check_stored([override for grid in grids for override in grid], f"Sweep {record.run_id}")
+    return Sweep(record, grids)
 
 
 @dataclass(frozen=True)
@@ -252,8 +309,27 @@ class Store:
         """Return a run with its recipe; raises UserError if the store lacks a part."""
         raise UserError("tracking=none stores no runs: set MLFLOW_TRACKING_URI to the store that does.")
 
-    def find_sweep(self, sweep: str, *, finished_too: bool) -> tuple[RunRecord, Definition]:
-        """Return the parent and the definition of a sweep, by id or `latest`; raises UserError."""
+    def number_job(self, run_id: str, number: int | None) -> None:
+        """Record which job of its sweep a run is, None if it is none any more."""
+
+    def read_recipes(self, records: Sequence[RunRecord]) -> dict[str, Recipe]:
+        """Return the recipes of runs by id; a run that ended early may have none.
+
+        Raises:
+            UserError: The recipe of a finished run cannot be read.
+        """
+        return {}
+
+    def find_sweep(self, sweep: str, *, unfinished: bool = False) -> Sweep:
+        """Return a sweep, by id, the start of one, or `latest`.
+
+        Args:
+            sweep: At least 6 hexadecimal digits, or `latest`.
+            unfinished: Whether `latest` must not have finished.
+
+        Raises:
+            UserError: There is no such sweep, or it cannot be read.
+        """
         raise UserError("tracking=none stores no sweeps: set MLFLOW_TRACKING_URI to the store that does.")
 
     def link(self, run_id: str) -> str:

@@ -5,7 +5,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,13 +22,24 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from mnist_exp.errors import NonNegative, UserError
 from mnist_exp.overrides import command
-from mnist_exp.settings import ID, read_recipe
+from mnist_exp.settings import ID, Recipe, read_recipe
 from mnist_exp.signals import defer_signals
 from mnist_exp.storage import run_dir
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.base import OUTCOME, PROCESS_DIED, Answer, RunInfo, RunRecord, Store, StoredRun, StoreUnavailableError
+from mnist_exp.tracking.base import (
+    OUTCOME,
+    PROCESS_DIED,
+    RECIPE,
+    Answer,
+    RunInfo,
+    RunRecord,
+    Store,
+    StoredRun,
+    StoreUnavailableError,
+    Sweep,
+    read_sweep,
+)
 from mnist_exp.tracking.connection import Result, check_uri, connect, first_line, is_refusal, restore_command, retry
-from mnist_exp.tracking.definition import Definition, parse_definition
 from mnist_exp.tracking.mlflow_tracker import MLflowTracker, terminate
 from mnist_exp.tracking.views import CURVES, VIEW_PREFIX, artifact_path, curves_tag, run_path, surplus_curves, view_path
 
@@ -161,10 +172,7 @@ class MLflowStore(Store):
         run = self.get_run(run_id)
         if tag.SWEEP_JOBS in run.data.tags:
             raise UserError(f"Run {run_id} is a sweep: choose one of its jobs, which `{command('runs', 'list')}` shows.")
-        try:
-            recipe = read_recipe(download(self.client, run_id, "recipe.json"), f"recipe.json of run {run_id}")
-        except OSError as error:
-            raise UserError(f"Run {run_id} has no readable recipe.json: {first_line(error)}") from error
+        recipe = self._recipe(run_id)
         histories = {key: self.client.get_metric_history(run_id, key) for key in run.data.metrics}
         points = {key: {point.step: point.value for point in history} for key, history in histories.items()}
         return StoredRun(record_of(run), recipe, points)
@@ -183,42 +191,54 @@ class MLflowStore(Store):
             return found[0].run_id
         raise _unresolved(text, self.uri, found)
 
-    def find_sweep(self, sweep: str, *, finished_too: bool) -> tuple[RunRecord, Definition]:
-        query = f"tags.{tag.SWEEP_JOBS} LIKE '%'"
-        sweeps = self.runs(query, everywhere=sweep != "latest")
-        allowed = [record for record in sweeps if finished_too or record.status != "FINISHED"]
-        wanted = allowed if sweep == "latest" else [record for record in sweeps if record.run_id.startswith(sweep)]
-        if sweep != "latest" and len(wanted) > 1:
-            ids = ", ".join(record.run_id for record in wanted[:5])
-            raise UserError(f"{sweep} is ambiguous: it is the start of the sweeps {ids}. Type more digits.")
-        for record in sorted(wanted, key=lambda record: record.started, reverse=True):
-            if (definition := self._definition(record)) is not None:
-                self.experiment_id = record.experiment_id
-                return record, definition
-        if wanted:
-            raise UserError(
-                f"Sweep {sweep} has no readable sweep.json: it ended before it was defined. Start it again from the beginning."
-            )
-        if sweep == "latest" and sweeps:
-            raise UserError(f"sweep.resume=latest: all {len(sweeps)} sweeps in {self.uri} have finished; nothing is left to do.")
-        known = ", ".join(f"{record.run_id} ({record.status})" for record in sweeps[:5]) or "none"
-        kind = "" if finished_too else " unfinished"
-        raise UserError(
-            f"There is no{kind} sweep {sweep} in {self.uri}, experiment {self.experiment}.",
-            key="sweep",
-            value=sweep,
-            expected="latest, an id, or its first 6 or more hexadecimal digits",
-            remedy=f"The newest there: {known}.",
-        )
+    def find_sweep(self, sweep: str, *, unfinished: bool = False) -> Sweep:
+        if sweep != "latest":
+            record = record_of(self.get_run(self.resolve_id(sweep)))
+            if tag.SWEEP_JOBS not in record.tags:
+                raise UserError.invalid("sweep", sweep, "the id of a sweep", f"`{command('runs', 'list')}` lists them.")
+        else:
+            sweeps = self.runs(f"tags.{tag.SWEEP_JOBS} LIKE '%'")
+            left = [record for record in sweeps if not (unfinished and record.status == "FINISHED")]
+            if not left:
+                problem = f"all {len(sweeps)} sweeps have finished" if sweeps else "there is no sweep"
+                raise UserError(
+                    f"sweep latest: {problem} in {self.uri}, experiment {self.experiment}.",
+                    key="sweep",
+                    value=sweep,
+                    remedy="Set MLFLOW_TRACKING_URI to the store with your sweeps, or name one by its id.",
+                )
+            record = left[0]
+        self.experiment_id = record.experiment_id
+        return read_sweep(record)
 
-    def _definition(self, record: RunRecord) -> Definition | None:
+    def number_job(self, run_id: str, number: int | None) -> None:
+        value = tag.NO_JOB if number is None else str(number)
+        self._retry(lambda: self.client.set_tag(run_id, tag.JOB, value))
+
+    def read_recipes(self, records: Sequence[RunRecord]) -> dict[str, Recipe]:
+        self.open()
+
+        def read(record: RunRecord) -> Recipe | None:
+            try:
+                return self._recipe(record.run_id)
+            except UserError:
+                if record.is_done:
+                    raise
+                return None  # it ended before it recorded its recipe
+
+        with ThreadPoolExecutor(8) as pool:  # over a network, most of the time is waiting
+            found = zip(records, pool.map(read, records), strict=True)
+            return {record.run_id: recipe for record, recipe in found if recipe}
+
+    def _recipe(self, run_id: str) -> Recipe:
         try:
-            return parse_definition(download(self.client, record.run_id, "sweep.json"), f"sweep.json of run {record.run_id}")
-        except OSError:
-            return None
+            content = download(self.client, run_id, RECIPE)
+        except OSError as error:
+            raise UserError(f"Run {run_id} has no readable {RECIPE}: {first_line(error)}") from error
+        return read_recipe(content, f"{RECIPE} of run {run_id}")
 
     def outcomes(self, records: list[RunRecord]) -> list[tuple[RunRecord, Any]]:
-        with ThreadPoolExecutor(8) as pool:  # over a network, most of the time is waiting
+        with ThreadPoolExecutor(8) as pool:
             return list(zip(records, pool.map(_outcome, records), strict=True))
 
     def publish(self, run_id: str, answer: Answer) -> str:

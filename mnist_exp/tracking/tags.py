@@ -1,16 +1,18 @@
 """The tags of runs, and MLflow's own names for some of them."""
 
 DATA = "data"  # the name of the data set
-OVERRIDES = "overrides"  # of the command line, without locations
-CONFIG_HASH = "config_hash"  # the digest of the configuration that affects the outcome
+OVERRIDES = "overrides"  # of the command line, without locations, quoted for a shell
 RESUMED = "resumed"  # at how many examples, and in which changed environment
 RERUN_OF = "rerun_of"  # the id of the run that was repeated
 ERROR = "error"  # the reason why the run did not finish, in one line
 PRUNED = "pruned"  # the reason why a search stopped the run
 
 SWEEP_JOBS = "sweep_jobs"  # of a sweep's parent: the number of its jobs
+GRIDS = "grids"  # of a sweep's parent: the overrides of each grid, as JSON
+SWEEPER = "sweeper"  # of a sweep's parent: grid or optuna
 SWEEP = "sweep_id"  # of a job: the id of the parent
-JOB = "job_num"  # of a job: its number
+JOB = "job_num"  # of a job: its number; NO_JOB if the sweep, as it is now, has no such job
+NO_JOB = "none"
 ARM = "arm"  # of a job: the overrides that differ between jobs, without the seed, in short form
 DIFFERS = "differs"  # of a job: the overrides that differ between jobs
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -20,9 +21,9 @@ from pathlib import Path
 
 from mnist_exp.learning.datasets import load_digits
 from mnist_exp.overrides import command
+from mnist_exp.sweep.jobs import Job
 from mnist_exp.sweep.summary import describe_sweep, job_table, sweep_metrics
 from mnist_exp.tracking.base import DatasetInfo, RunInfo
-from mnist_exp.tracking.definition import Definition, Job
 from mnist_exp.tracking.mlflow_store import OUTCOME, MLflowStore
 
 
@@ -41,18 +42,22 @@ def make_sweep(uri: str, arms: Sequence[str], seeds: int, factor: str = "model",
     test = data.splits["test"]
     shape = (data.channels, data.side, data.side)
     dataset = DatasetInfo(data.name, "test", "test", test.digest, data.source, len(test), test.epoch_size, shape)
-    jobs = [
-        Job(number, [f"{factor}={arm}", f"seed={seed}"], "") for number, (arm, seed) in enumerate(product(arms, range(seeds)))
-    ]
-    overrides = [f"{factor}={','.join(arms)}", f"seed=range(0,{seeds})"]
-    definition = Definition("Grid", len(jobs), overrides, {}, jobs)
-    info = RunInfo(f"sweep {factor} by seed", command("run", "-m", *overrides), {"sweep_jobs": str(len(jobs))})
+    grid = [f"{factor}={','.join(arms)}", f"seed=range(0,{seeds})"]
+    tags = {"sweep_jobs": str(len(arms) * seeds), "sweeper": "grid", "grids": json.dumps([grid])}
+    info = RunInfo(f"sweep {factor} by seed", command("run", "-m", *grid), tags)
     with store.start(info) as parent:
-        parent.log_text(definition.as_json(), "sweep.json")
+        pass
     noise = random.Random(0)
-    for job, (arm, seed) in zip(jobs, product(arms, range(seeds)), strict=True):
-        tags = {"sweep_id": parent.run_id, "job_num": str(job.number), "data": "digits", "arm": arm}
-        with store.start(RunInfo(f"{arm} seed={seed}", command("run", *job.overrides), tags, parent.run_id)) as child:
+    for number, (arm, seed) in enumerate(product(arms, range(seeds))):
+        overrides = [f"{factor}={arm}", f"seed={seed}"]
+        tags = {
+            "sweep_id": parent.run_id,
+            "job_num": str(number),
+            "overrides": shlex.join(overrides),
+            "data": "digits",
+            "arm": arm,
+        }
+        with store.start(RunInfo(f"{arm} seed={seed}", command("run", *overrides), tags, parent.run_id)) as child:
             settings = {f"train.setting{number}": number for number in range(40)}
             child.log_params({"model": arm, "seed": seed, "precision": "float32"} | settings)
             child.log_dataset(dataset)
@@ -64,11 +69,11 @@ def make_sweep(uri: str, arms: Sequence[str], seeds: int, factor: str = "model",
             child.log_results(results | {"model/parameters": 19_600 + len(arm)})
             mistakes = [(noise.randrange(360), noise.randrange(10), noise.randrange(10)) for _ in range(150)]
             child.log_text(json.dumps({"split": "test", "history": history, "mistakes": mistakes}), OUTCOME)
+    children = store.children(parent.run_id)
     with store.start(info, parent.run_id) as tracker:
-        children = store.children(parent.run_id)
-        rows = job_table(jobs, children, {})
+        rows = job_table([Job(number, [], "") for number in range(len(children))], children, {})
         tracker.log_results(sweep_metrics(rows, children))
-        tracker.set_description(describe_sweep(rows, children, store, parent.run_id, "resume", definition))
+        tracker.set_description(describe_sweep(rows, children, store, parent.run_id, "resume", [grid]))
     return parent.run_id
 
 

@@ -28,9 +28,7 @@ from mnist_exp.settings import Recipe, Settings, read_recipe
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking.base import RunInfo
-from mnist_exp.tracking.definition import Definition, Job
 from mnist_exp.tracking.mlflow_store import MLflowStore
-from mnist_exp.tracking.provenance import software
 
 SHORT = ("data=digits", "~phases.train", "phases.finetune.epochs=1")
 
@@ -178,12 +176,9 @@ def test_the_watch_sees_what_it_must(tmp_path: Path) -> None:
 def sweep(store: str, tmp_path: Path) -> Callable[..., str]:
     """Store the parent of a sweep that was stopped: `sweep(overrides, output_dir=..., sweeper=...)` returns its id."""
 
-    def store_sweep(*overrides: str, output_dir: Path = tmp_path / "outputs", sweeper: str = "Grid") -> str:
-        jobs = [Job(0, list(overrides), "0")] if sweeper == "Grid" else []
-        definition = Definition(sweeper, 2, list(overrides), software(), jobs)
-        tags = {"sweep_jobs": "1", "output_dir": str(output_dir)}
+    def store_sweep(*overrides: str, output_dir: Path = tmp_path / "outputs", sweeper: str = "grid") -> str:
+        tags = {"sweep_jobs": "2", "sweeper": sweeper, "grids": json.dumps([overrides]), "output_dir": str(output_dir)}
         tracker = MLflowStore(store, "mnist_exp").start(RunInfo("sweep", "", tags))
-        tracker.log_text(definition.as_json(), "sweep.json")
         tracker.client.set_terminated(tracker.run_id, "KILLED")
         return tracker.run_id
 
@@ -216,9 +211,9 @@ def test_the_output_folder_of_a_sweep_is_not_followed(sweep: Callable[..., str],
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("definition", ["[]", "{", '{"jobs": 1}', '{"sweeper": "Grid"}', "9" * 5000, "[" * 5000], ids=range(6))
-def test_a_definition_of_another_form(definition: str, sweep: Callable[..., str], store: str, in_process: CommandLine) -> None:
-    MlflowClient(store).log_text(sweep(*SHORT), definition, "sweep.json")
+@pytest.mark.parametrize("grids", ["[]", "{", '{"jobs": 1}', '[["seed=0"], [1]]', "9" * 5000, "[" * 5000], ids=range(6))
+def test_grids_of_another_form(grids: str, sweep: Callable[..., str], store: str, in_process: CommandLine) -> None:
+    MlflowClient(store).set_tag(sweep(*SHORT), "grids", grids)
     check_refused(in_process("-m", "sweep.resume=latest"))
 
 

@@ -7,7 +7,7 @@ from conftest import Compose
 
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import JOB_KEY, parse
-from mnist_exp.tracking.definition import JobContext, parse_job_context
+from mnist_exp.tracking.job_context import JobContext, parse_job_context
 
 CONTEXT = JobContext("a" * 32, 3, "#0072B2", ["model", "seed"], "digits", False)
 

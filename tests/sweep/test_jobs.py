@@ -1,13 +1,16 @@
 """Jobs, their reports and their runs in the store, without a sweep that runs."""
 
+from dataclasses import replace
+
 import pytest
 from hydra.core.utils import JobReturn, JobStatus
 
-from mnist_exp.sweep.jobs import common_data, failed, failure_reason, result_of
+from mnist_exp.sweep.jobs import Job, common_data, failed, failure_reason, result_of
 from mnist_exp.sweep.summary import describe_sweep, job_table
 from mnist_exp.tracking.base import PROCESS_DIED, RunInfo, RunRecord, Store, StoreLostError
-from mnist_exp.tracking.definition import Definition, Extension, Job
 from mnist_exp.tracking.mlflow_store import MLflowStore
+
+JOB = Job(0, [], "")
 
 
 def record(number: int, status: str = "FINISHED", *, data: str = "", error: str = "", **metrics: float) -> RunRecord:
@@ -45,9 +48,9 @@ def test_the_common_data_of_finished_jobs(data: list[str], varied: str, common: 
 @pytest.mark.parametrize("tag", [PROCESS_DIED, "Stopped by SIGINT."])
 def test_the_reason_that_a_job_returned_comes_before_the_reaper_s(tag: str) -> None:
     child = record(0, "KILLED", error=tag)
-    (row,) = job_table([Job(0, [], "")], [child], {0: failed(StoreLostError("the store is gone\nand more"))})
+    (row,) = job_table([JOB], [child], {0: failed(StoreLostError("the store is gone\nand more"))})
     assert row["error"] == "the store is gone"
-    (row,) = job_table([Job(0, [], "")], [child], {})
+    (row,) = job_table([JOB], [child], {})
     assert row["error"] == tag
 
 
@@ -64,18 +67,10 @@ def test_a_known_reason_replaces_that_of_the_reaper(store: str) -> None:
 def test_runs_that_tie_are_named_together() -> None:
     def named(*accuracies: float) -> list[int]:
         children = [record(number, accuracy=accuracy) for number, accuracy in enumerate(accuracies)]
-        jobs = [Job(number, [], "") for number in range(len(accuracies))]
-        definition = Definition("grid", len(jobs), [], {}, jobs)
-        text = describe_sweep(job_table(jobs, children, {}), children, Store(), "1", "resume", definition)
+        jobs = [replace(JOB, number=number) for number in range(len(accuracies))]
+        text = describe_sweep(job_table(jobs, children, {}), children, Store(), "1", "resume", [[]])
         return [number for number in range(len(jobs)) if f"[seed={number}]" in text]
 
     assert named(1, 0.99, 1) == [0, 2]
     assert named(0.99) == [0]
     assert named(1, 0.99, 1, 1, 1) == [0, 2, 3], "and the number of the others"
-
-
-def test_the_initial_jobs_are_those_before_the_first_extension() -> None:
-    jobs = [Job(number, [], "") for number in range(5)]
-    steps = [Extension("2026-01-01T00:00:00+00:00", ["seed=3"], 3, 1), Extension("2026-01-02T00:00:00+00:00", ["seed=4"], 4, 1)]
-    assert Definition("grid", 5, [], {}, jobs, steps).initial == {0, 1, 2}
-    assert Definition("grid", 5, [], {}, jobs).initial == {0, 1, 2, 3, 4}
