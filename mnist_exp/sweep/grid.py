@@ -14,7 +14,6 @@ from mnist_exp.console import SweepDisplay, show_lines, show_table
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import (
     check_ids,
-    check_stored,
     combinations,
     is_location,
     key_of,
@@ -23,14 +22,14 @@ from mnist_exp.overrides import (
     varied_keys,
 )
 from mnist_exp.paths import take_credentials
-from mnist_exp.settings import NEUTRAL, Recipe, Settings, build, walk
+from mnist_exp.settings import NEUTRAL, Settings, build, walk
 from mnist_exp.signals import install_signal_handlers
 from mnist_exp.storage import run_dir
 from mnist_exp.sweep.jobs import Composer, Job, failed
 from mnist_exp.sweep.parent import Parent, check_output_dir, open_parent
 from mnist_exp.sweep.summary import Progress, preview
 from mnist_exp.tracking import provenance
-from mnist_exp.tracking.base import RunRecord, Store, Sweep
+from mnist_exp.tracking.base import RunRecord, Store, Sweep, grids_text
 
 
 class GridSweep:
@@ -45,6 +44,7 @@ class GridSweep:
 
     selecting_overrides: tuple[str, ...] = ()  # the overrides that select this sweeper
     name = "grid"
+    has_distinct_jobs = True  # so that its configuration identifies a job
 
     def __init__(self, context: HydraContext, task: TaskFunction, composed: DictConfig, params: dict[str, str]) -> None:
         if isinstance(uri := composed.get("tracking", {}).get("uri"), str):  # from conf/local or a preset
@@ -74,10 +74,10 @@ class GridSweep:
         apart = {*locations, *(override for override in arguments if section_of(override) == "sweep")}
         overrides = [f"{key}={value}" for key, value in self.params.items()]
         overrides = self.composer.write_out(overrides + [override for override in arguments if override not in apart])
-        check_stored(overrides, "The command line")  # what could not be read back is refused before anything is recorded
         with ExitStack() as lock:
             stored = self._find_stored(store, locations, lock)
             grids = self._grids(stored, overrides)
+            grids_text(grids)  # what could not be read back is refused before anything is recorded
             jobs = self.define(stored, grids)
             children = self.match(store, stored, jobs)
             if settings.sweep.dry_run:
@@ -184,18 +184,17 @@ class GridSweep:
             return []
         children = store.children(stored.run_id)
         recipes = store.read_recipes(children)
-        matched = [(child, self.number(child, recipes.get(child.run_id), jobs)) for child in children]
-        for child, number in matched:
-            if child.is_done and not self.settings.sweep.force:
-                self._check_unchanged(child, recipes[child.run_id].settings, number, jobs)
+        numbers = {job.digest: job.number for job in jobs}
+        varied = varied_keys([job.overrides for job in jobs])
+        matched = []
+        for child in children:
+            number, recipe = child.job, recipes.get(child.run_id)
+            if recipe and self.has_distinct_jobs:
+                number = numbers.get(recipe.settings.digest(varied))
+            if recipe and child.is_done and not self.settings.sweep.force:
+                self._check_unchanged(child, recipe.settings, number, jobs)
+            matched.append((child, number))
         return matched
-
-    def number(self, child: RunRecord, recipe: Recipe | None, jobs: list[Job]) -> int | None:
-        """Return the number of the job that a stored run is: the one of the same digest."""
-        if recipe is None:  # it ended before it recorded its recipe
-            return child.job
-        digest = recipe.settings.digest(varied_keys([job.overrides for job in jobs]))
-        return next((job.number for job in jobs if job.digest == digest), None)
 
     def _check_unchanged(self, child: RunRecord, then: Settings, number: int | None, jobs: list[Job]) -> None:
         """Raise UserError if the job of a finished run would compute something else today.

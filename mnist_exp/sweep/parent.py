@@ -1,6 +1,5 @@
 """The parent run of a sweep: define it, resume it, finalize it."""
 
-import json
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -18,11 +17,10 @@ from mnist_exp.storage import run_dir
 from mnist_exp.sweep.jobs import Job, common_data, failure_reason, job_colors, latest_run_per_job
 from mnist_exp.sweep.summary import describe_sweep, job_table, results_csv, sweep_metrics
 from mnist_exp.tracking import provenance
-from mnist_exp.tracking.base import PROCESS_DIED, RunInfo, RunRecord, Store, Tracker
+from mnist_exp.tracking.base import PROCESS_DIED, RunInfo, RunRecord, Store, Tracker, grids_text
 from mnist_exp.tracking.job_context import JobContext
 from mnist_exp.tracking.tags import ANSWER, GRIDS, HOST, OUTPUT_DIR, OVERRIDES, PID, SWEEP_JOBS, SWEEPER
 
-MAX_TAG = 8000  # characters; MLflow cuts a longer value without an error
 ORPHAN_PATIENCE = 60.0  # seconds for the jobs of a killed parent to end
 
 
@@ -151,13 +149,8 @@ def open_parent(
         selecting_overrides: The overrides that select the sweeper and the launcher.
     """
     output_dir = run_dir.ensure_writable_dir(settings.output_dir)
-    recorded = json.dumps(grids)
-    if len(recorded) > MAX_TAG:
-        raise UserError(
-            f"The sweep's overrides have {len(recorded):,} characters.", expected=f"at most {MAX_TAG:,}", remedy="Use ranges."
-        )
     process_tags = provenance.process_tags(output_dir)
-    sweep_tags = {GRIDS: recorded, SWEEPER: sweeper, SWEEP_JOBS: str(total)}
+    sweep_tags = {GRIDS: grids_text(grids), SWEEPER: sweeper, SWEEP_JOBS: str(total)}
     tags = provenance.git_tags() | provenance.software() | process_tags | sweep_tags | {OVERRIDES: shlex.join(grids[0])}
     name = f"sweep {' by '.join(swept_keys) or 'of one'}"
     info = RunInfo(name, command("run", "-m", *selecting_overrides, *grids[0]), tags)

@@ -12,12 +12,12 @@ from omegaconf import DictConfig
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import OBJECTIVE
 from mnist_exp.overrides import parse
-from mnist_exp.settings import Recipe, Settings
+from mnist_exp.settings import Settings
 from mnist_exp.sweep.grid import GridSweep
 from mnist_exp.sweep.jobs import Job, latest_run_per_job
 from mnist_exp.sweep.parent import Parent
 from mnist_exp.sweep.workers import cores
-from mnist_exp.tracking.base import RunRecord, Sweep
+from mnist_exp.tracking.base import Sweep
 from mnist_exp.tracking.tags import PRUNED
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class SearchSweep(GridSweep):
 
     selecting_overrides = ("hydra/sweeper=optuna",)
     name = "optuna"
+    has_distinct_jobs = False  # several trials may have the same values
 
     def __init__(
         self,
@@ -94,10 +95,6 @@ class SearchSweep(GridSweep):
             return [self._job(_continued(study, trial), grids) for trial in study.trials]
         except ValueError as error:
             raise UserError(f"{folder / DATABASE} is not the study of this search: {error}") from error
-
-    def number(self, child: RunRecord, recipe: Recipe | None, jobs: list[Job]) -> int | None:
-        """Return the number of the trial: several may have the same values."""
-        return child.job
 
     def swept_keys(self, grids: list[list[str]]) -> list[str]:
         """Return the keys that are searched."""

@@ -1,5 +1,6 @@
 """The interface between runs and a store of runs, in plain values; and the store that records nothing."""
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from mnist_exp.tracking.tags import COMMIT, DATA, GRIDS, JOB, OVERRIDES, PRUNED,
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 RECIPE = "recipe.json"  # the artifact with the recipe of a run
 OUTCOME = "outcome.json"  # the artifact with the history and the mistakes of a run
+MAX_TAG = 8000  # characters; MLflow cuts a longer value without an error
 PROCESS_DIED = "the process exited"  # a reason that a better known one may replace
 
 
@@ -154,6 +156,23 @@ class Sweep:
     def total(self) -> int:
         """The number of jobs, including those that a search has not proposed yet."""
         return int(self.record.tags[SWEEP_JOBS])
+
+
+def grids_text(grids: Sequence[Sequence[str]]) -> str:
+    """Return grids as `read_sweep` reads them.
+
+    Raises:
+        UserError: They are too long, or contain what could not be read back.
+    """
+    check_stored([override for grid in grids for override in grid], "The command line")
+    text = json.dumps(grids)
+    if len(text) > MAX_TAG:
+        raise UserError(
+            f"The overrides of the sweep have {len(text):,} characters, expected at most {MAX_TAG:,}.",
+            key="sweep",
+            remedy="Write ranges, such as seed=range(0,300), or start several sweeps: compare takes them together.",
+        )
+    return text
 
 
 def read_sweep(record: RunRecord) -> Sweep:

@@ -210,6 +210,9 @@ def print_commands(commands: Mapping[str, list[Measurement]], startup: Mapping[s
     walls = [[measured["wall"] for measured in commands[name]] for name in (OURS, UNTRACKED)]
     added = [tracked - untracked for tracked, untracked in zip(*walls, strict=True)]
     print(f"the first step comes {first:.2f} times as late as the end of `import torch, torch._dynamo`")
+    floors = [torch + ours["training"] for ours, torch in zip(commands[OURS], torch_imports, strict=True)]
+    above = [ours["wall"] / floor for ours, floor in zip(commands[OURS], floors, strict=True)]
+    print(f"the whole command takes {spread(above, 2)} times its floor, `import torch, torch._dynamo` and its own training")
     print(f"tracking adds {spread(added)} s; importing MLflow and opening the store take {spread(mlflow_imports)} s")
 
 

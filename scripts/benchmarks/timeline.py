@@ -2,9 +2,9 @@
 
     python scripts/benchmarks/timeline.py [--rounds 5] [--before CHECKOUT] [--figure FILE]
 
-Runs `python -m mnist_exp.run` in processes of its own, into a store that exists, with an architecture whose graph is cached, and
-takes the time inside of each part's functions, without that of other parts called from there. With --before, a checkout of
-another version takes turns with this one. It prints medians in seconds.
+Runs `python -m mnist_exp.run` in processes of its own, into a store that exists, and takes the time inside of each part's
+functions, without that of other parts called from there. With --before, a checkout of another version takes turns with this one.
+It prints medians in seconds.
 """
 
 import argparse

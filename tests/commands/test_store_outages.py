@@ -83,6 +83,23 @@ def test_a_server_that_answers_500_gets_the_password_and_no_record_does(
     assert set(seen) == {f"Basic {credentials}"}
 
 
+@pytest.mark.parametrize("arguments", [("latest",), ("0" * 32,), ("abcdef",)], ids=str)
+def test_a_sweep_that_the_server_cannot_read_is_not_said_to_be_missing(
+    call: Call, arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with broken_server(with_experiment=True) as (server, _):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+        output_dir = f"output_dir={tmp_path}/outputs"
+        for done in (
+            call(compare.main, *arguments),
+            call(run.main, "-m", f"sweep.extend='{arguments[0]}'", "seed=range(5,20)", output_dir),
+            call(run.main, "-m", f"sweep.resume='{arguments[0]}'", output_dir),
+        ):
+            assert done.returncode == 1
+            assert "500" in done.stderr
+            assert "Traceback" not in done.stderr
+
+
 def test_a_run_that_the_server_does_not_start_leaves_one_message(in_process: CommandLine, tmp_path: Path) -> None:
     with broken_server(with_experiment=True) as (server, _):
         done = in_process(*SHORT, f"tracking.uri={server}")

@@ -1,5 +1,6 @@
 """All jobs are checked before the first starts."""
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -55,6 +56,17 @@ def test_a_mistake_in_the_last_job_is_found_before_the_first(
 def test_a_sweep_that_cannot_be_meant_is_refused(refuse: Callable[..., str], overrides: list[str]) -> None:
     answer = refuse(*JOBS, *overrides)
     assert overrides[-1].partition("=")[0] in answer or "data=mnist_tuning" in answer
+
+
+@pytest.mark.parametrize(
+    ("choice", "package"),
+    [("hydra/launcher=ray_cluster", "ray"), ("hydra/launcher=slurm", "submitit"), ("hydra/sweeper=optuna", "optuna")],
+)
+def test_a_missing_package_is_found_before_the_sweep_is_recorded(
+    refuse: Callable[..., str], choice: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert "pip install" in refuse(*JOBS, choice)
 
 
 @pytest.mark.parametrize("override", ["sweep.resume=latest", "sweep.dry_run=true"])

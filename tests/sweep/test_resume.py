@@ -1,0 +1,142 @@
+"""Which jobs a resumed or extended sweep runs: those whose configuration no finished run of the sweep has."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from conftest import Call, CommandLine
+from mlflow import MlflowClient
+
+from mnist_exp import compare, runs
+from mnist_exp.composing import compose_recipe
+from mnist_exp.overrides import combinations
+from mnist_exp.settings import Settings
+from mnist_exp.tracking.base import RunInfo
+from mnist_exp.tracking.mlflow_store import MLflowStore
+from mnist_exp.tracking.provenance import software
+
+BASE = ("data=digits", "~phases.train")
+Store = Callable[..., str]
+
+
+@pytest.fixture
+def sweep(store: str, tmp_path: Any) -> Store:
+    """Store a stopped sweep, each child as (job number, overrides, changes of its settings, status), and return its id."""
+
+    def store_sweep(*grids: tuple[str, ...], children: Any = (), status: str = "KILLED", **tags: str) -> str:
+        opened = MLflowStore(store, "mnist_exp")
+        jobs = {job for grid in grids for job in combinations(grid)}
+        recorded = {
+            "sweep_jobs": str(len(jobs)),
+            "sweeper": "grid",
+            "grids": json.dumps(grids),
+            "output_dir": str(tmp_path / "outputs"),
+        }
+        parent = opened.start(RunInfo("sweep", "", recorded | tags))
+        for number, overrides, change, ended in children:
+            recipe = compose_recipe(*overrides)
+            info = {"sweep_id": parent.run_id, "job_num": str(number), "overrides": " ".join(overrides), **software()}
+            child = opened.start(RunInfo(f"job {number}", "", info))
+            child.log_text(replace(recipe, settings=change(recipe.settings)).as_json(), "recipe.json")
+            opened.client.set_terminated(child.run_id, ended)
+        opened.client.set_terminated(parent.run_id, status)
+        return parent.run_id
+
+    return store_sweep
+
+
+def same(settings: Settings) -> Settings:
+    return settings
+
+
+def without_subset(settings: Settings) -> Settings:
+    """As an older version recorded it, which had no such key."""
+    return settings.model_copy(update={"data": {key: value for key, value in settings.data.items() if key != "subset"}})
+
+
+def with_another_batch_size(settings: Settings) -> Settings:
+    return settings.model_copy(update={"batch_size": 64})
+
+
+def planned(in_process: CommandLine, *overrides: str) -> list[str]:
+    """What a dry run says of each job."""
+    done = in_process("-m", *overrides, "sweep.dry_run=true")
+    assert done.returncode == 0, done.stderr
+    return re.findall(r"^│ +\d+ │ (\w+)", done.stdout, re.MULTILINE)
+
+
+def test_a_job_is_its_configuration_whatever_its_number(sweep: Store, in_process: CommandLine) -> None:
+    grid = (*BASE, "phases.finetune.batch_size=64,128", "seed=0,1")
+    done = [(7, (*BASE, "seed=1", "phases.finetune.batch_size=64"), without_subset, "FINISHED")]
+    sweep(grid, children=[*done, (0, (*BASE, "phases.finetune.batch_size=128", "seed=0"), same, "FAILED")])
+    assert planned(in_process, "sweep.resume=latest") == ["run", "skip", "run", "run"]
+    assert planned(in_process, "sweep.resume=latest", *grid) == ["run", "skip", "run", "run"], "the same command line again"
+    assert planned(in_process, "sweep.extend=latest", "seed=1,2") == ["run", "skip", "run", "run", "run", "run"]
+
+
+def test_a_finished_run_of_another_configuration_is_not_lost(
+    sweep: Store, in_process: CommandLine, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = (*BASE, "phases.finetune.batch_size=64,128")
+    sweep(grid, children=[(0, (*BASE, "phases.finetune.batch_size=64"), with_another_batch_size, "FINISHED")])
+    refused = in_process("-m", "sweep.resume=latest", "sweep.dry_run=true")
+    assert refused.returncode == 1
+    assert "batch_size was 64, is 512" in refused.stderr
+    assert planned(in_process, "sweep.resume=latest", "sweep.force=true") == ["run", "run"]
+
+
+@pytest.mark.parametrize("name", ["code", "torch"])
+def test_other_software_is_refused(sweep: Store, in_process: CommandLine, store: str, name: str) -> None:
+    sweep(BASE, children=[(0, BASE, same, "FINISHED")])
+    (child,) = MLflowStore(store, "mnist_exp").runs("tags.job_num = '0'")
+    MlflowClient(store).set_tag(child.run_id, name, "other")
+    for key in ("sweep.resume=latest", "sweep.extend=latest"):
+        refused = in_process("-m", key, *(["seed=5"] if "extend" in key else []), "sweep.dry_run=true")
+        assert refused.returncode == 1
+        assert f"{name} was other" in refused.stderr
+    assert in_process("-m", "sweep.resume=latest", "sweep.force=true", "sweep.dry_run=true").returncode == 0
+
+
+@pytest.mark.parametrize("grids", [None, "{}"])
+def test_a_sweep_of_another_version_is_shown_but_not_continued(
+    sweep: Store, in_process: CommandLine, call: Call, store: str, grids: str | None
+) -> None:
+    run_id = sweep(BASE, children=[(0, BASE, same, "FINISHED")])
+    client = MlflowClient(store)
+    client.delete_tag(run_id, "grids") if grids is None else client.set_tag(run_id, "grids", grids)
+    messages = {in_process("-m", f"sweep.{key}={run_id}").stderr for key in ("resume", "extend")}
+    messages |= {call(main, run_id).stderr for main in (compare.main,)}
+    assert len(messages) == 1
+    assert run_id in messages.pop()
+    assert run_id[:8] in call(runs.main, "list").stdout
+    assert call(runs.main, "show", run_id).returncode == 0
+
+
+def test_overrides_that_a_tag_cannot_hold_are_refused_at_once(in_process: CommandLine, tmp_path: Any, store: str) -> None:
+    refused = in_process("-m", *BASE, "seed=" + ",".join(map(str, range(2000))))
+    assert refused.returncode == 1
+    assert "8,000" in refused.stderr
+    assert not MLflowStore(store, "mnist_exp").runs(), "nothing is recorded"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "equal"),
+    [
+        (("save_every=5",), ("save_every=6",), True),
+        (("parameter_limit=null",), (), True),
+        (("batch_size=64",), ("batch_size=65",), False),
+        (
+            ("+phase@phases.b=finetune", "+phase@phases.a=finetune"),
+            ("+phase@phases.a=finetune", "+phase@phases.b=finetune"),
+            False,
+        ),
+        (("data.root=/a",), ("data.root=/b",), True),
+    ],
+)
+def test_the_digest(first: tuple[str, ...], second: tuple[str, ...], equal: bool) -> None:
+    one, other = (compose_recipe(*overrides).settings for overrides in (first, second))
+    assert (one.digest() == other.digest()) is equal
+    assert one.digest(["save_every"]) != compose_recipe(*first, "save_every=7").settings.digest(["save_every"])
