@@ -126,7 +126,7 @@ class ModelSource:
     Args:
         address: A folder, or MLflow's `models:/...`.
         title: What people know the model by: its run, its registered name, or its folder.
-        model_id: The id of the logged model, None for a folder.
+        model_id: The id of the logged model, None without one.
         run_id: The run that trained it, None if unknown.
     """
 
@@ -165,24 +165,23 @@ def find_model(store: MLflowStore, text: str) -> ModelSource:
             version = store.client.get_model_version(*name.rsplit("/", 1))
     except MlflowException as error:
         raise UserError(f"model {text} is not in {store.uri}: {first_line(error)}") from error
-    return ModelSource(text, f"{version.name}, version {version.version}", version.model_id, version.run_id)
+    model_id = version.source.removeprefix("models:/") if version.source.startswith("models:/m-") else None
+    return ModelSource(text, f"{version.name}, version {version.version}", model_id, version.run_id)
 
 
 def _of_run(store: MLflowStore, text: str) -> ModelSource:
     """Return the model of a run, or of the newest run that has one: a single run, or without any a job of a sweep."""
     if text == "latest":
-        records = sorted(
-            store.runs("attributes.status = 'FINISHED'"), key=lambda record: record.job is not None
-        )  # keeps the order by time
+        finished = store.runs("attributes.status = 'FINISHED'")
+        records = sorted(finished, key=lambda record: record.job is not None)  # keeps the order by time
+        problem = f"experiment {store.experiment} of {store.uri} has no finished run with a model"
     else:
         records = [record_of(store.get_run(store.resolve_id(text)))]
+        problem = "the run has no model"
     for record in records:
         if models := logged_models(store, record):
             title = f"run {record.run_id[:8]}, {record.name}" + (f" on {record.data}" if record.data else "")
             return ModelSource(f"models:/{models[0].model_id}", title, models[0].model_id, record.run_id)
-    problem = "the run has no model"
-    if text == "latest":
-        problem = f"experiment {store.experiment} of {store.uri} has no finished run with a model"
     remedy = f"Train one with `{command('run')}`, set MLFLOW_TRACKING_URI to its store, or name its experiment with --experiment."
     raise UserError(f"model {text}: {problem}.", key="model", value=text, remedy=remedy)
 

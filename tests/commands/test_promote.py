@@ -31,7 +31,10 @@ def test_a_run_is_promoted_by_hand(call: Call, stored_run: str, store: str) -> N
         assert (version.version, version.run_id) == (number, stored_run)
     for part in ("98.71 %", "mnist", f"](#/experiments/1/runs/{stored_run}"):
         assert part in version.description
-    assert load("models:/Mary's digits@champion").source.run_id == stored_run
+    (model,) = client.search_logged_models(["1"])
+    for address in ("models:/Mary's digits@champion", "models:/Mary's digits/1", f"models:/{model.model_id}"):
+        source = load(address).source
+        assert (source.address, source.run_id, source.model_id) == (address, stored_run, model.model_id)
     assert call(runs.main, "promote", "--sweep", "latest", "--name", "mnist").returncode == 1, "there is no sweep"
 
 
