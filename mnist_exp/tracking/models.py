@@ -165,8 +165,8 @@ def find_model(store: MLflowStore, text: str) -> ModelSource:
             version = store.client.get_model_version(*name.rsplit("/", 1))
     except MlflowException as error:
         raise UserError(f"model {text} is not in {store.uri}: {first_line(error)}") from error
-    model_id = version.source.removeprefix("models:/") if version.source.startswith("models:/m-") else None
-    return ModelSource(text, f"{version.name}, version {version.version}", model_id, version.run_id)
+    logged = re.fullmatch("models:/(m-[0-9a-f]{32})", version.source or "")  # MLflow's stores do not fill in version.model_id
+    return ModelSource(text, f"{version.name}, version {version.version}", logged[1] if logged else None, version.run_id)
 
 
 def _of_run(store: MLflowStore, text: str) -> ModelSource:
