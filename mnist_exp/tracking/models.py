@@ -215,7 +215,7 @@ def register(store: MLflowStore, record: RunRecord, name: str, alias: str, reaso
     _check_written_by_us(_download(source.address))
     link = f"[Run {record.run_id[:8]}]({run_path(record.experiment_id, record.run_id)[1:]})"
     results = [f"{metric} {format_metric(metric, record.metrics[metric])}" for metric in METRICS if metric in record.metrics]
-    description = f"{reason}\n\n{link} on {record.data}: {', '.join(results)}."
+    description = f"{reason}\n\n{', '.join([f'{link} on {record.data}', *results])}."
     try:
         version = mlflow.register_model(source.address, name, tags=tags)  # also links the logged model to the version
         store.client.update_model_version(name, version.version, description)
