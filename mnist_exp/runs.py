@@ -194,25 +194,18 @@ def promote_model(store: "MLflowStore", settings: "Settings", arguments: argpars
     from mnist_exp.tracking import models
     from mnist_exp.tracking.mlflow_store import record_of
 
-    before = models.find_champion(store, arguments.name, arguments.alias)
     if arguments.run_id:
         record = record_of(store.get_run(store.resolve_id(arguments.run_id, finished=True)))
-        reason, tags = f"Promoted by hand: run {record.run_id}.", {}
+        reason, tags = "Promoted by hand.", {}
     else:
-        if before and not before.run_id:
-            raise UserError(
-                f"{arguments.name}@{arguments.alias}, version {before.version}, names no run, so that no arm can be compared "
-                "with it.",
-                remedy="Promote a run of your choice with --run.",
-            )
+        champion = models.find_champion(store, arguments.name, arguments.alias)
         sweep = store.find_sweep(arguments.sweep)
-        decision = decide_by_sweep(source_of(store, sweep), before.run_id if before else None)
+        decision = decide_by_sweep(source_of(store, sweep), champion)
         if decision.run is None:
             show_lines([decision.reason])
             return
         record, reason, tags = decision.run, decision.reason, decision.tags | {"sweep": sweep.run_id}
-    source = models.verified_model(store, record)
-    version = models.register(store, source, arguments.name, arguments.alias, reason, tags)
+    version = models.register(store, record, arguments.name, arguments.alias, reason, tags)
     show_lines([reason, f"models:/{arguments.name}@{arguments.alias} is version {version}, of run {record.run_id}."])
 
 

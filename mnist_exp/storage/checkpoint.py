@@ -85,9 +85,9 @@ def load_latest_intact(folder: Path) -> Checkpoint:
 
 def load(path: Path) -> Checkpoint:
     """Return a checkpoint with its tensors on the CPU; raises UserError with its problem."""
-    content = _read_intact(path)
+    archive = read_archive(path)
     try:
-        values = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        values = torch.load(archive, map_location="cpu", weights_only=True)
         version = values.pop("format_version")
         if version != FORMAT_VERSION:
             raise UserError(f"{path} has format version {version}, expected {FORMAT_VERSION}. Use the version that wrote it.")
@@ -99,24 +99,35 @@ def load(path: Path) -> Checkpoint:
         raise UserError(f"{path} does not contain a checkpoint: {type(error).__name__}.") from error
 
 
-def _read_intact(path: Path) -> bytes:
-    """Return the content of a file whose checksums are right; raises UserError."""
+def read_archive(path: Path) -> io.BytesIO:
+    """Return a copy of a file that `torch.save` has written, for `torch.load`, after its checksums are found right.
+
+    Nothing is decompressed: a small file could fill the memory. torch gets a copy because it may find other entries in a forged
+    file than `zipfile`, which checks them.
+
+    Raises:
+        UserError: The file cannot be read, is damaged, or has compressed or overlapping entries.
+    """
+    copy = io.BytesIO()
     try:
-        content = path.read_bytes()
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            damaged = archive.testzip()
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as copied:
+            entries = archive.infolist()
+            is_stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            if not is_stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise zipfile.BadZipFile("it has compressed or overlapping entries")
+            for entry in entries:
+                copied.writestr(entry.filename, archive.read(entry))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-    except Exception as error:  # zlib and zipfile raise exceptions of several kinds
-        raise UserError(f"{path} is damaged, or no checkpoint: {error}.") from error
-    if damaged:
-        raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong.")
-    return content
+    except Exception as error:  # zipfile raises exceptions of several kinds
+        raise UserError(f"{path} is damaged: {error}.") from error
+    copy.seek(0)
+    return copy
 
 
 def _is_intact(path: Path) -> bool:
     try:
-        _read_intact(path)
+        read_archive(path)
     except UserError:
         return False
     return True

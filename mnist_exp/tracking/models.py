@@ -6,15 +6,14 @@ server call `_load_pyfunc`.
 
 import json
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import torch
 import yaml
 from mlflow.artifacts import download_artifacts
-from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.pyfunc import add_to_model
@@ -23,13 +22,17 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mnist_exp.errors import UserError
+from mnist_exp.metrics import format_metric
 from mnist_exp.overrides import command
 from mnist_exp.settings import Settings, build, stored_node
+from mnist_exp.storage.checkpoint import read_archive
 from mnist_exp.storage.run_dir import disk_error, remove_folder
 from mnist_exp.tracking.base import RunRecord
 from mnist_exp.tracking.connection import first_line
 from mnist_exp.tracking.housekeeping import logged_models
 from mnist_exp.tracking.mlflow_store import MLflowStore, record_of
+from mnist_exp.tracking.tables import METRICS
+from mnist_exp.tracking.views import run_path
 
 WEIGHTS, SETTINGS, MLMODEL = "weights.pt", "settings.json", "MLmodel"  # the last is MLflow's name
 FILES = {WEIGHTS, SETTINGS, MLMODEL}
@@ -80,21 +83,15 @@ def read_model(uri: str) -> tuple[nn.Module, dict[str, int]]:
         settings = json.loads((folder / SETTINGS).read_bytes())
         shape = {key: int(settings["shape"][key]) for key in ("classes", "side", "in_channels")}
         node = stored_node("model", settings["model"], str(folder))
-        with zipfile.ZipFile(folder / WEIGHTS) as archive:
-            if archive.testzip():  # torch itself does not notice changed bits
-                raise zipfile.BadZipFile
-        with torch.device("meta"):  # without memory
-            skeleton: nn.Module = build(node, "model", **shape)
-        if sum(value.nbytes for value in skeleton.parameters()) > (folder / WEIGHTS).stat().st_size:
-            raise UserError(f"{folder} is invalid: its {SETTINGS} describe a larger network than its {WEIGHTS} contains.")
+        weights = torch.load(read_archive(folder / WEIGHTS), map_location="cpu", weights_only=True)
+        with torch.device("meta"):  # a network of another size is refused before it takes memory
+            build(node, "model", **shape).load_state_dict(weights, assign=True)
         model: nn.Module = build(node, "model", **shape)
-        model.load_state_dict(torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True))
+        model.load_state_dict(weights)
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"{folder} is not a model of this program: {error}.") from error
     except Exception as error:  # a forged file can fail anywhere within torch
-        raise UserError(f"{folder} is not a model of this program, or is damaged: {type(error).__name__}.") from error
+        raise UserError(f"{folder} is not a model of this program, or is damaged: {first_line(error)}.") from error
     return model.eval(), shape
 
 
@@ -129,7 +126,7 @@ class ModelSource:
     Args:
         address: A folder, or MLflow's `models:/...`.
         title: What people know the model by: its run, its registered name, or its folder.
-        model_id: The id of the logged model, None for a folder.
+        model_id: The id of the logged model, None without one.
         run_id: The run that trained it, None if unknown.
     """
 
@@ -147,7 +144,7 @@ def find_model(store: MLflowStore, text: str) -> ModelSource:
     """
     if text and Path(text).is_dir():
         return ModelSource(text, f"folder {text}")
-    if not re.fullmatch("latest|[0-9a-fA-F]{6,32}|models:/.+", text):
+    if not re.fullmatch("latest|[0-9a-fA-F]{6,32}|models:/(m-[0-9a-f]{32}|[^/@]+[/@].+)", text):
         raise UserError.invalid(
             "model",
             text,
@@ -159,58 +156,77 @@ def find_model(store: MLflowStore, text: str) -> ModelSource:
         return _of_run(store, text)
     name, _, alias = text.removeprefix("models:/").partition("@")
     try:
-        if alias:
-            version = store.client.get_model_version_by_alias(name, alias)
-            return ModelSource(text, f"{name}@{alias}, version {version.version}", version.model_id, version.run_id)
-        if re.fullmatch("m-[0-9a-f]{32}", name):
+        if "/" not in name and not alias:
             run_id = store.client.get_logged_model(name).source_run_id
             return ModelSource(text, f"model {name} of run {(run_id or 'unknown')[:8]}", name, run_id)
-        if "/" in name:
+        if alias:
+            version = store.client.get_model_version_by_alias(name, alias)
+        else:
             version = store.client.get_model_version(*name.rsplit("/", 1))
-            return ModelSource(text, name, version.model_id, version.run_id)
-        return ModelSource(text, name)
     except MlflowException as error:
         raise UserError(f"model {text} is not in {store.uri}: {first_line(error)}") from error
+    logged = re.fullmatch("models:/(m-[0-9a-f]{32})", version.source or "")  # MLflow's stores do not fill in version.model_id
+    return ModelSource(text, f"{version.name}, version {version.version}", logged[1] if logged else None, version.run_id)
 
 
 def _of_run(store: MLflowStore, text: str) -> ModelSource:
     """Return the model of a run, or of the newest run that has one: a single run, or without any a job of a sweep."""
     if text == "latest":
-        records = sorted(
-            store.runs("attributes.status = 'FINISHED'"), key=lambda record: record.job is not None
-        )  # keeps the order by time
+        finished = store.runs("attributes.status = 'FINISHED'")
+        records = sorted(finished, key=lambda record: record.job is not None)  # keeps the order by time
+        problem = f"experiment {store.experiment} of {store.uri} has no finished run with a model"
     else:
         records = [record_of(store.get_run(store.resolve_id(text)))]
+        problem = "the run has no model"
     for record in records:
         if models := logged_models(store, record):
             title = f"run {record.run_id[:8]}, {record.name}" + (f" on {record.data}" if record.data else "")
             return ModelSource(f"models:/{models[0].model_id}", title, models[0].model_id, record.run_id)
-    problem = "the run has no model"
-    if text == "latest":
-        problem = f"experiment {store.experiment} of {store.uri} has no finished run with a model"
     remedy = f"Train one with `{command('run')}`, set MLFLOW_TRACKING_URI to its store, or name its experiment with --experiment."
     raise UserError(f"model {text}: {problem}.", key="model", value=text, remedy=remedy)
 
 
-def find_champion(store: MLflowStore, name: str, alias: str) -> ModelVersion | None:
-    """Return the version of a registered model that an alias points to, None without one."""
+def find_champion(store: MLflowStore, name: str, alias: str) -> str | None:
+    """Return the id of the run whose model an alias points to, empty if unknown; None without such a model."""
     store.open()
     try:
-        return store.client.get_model_version_by_alias(name, alias)
+        return store.client.get_model_version_by_alias(name, alias).run_id or ""
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the model, or its alias
             return None
         raise UserError(f"{name}@{alias} cannot be read from {store.uri}: {first_line(error)}") from error
 
 
-def verified_model(store: MLflowStore, record: RunRecord) -> ModelSource:
-    """Return the model of a run.
+def register(store: MLflowStore, record: RunRecord, name: str, alias: str, reason: str, tags: dict[str, str]) -> str:
+    """Register the model of a run and point an alias to it, which comes last; return the number of the new version.
+
+    Args:
+        store: The store.
+        record: The run.
+        name: The name of the registered model, created if missing.
+        alias: The alias.
+        reason: The sentence that says why, for the version's description.
+        tags: Tags of the version.
 
     Raises:
-        UserError: It is missing or damaged, or has files or flavors that `save_model` does not write: MLflow could run them.
+        UserError: The model is missing or damaged, or not as `save_model` writes it; or the store refuses.
     """
     source = _of_run(store, record.run_id)
-    folder = _download(source.address)
+    _check_written_by_us(_download(source.address))
+    link = f"[Run {record.run_id[:8]}]({run_path(record.experiment_id, record.run_id)[1:]})"
+    results = [f"{metric} {format_metric(metric, record.metrics[metric])}" for metric in METRICS if metric in record.metrics]
+    description = f"{reason}\n\n{', '.join([f'{link} on {record.data}', *results])}."
+    try:
+        version = mlflow.register_model(source.address, name, tags=tags)  # also links the logged model to the version
+        store.client.update_model_version(name, version.version, description)
+        store.client.set_registered_model_alias(name, alias, version.version)
+    except MlflowException as error:
+        raise UserError(f"{name} cannot be registered in {store.uri}: {first_line(error)}") from error
+    return str(version.version)
+
+
+def _check_written_by_us(folder: Path) -> None:
+    """Raise UserError on a damaged model, or on files or flavors that `save_model` does not write: MLflow could run them."""
     read_model(str(folder))
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*")} - {DOWNLOADED}
     try:
@@ -221,34 +237,3 @@ def verified_model(store: MLflowStore, record: RunRecord) -> ModelSource:
     if files != FILES or flavors != FLAVORS:
         foreign = ", ".join(sorted(files - FILES)) or f"other flavors in {MLMODEL}"
         raise UserError(f"{folder} is not as this program writes a model: it contains {foreign}.", remedy="Promote another run.")
-    return source
-
-
-def register(store: MLflowStore, source: ModelSource, name: str, alias: str, reason: str, tags: dict[str, str]) -> str:
-    """Register a verified model and point the alias to it, which comes last; return the number of the new version.
-
-    Args:
-        store: The store.
-        source: The model.
-        name: The name of the registered model, created if missing.
-        alias: The alias.
-        reason: Why the model is promoted, for the version's description.
-        tags: Tags of the version.
-
-    Raises:
-        UserError: The store refuses.
-    """
-    client = store.client
-    try:
-        try:
-            client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        version = client.create_model_version(
-            name, source.address, source.run_id, tags, description=reason, model_id=source.model_id
-        )
-        client.set_registered_model_alias(name, alias, version.version)
-    except MlflowException as error:
-        raise UserError(f"{name} cannot be registered in {store.uri}: {first_line(error)}") from error
-    return str(version.version)

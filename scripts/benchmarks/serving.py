@@ -33,8 +33,8 @@ from mnist_exp.composing import compose_recipe
 from mnist_exp.learning.datasets import MNIST_SHAPE
 from mnist_exp.settings import build
 from mnist_exp.tracking.base import RunInfo
-from mnist_exp.tracking.mlflow_store import MLflowStore
-from mnist_exp.tracking.models import ModelSource, register, save_model
+from mnist_exp.tracking.mlflow_store import MLflowStore, record_of
+from mnist_exp.tracking.models import register, save_model
 
 CLIENTS, SIZES = (1, 8), (1, 100)
 AIM = 100  # ms from a stroke to its answer
@@ -49,8 +49,8 @@ def promote_model(folder: Path) -> None:
     store.open()
     with store.start(RunInfo("se_cnn", "", {})) as tracker:
         tracker.log_model(folder / "model", "se_cnn")
-    (model,) = store.client.search_logged_models(["1"])
-    register(store, ModelSource(f"models:/{model.model_id}", "", model.model_id), "mnist", "champion", "benchmark", {})
+    record = record_of(store.get_run(tracker.run_id))
+    register(store, record, "mnist", "champion", "For the benchmark.", {})
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What is stored may be written by others: it runs no code, and opens or changes nothing outside the command's own folders.
 
 First the guards of configurations, each with the attacks that it stops (those of overrides are in test_overrides.py, those of
-weights in test_checkpoint.py and test_models.py). Then whole commands: each attack stores a value that points to a bait, a
+weights in test_checkpoint.py and test_stored_models.py). Then whole commands: each attack stores a value that points to a bait, a
 folder next to the output folder and the store, and then reads the store.
 """
 

@@ -80,7 +80,8 @@ def test_the_server_says_what_the_classifier_says(address: str) -> None:
         np.testing.assert_allclose(exponentials / exponentials.sum(1, keepdims=True), expected.probabilities, atol=1e-5)
         if count == 7:
             seven = images
-    for body in ({"inputs": seven.tolist()}, {"inputs": [[1, 2, 3]]}, {"inputs": [[[["a"] * 28] * 28]]}, {"images": []}, "text"):
+    shapes = [seven.tolist(), seven[:, None, :, :27].tolist(), [[1, 2, 3]]]
+    for body in (*({"inputs": images} for images in shapes), {"inputs": [[[["a"] * 28] * 28]]}, {"images": []}, "text"):
         status, answer = post(address, body)
         assert status == 400
         assert "Traceback" not in answer["message"]

@@ -3,6 +3,8 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
+import zipfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -87,6 +89,47 @@ def test_a_damaged_or_forged_checkpoint_runs_nothing_and_the_previous_one_is_use
     with pytest.raises(UserError):
         checkpoint.load_latest_intact(tmp_path)
     assert not (tmp_path / "exploded").exists()
+
+
+def archive(values: object, compression: int = zipfile.ZIP_STORED) -> bytes:
+    """Return what `torch.save` writes, with compressed entries if wanted."""
+    buffer, result = io.BytesIO(), io.BytesIO()
+    torch.save(values, buffer)
+    with zipfile.ZipFile(buffer) as original, zipfile.ZipFile(result, "w", compression) as copy:
+        for entry in original.infolist():
+            copy.writestr(entry.filename, original.read(entry))
+    return result.getvalue()
+
+
+def overlapping() -> bytes:
+    """Return an archive that names one entry many times."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as result:
+        result.writestr("zeros", bytes(10**6))
+        result.filelist *= 1000
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["compressed", "overlapping"])
+def test_a_small_file_does_not_fill_the_memory(kind: str, tmp_path: Path) -> None:
+    zeros = {"zeros": torch.zeros(10**8, dtype=torch.uint8)}
+    (tmp_path / CHECKPOINT).write_bytes(archive(zeros, zipfile.ZIP_DEFLATED) if kind == "compressed" else overlapping())
+    tracemalloc.start()
+    with pytest.raises(UserError):
+        checkpoint.load(tmp_path / CHECKPOINT)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10**7
+
+
+def test_torch_reads_the_entries_that_are_checked(tmp_path: Path) -> None:
+    """In a file with two directories of entries, torch itself takes the first one, whose entries nobody has checked."""
+    unchecked = archive(torch.zeros(10**8, dtype=torch.uint8), zipfile.ZIP_DEFLATED)
+    size = 10**5 + len(unchecked) - len(archive(torch.ones(10**5, dtype=torch.uint8)))
+    checked = archive(torch.ones(size, dtype=torch.uint8))
+    assert len(checked) == len(unchecked), "the end of the second names the place of both directories"
+    (tmp_path / CHECKPOINT).write_bytes(unchecked + checked)
+    assert torch.load(checkpoint.read_archive(tmp_path / CHECKPOINT), weights_only=True).equal(torch.ones(size))
 
 
 def test_a_damaged_checkpoint_does_not_replace_the_previous_good_one(tmp_path: Path) -> None:

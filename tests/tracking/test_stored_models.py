@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mlflow.exceptions import MlflowException
 from mnist_exp.composing import compose_recipe
 from mnist_exp.errors import UserError
 from mnist_exp.learning.datasets import MNIST_SHAPE
+from mnist_exp.paths import CONF
 from mnist_exp.settings import build
 from mnist_exp.tracking import models
 from mnist_exp.tracking.mlflow_store import MLflowStore, record_of
@@ -54,7 +56,29 @@ def test_mlflow_s_loader_gives_the_logits_of_the_network(original: Path, count: 
         np.testing.assert_array_equal(logits, network(torch.from_numpy(images)).numpy())
 
 
-@pytest.mark.parametrize("images", [images_of(7)[:, 0], images_of(7)[..., :27], images_of(7) / 255, np.full((7, 1, 28, 28), "a")])
+@pytest.mark.parametrize("option", sorted(path.stem for path in CONF.glob("model/*.yaml")))
+def test_mlflow_s_loader_reads_every_architecture(option: str, composed: Compose, tmp_path: Path) -> None:
+    settings = composed(f"model={option}").model_copy(update={"shape": MNIST_SHAPE})
+    network = build(settings.model, "model", **MNIST_SHAPE).eval()
+    models.save_model(tmp_path / "model", network, settings)
+    loaded = mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    for count in (1, 7):
+        with torch.no_grad():
+            expected = network(torch.from_numpy(images_of(count))).numpy()
+        np.testing.assert_array_equal(loaded.predict(images_of(count)), expected)
+
+
+WRONG = {
+    "without channels": images_of(7)[:, 0],
+    "another side": images_of(7)[..., :27],
+    "two channels": images_of(7).repeat(2, axis=1),
+    "fractions": images_of(7) / 255,
+    "int64": images_of(7).astype(np.int64),
+    "text": np.full((7, 1, 28, 28), "a"),
+}
+
+
+@pytest.mark.parametrize("images", WRONG.values(), ids=WRONG.keys())
 def test_mlflow_s_loader_refuses_another_shape_or_type(original: Path, images: np.ndarray) -> None:
     with pytest.raises(MlflowException):
         mlflow.pyfunc.load_model(str(original)).predict(images)
@@ -103,6 +127,14 @@ def test_predicting_needs_the_model_and_the_shape_only(folder: Path) -> None:
     assert models.read_model(str(folder))[1] == MNIST_SHAPE
 
 
+def compress(folder: Path) -> None:
+    with zipfile.ZipFile(folder / models.WEIGHTS) as original:
+        entries = {entry.filename: original.read(entry) for entry in original.infolist()}
+    with zipfile.ZipFile(folder / models.WEIGHTS, "w", zipfile.ZIP_DEFLATED) as compressed:
+        for name, content in entries.items():
+            compressed.writestr(name, content)
+
+
 def link_to(folder: Path, name: str) -> None:
     (folder / name).unlink()
     (folder / name).symlink_to("/etc/hostname")
@@ -112,6 +144,7 @@ REFUSED: dict[str, Callable[[Path], object]] = {
     "no settings": lambda folder: (folder / models.SETTINGS).unlink(),
     "no weights": lambda folder: (folder / models.WEIGHTS).unlink(),
     "truncated weights": lambda folder: (folder / models.WEIGHTS).write_bytes((folder / models.WEIGHTS).read_bytes()[:-100]),
+    "compressed weights": compress,
     "no JSON": lambda folder: (folder / models.SETTINGS).write_text("["),
     "other JSON": lambda folder: (folder / models.SETTINGS).write_text("[]"),
     "nested JSON": lambda folder: (folder / models.SETTINGS).write_text("[" * 10**6),
@@ -152,8 +185,9 @@ def edit_flavor(folder: Path, **changes: str) -> None:
 # With these, MLflow's own loader, which trusts a folder, would run code of others.
 UNPROMOTED: dict[str, Callable[[Path], object]] = {
     "code in the folder": lambda folder: (folder / "code.py").touch(),
-    "a folder": lambda folder: (folder / "code").mkdir(),
+    "code in a subfolder": lambda folder: ((folder / "code").mkdir(), (folder / "code" / "mnist_exp.py").touch()),
     "code elsewhere": lambda folder: edit_flavor(folder, code="../code"),
+    "an environment": lambda folder: edit_flavor(folder, env="conda.yaml"),
     "a loader": lambda folder: edit_flavor(folder, loader_module="antigravity"),
     "another flavor": lambda folder: edit_flavors(folder, lambda flavors: flavors.update(pytorch={"model_data": "data"})),
     "a tag": lambda folder: (folder / models.MLMODEL).write_text("!!python/object/apply:os.system [touch exploded]"),
@@ -172,8 +206,9 @@ def test_only_a_model_as_we_write_it_can_be_promoted(
     (model,) = MlflowClient(store).search_logged_models(["1"])
     folder = Path(model.artifact_location.removeprefix("file://"))
     mlflow.pyfunc.load_model(f"models:/{model.model_id}")  # leaves a file of MLflow's own there
-    assert models.verified_model(opened, record).model_id == model.model_id
+    assert models.register(opened, record, "as-written", "champion", "For a test.", {}) == "1"
     UNPROMOTED[kind](folder)
     with pytest.raises(UserError):
-        models.verified_model(opened, record)
+        models.register(opened, record, "changed", "champion", "For a test.", {})
+    assert [found.name for found in MlflowClient(store).search_registered_models()] == ["as-written"]
     assert not (tmp_path / "exploded").exists()
