@@ -247,7 +247,7 @@ def prune_runs(store: "MLflowStore", settings: "Settings", arguments: argparse.N
     if arguments.yes:
         delete_groups(store, groups, settings.output_dir)
     else:
-        show_lines([f"--yes deletes these {len(groups)} and their folders." if groups else "Nothing can be deleted."])
+        show_lines(["Add --yes to delete these runs and their folders." if groups else "Nothing can be deleted."])
 
 
 def delete_groups(store: "MLflowStore", groups: "list[Group]", output_dir: "Path") -> None:

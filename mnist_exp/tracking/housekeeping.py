@@ -109,7 +109,7 @@ def find_groups(store: MLflowStore, names: Sequence[str]) -> list[Group]:
         found |= {run.run_id: run for run in (record_of(store.get_run(run_id)), *jobs)}
     for run_id, version in registered_models(store).items():
         if run_id in found:
-            remedy = f"Delete {version} first, for example on its page in the MLflow UI."
+            remedy = "Delete that version first, for example on its page in the MLflow UI."
             raise UserError(f"The model of run {run_id} is registered as {version}.", key="id", value=run_id, remedy=remedy)
     return group_by_sweep(found.values())
 
@@ -118,7 +118,7 @@ def registered_models(store: MLflowStore) -> dict[str, str]:
     """Return the ids of the runs whose models are in the registry, with the name and the version."""
     store.open()
     return {
-        run_id: f"{version.name}, version {version.version}"
+        run_id: f"version {version.version} of {version.name}"
         for version in mlflow.search_model_versions()
         for run_id in (version.run_id, *re.findall("[0-9a-f]{32}", version.source or ""))
     }
