@@ -1,10 +1,11 @@
 """Command: list, show, compare, promote and delete runs.
 
-python -m mnist_exp.runs list | show | diff | best | prune | promote | reap
+python -m mnist_exp.runs list | show | diff | best | delete | prune | promote | reap
 """
 
 import argparse
 import re
+import time
 from typing import TYPE_CHECKING
 
 from mnist_exp import cli
@@ -17,9 +18,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mnist_exp.settings import Settings
+    from mnist_exp.tracking.base import RunRecord
     from mnist_exp.tracking.mlflow_store import MLflowStore
+    from mnist_exp.tracking.tables import Group
 
-DAYS = {"h": 1 / 24, "d": 1.0, "w": 7.0}
+HOURS = {"h": 1, "d": 24, "w": 168}
+AGE = "such as 7d, 12h or 4w"
 RUN = "an id, its first 6 or more digits, or latest"
 
 
@@ -41,10 +45,12 @@ def parser() -> argparse.ArgumentParser:
             name, help=help_text, description=help_text, parents=[cli.shared_options()], allow_abbrev=False
         )
 
-    listing = add("list", "list sweeps, their jobs, and single runs, the newest last")
+    listing = add("list", "list sweeps and single runs, the newest last")
+    listing.add_argument("--jobs", action="store_true", help="list the jobs of each sweep below it")
     listing.add_argument("--sort", metavar="METRIC", help="list the runs that have this metric, the best first")
     listing.add_argument("--data", metavar="NAME", help="only runs on this data set")
     listing.add_argument("--last", type=cli.count, metavar="N", help="only the N newest runs")
+    listing.add_argument("--since", type=ago, default=0, metavar="AGE", help=f"only runs that started within AGE, {AGE}")
     listing.set_defaults(run=list_runs)
     show = add("show", "show a run's command, settings, metrics, model and paths")
     show.add_argument("run_id", metavar="RUN", help=RUN)
@@ -56,13 +62,16 @@ def parser() -> argparse.ArgumentParser:
     best = add("best", "print the command that trains the best arm of a sweep, by validation accuracy")
     best.add_argument("sweep", nargs="?", default="latest", metavar="SWEEP", help=RUN)
     best.set_defaults(run=best_arm)
-    prune = add("prune", "show which old runs can be deleted; --yes deletes them and their files")
-    prune.add_argument("--older-than", type=days, required=True, metavar="AGE", help="such as 30d, 12h or 4w, since their end")
+    delete = add("delete", "delete runs and their folders; a sweep with all its jobs")
+    delete.add_argument("run_ids", nargs="+", metavar="RUN", help=RUN)
+    delete.set_defaults(run=delete_runs)
+    prune = add("prune", "show the old runs and sweeps that nothing needs; --yes deletes them and their folders")
+    prune.add_argument("--older-than", type=ago, required=True, metavar="AGE", help=f"only runs that ended before AGE, {AGE}")
     prune.add_argument(
         "--keep-best", type=cli.count, default=5, metavar="N", help="keep the N best of each data set (default: 5)"
     )
     prune.add_argument("--by", default=OBJECTIVE, metavar="METRIC", help=f"the metric of --keep-best (default: {OBJECTIVE})")
-    prune.add_argument("--yes", action="store_true", help="delete; this cannot be undone")
+    prune.add_argument("--yes", action="store_true", help="delete them")
     prune.set_defaults(run=prune_runs)
     add("reap", "set runs to KILLED that are RUNNING in the store although their process is dead").set_defaults(run=reap_runs)
     promote = add("promote", "register a model under a name, and point an alias to it")
@@ -89,11 +98,11 @@ def alias(text: str) -> str:
     return text
 
 
-def days(text: str) -> float:
-    """Return an age such as 30d, 12h or 4w in days."""
+def ago(text: str) -> float:
+    """Return the time that lies an age such as 30d, 12h or 4w back, in milliseconds since 1970."""
     if not (found := re.fullmatch(r"(\d{1,5})([hdw])", text)):
         raise argparse.ArgumentTypeError(f"{text!r} is invalid: expected a number and h, d or w, such as 30d")
-    return int(found[1]) * DAYS[found[2]]
+    return 1000 * (time.time() - 3600 * int(found[1]) * HOURS[found[2]])
 
 
 def reap_runs(store: "MLflowStore", settings: "Settings", arguments: argparse.Namespace) -> None:
@@ -124,11 +133,11 @@ def list_runs(store: "MLflowStore", settings: "Settings", arguments: argparse.Na
             value=store.experiment,
             remedy=f"Set MLFLOW_TRACKING_URI or --tracking-uri to the store with your runs, or start one: {command('run')}.",
         )
-    records = tables.filter_runs(records, arguments.data, arguments.last)
+    chosen = tables.filter_runs(records, arguments.data, arguments.since, arguments.last)
     if arguments.sort:
-        show_table(tables.ranking(records, arguments.sort), optional=tables.METRICS)
+        show_table(tables.ranking(chosen, arguments.sort), optional=tables.METRICS)
     else:
-        show_table(tables.run_tree(records), optional=tables.METRICS[:1])
+        show_table(tables.run_tree(records, chosen, with_jobs=arguments.jobs), optional=tables.METRICS[:1])
 
 
 def show_run(store: "MLflowStore", settings: "Settings", arguments: argparse.Namespace) -> None:
@@ -209,29 +218,55 @@ def promote_model(store: "MLflowStore", settings: "Settings", arguments: argpars
     show_lines([reason, f"models:/{arguments.name}@{arguments.alias} is version {version}, of run {record.run_id}."])
 
 
-def prune_runs(store: "MLflowStore", settings: "Settings", arguments: argparse.Namespace) -> None:
-    """Show the runs that can be deleted, or delete them."""
-    from mnist_exp.console import show_lines, show_table
-    from mnist_exp.tracking import housekeeping, tables
+def delete_runs(store: "MLflowStore", settings: "Settings", arguments: argparse.Namespace) -> None:
+    """Delete the runs that the user names."""
+    from mnist_exp.tracking.housekeeping import find_groups
 
-    output_dir = settings.output_dir.absolute()
-    reap(store, output_dir)
-    plan = housekeeping.plan_pruning(store, output_dir, arguments.older_than, arguments.keep_best, arguments.by)
-    left = {}
-    for record in plan.runs if arguments.yes else []:
-        if reason := housekeeping.delete(store, record, output_dir):
-            left[record.run_id] = reason
-    if plan.runs:
-        rows = [tables.run_row(record.name, record) | {"error": left.get(record.run_id, "")} for record in plan.runs]
-        show_table(rows, optional=tables.METRICS)
-    kept = "; ".join(f"{reason} ({count})" for reason, count in plan.kept.items()) or "none"
-    count = len(plan.runs) - len(left)
-    done = "deleted" if arguments.yes else "would be deleted with their folders; add --yes to delete them"
-    show_lines([f"Kept: {kept}.", f"{count} runs {done}."])
-    if arguments.yes and count:
-        show_lines([f"Remove their artifacts for good with: {housekeeping.gc_command(store)}"])
-    if left:
-        raise UserError(f"{len(left)} runs could not be deleted.")
+    reap(store, settings.output_dir)
+    delete_groups(store, find_groups(store, arguments.run_ids), settings.output_dir)
+
+
+def prune_runs(store: "MLflowStore", settings: "Settings", arguments: argparse.Namespace) -> None:
+    """Show the runs that can be deleted, and delete them with --yes."""
+    from mnist_exp.console import show_lines, show_table
+    from mnist_exp.tracking import tables
+    from mnist_exp.tracking.housekeeping import plan_pruning
+
+    reap(store, settings.output_dir)
+    groups, kept = plan_pruning(store, settings.output_dir, arguments.older_than, arguments.keep_best, arguments.by)
+    if groups:
+        show_table([tables.run_row(tables.group_name(group), group[0]) for group in groups], optional=tables.METRICS)
+    show_lines([f"Kept: {'; '.join(f'{reason} ({count})' for reason, count in kept.items()) or 'none'}."])
+    if arguments.yes:
+        delete_groups(store, groups, settings.output_dir)
+    else:
+        show_lines(["Add --yes to delete these runs and their folders." if groups else "Nothing can be deleted."])
+
+
+def delete_groups(store: "MLflowStore", groups: "list[Group]", output_dir: "Path") -> None:
+    """Delete single runs and sweeps, and show how to restore them and how to free the disk."""
+    from mnist_exp.console import show_lines
+    from mnist_exp.tracking.connection import restore_command
+    from mnist_exp.tracking.housekeeping import delete, gc_command
+    from mnist_exp.tracking.tables import group_name
+
+    deleted: list[RunRecord] = []
+    problems = []
+    for group in groups:
+        try:
+            delete(store, group, output_dir)
+        except UserError as error:
+            problems.append(str(error))
+        else:
+            deleted += group
+            show_lines([f"Deleted {group[0].run_id}: {group_name(group)}"])
+    if deleted:
+        run_id = deleted[0].run_id if len(deleted) == 1 else "ID"
+        restore = restore_command(store.client, store.uri, deleted[0].experiment_id, run_id)
+        show_lines([f"Restore a record, without its checkpoint and model: {restore}"])
+        show_lines([f"Remove the files of all deleted runs for good: {gc_command(store)}"])
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 if __name__ == "__main__":

@@ -1,78 +1,61 @@
-"""Choose old runs, and delete them from the store and the output folder."""
+"""Choose runs to delete, and delete them from the store and the output folder."""
 
 import re
 import shlex
-import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import mlflow
 from mlflow.entities import LoggedModel
-from mlflow.exceptions import MlflowException
 
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import EVALUATION, metric_of
+from mnist_exp.overrides import command
+from mnist_exp.settings import ID
 from mnist_exp.storage import run_dir
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import RunRecord
-from mnist_exp.tracking.connection import first_line
-from mnist_exp.tracking.mlflow_store import MLflowStore
-
-DAY = 86_400_000  # ms
-ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
+from mnist_exp.tracking.mlflow_store import MLflowStore, record_of
+from mnist_exp.tracking.tables import Group, group_by_sweep
 
 
-@dataclass(frozen=True)
-class Pruning:
-    """The runs that pruning deletes, the oldest first, and the number of kept ones by reason."""
-
-    runs: list[RunRecord]
-    kept: dict[str, int]
-
-
-def plan_pruning(store: MLflowStore, output_dir: Path, days: float, keep_best: int, metric: str) -> Pruning:
-    """Choose the runs to delete.
+def plan_pruning(
+    store: MLflowStore, output_dir: Path, before: float, keep_best: int, metric: str
+) -> tuple[list[Group], dict[str, int]]:
+    """Return what pruning deletes, FAILED and KILLED runs first, then by age; and the number of kept groups by reason.
 
     Args:
         store: The store.
         output_dir: The folder of all runs.
-        days: Younger runs are kept, by the time of their end.
+        before: Milliseconds since 1970: runs that ended later are kept.
         keep_best: The number of best finished runs to keep, for each data set.
         metric: The metric that decides which runs are best.
 
     Raises:
-        UserError: The metric has no direction, or the registry of models cannot be read.
+        UserError: The metric has no direction.
     """
     records = store.runs()
-    best, registered = _best(records, keep_best, metric), _registered(store)
-    oldest = time.time() * 1000 - days * DAY
-    unfinished = {record.run_id for record in records if tag.SWEEP_JOBS in record.tags and record.status != "FINISHED"}
-    reasons: dict[str, str] = {}
-    for record in records:
+    best, registered = _best(records, keep_best, metric), registered_models(store).keys()
+    lists = " ".join(value for record in records for key, value in record.params.items() if key.endswith("teacher.runs"))
+    teachers = tuple(re.findall(ID, lists))
+    chosen, kept = [], Counter[str]()
+    for group in group_by_sweep(records):
+        ids = {run.run_id for run in group}
         checks = {
-            "running": record.status == "RUNNING" or record.ended is None,
-            "younger": (record.ended or 0) > oldest,
-            "registered models": record.run_id in registered,
-            "resumable": _is_resumable(record, output_dir) or bool({record.run_id, record.tags.get(tag.SWEEP)} & unfinished),
-            f"best {keep_best} of each data set by {metric}, or on data without it": record.run_id in best,
+            "running": any(run.status == "RUNNING" or run.ended is None for run in group),
+            "younger": any((run.ended or 0) > before for run in group),
+            "registered models": ids & registered,
+            "resumable": _is_resumable(group, output_dir),
+            "teachers of other runs": any(run_id.startswith(teachers) for run_id in ids),
+            f"best {keep_best} of each data set by {metric}, or all if none has it": ids & best,
         }
-        if applying := [reason for reason, applies in checks.items() if applies]:
-            reasons[record.run_id] = applying[0]
-    while needed := _needed(records, reasons):
-        reasons |= needed
-    chosen = [record for record in records if record.run_id not in reasons]
-    return Pruning(sorted(chosen, key=lambda record: record.ended or 0), dict(Counter(reasons.values())))
-
-
-def _needed(records: Sequence[RunRecord], reasons: Mapping[str, str]) -> dict[str, str]:
-    """Return the runs that kept runs need, and the reason: the sweeps of jobs, and teachers."""
-    kept = [record for record in records if record.run_id in reasons]
-    sweeps = dict.fromkeys((record.tags.get(tag.SWEEP, "") for record in kept), "sweeps of kept jobs")
-    teachers = {run_id: "named by kept runs" for record in kept for run_id in ID.findall(record.tags.get(tag.OVERRIDES, ""))}
-    ids = {record.run_id for record in records}
-    return {run_id: reason for run_id, reason in (teachers | sweeps).items() if run_id in ids - reasons.keys()}
+        if reasons := [reason for reason, applies in checks.items() if applies]:
+            kept[reasons[0]] += 1
+        else:
+            chosen.append(group)
+    return sorted(chosen, key=lambda group: (group[0].status == "FINISHED", group[0].ended)), kept
 
 
 def _best(records: Iterable[RunRecord], count: int, metric: str) -> set[str]:
@@ -82,9 +65,7 @@ def _best(records: Iterable[RunRecord], count: int, metric: str) -> set[str]:
     """
     is_better = metric_of(metric).higher_is_better
     if is_better is None or metric.startswith(EVALUATION):
-        raise UserError(
-            f"--by {metric} is invalid: expected a metric of training runs with a best direction, such as val/accuracy."
-        )
+        raise UserError.invalid("--by", metric, "a metric of training runs with a best direction, such as val/accuracy")
     by_data = defaultdict(list)
     for record in records:
         if record.status == "FINISHED" and tag.SWEEP_JOBS not in record.tags:
@@ -96,52 +77,85 @@ def _best(records: Iterable[RunRecord], count: int, metric: str) -> set[str]:
     return best
 
 
-def _is_resumable(record: RunRecord, output_dir: Path) -> bool:
-    """Return whether a run that has not finished may have a checkpoint: in its folder, or in a folder out of reach."""
-    folder = output_dir / record.run_id
-    if record.is_done or run_dir.is_complete(folder):
-        return False
-    return run_dir.has_checkpoint(folder) or record.tags.get(tag.OUTPUT_DIR) not in (None, str(output_dir.absolute()))
+def _is_resumable(group: Group, output_dir: Path) -> bool:
+    """Return whether work is left, and finished jobs or a checkpoint to go on from, perhaps in a folder out of reach.
 
-
-def _registered(store: MLflowStore) -> set[str | None]:
-    """Return the ids of the runs whose models are in the registry; raises UserError if it cannot be read."""
-    found: set[str | None] = set()
-    token: str | None = ""
-    try:
-        while token is not None:
-            page = store.client.search_model_versions(max_results=1000, page_token=token or None)
-            for version in page:
-                models = {version.model_id, *re.findall(r"\bm-[0-9a-f]{32}\b", version.source or "")} - {None, ""}
-                found |= {version.run_id, *ID.findall(version.source or "")}
-                found |= {store.client.get_logged_model(model_id).source_run_id for model_id in models}
-            token = page.token or None  # a server's last page has an empty one
-    except MlflowException as error:
-        raise UserError(
-            f"The models registered in {store.uri} cannot be read, so no run can be deleted: {first_line(error)}"
-        ) from error
-    return found
-
-
-def delete(store: MLflowStore, record: RunRecord, output_dir: Path) -> str | None:
-    """Delete a run and its folder, and mark its models as deleted; return the reason if a part is left.
-
-    Its artifacts stay until `mlflow gc` removes them: their address comes from the store, which could name any folder.
+    No work is left of a run that diverged: it would diverge again.
     """
-    folder = output_dir / record.run_id
-    with ExitStack() as lock:
-        if folder.is_dir() and not folder.is_symlink() and not lock.enter_context(run_dir.try_lock(folder)):
-            return "a process works on it"
-        if store.get_run(record.run_id).info.status != record.status:
-            return "it was resumed in the meantime"
-        try:  # the run last: what is left of an interrupted deletion can be deleted again
-            run_dir.remove_folder(folder)
-            for model in logged_models(store, record):
+    runs = [run for run in group if run.job is not None] or group
+    ended = {run.job for run in runs if run.is_done or (output_dir / run.run_id / run_dir.DIVERGED).exists()}
+    if group[0].is_done or str(len(ended)) == group[0].tags.get(tag.SWEEP_JOBS, "1"):
+        return False
+    reachable = (None, str(output_dir.absolute()))
+    return any(
+        run.is_done or run_dir.has_checkpoint(output_dir / run.run_id) or run.tags.get(tag.OUTPUT_DIR) not in reachable
+        for run in runs
+    )
+
+
+def find_groups(store: MLflowStore, names: Sequence[str]) -> list[Group]:
+    """Return the runs that a user names, a sweep with all its jobs.
+
+    Args:
+        store: The store.
+        names: Ids, their first 6 or more digits, or `latest`.
+
+    Raises:
+        UserError: A run does not exist, or its model is registered.
+    """
+    found: dict[str, RunRecord] = {}
+    for run_id in map(store.resolve_id, names):
+        jobs = store.runs(f"tags.{tag.SWEEP} = '{run_id}'", everywhere=True)
+        found |= {run.run_id: run for run in (record_of(store.get_run(run_id)), *jobs)}
+    for run_id, version in registered_models(store).items():
+        if run_id in found:
+            remedy = "Delete that version first, for example on its page in the MLflow UI."
+            raise UserError(f"The model of run {run_id} is registered as {version}.", key="id", value=run_id, remedy=remedy)
+    return group_by_sweep(found.values())
+
+
+def registered_models(store: MLflowStore) -> dict[str, str]:
+    """Return the ids of the runs whose models are in the registry, with the name and the version."""
+    store.open()
+    return {
+        run_id: f"version {version.version} of {version.name}"
+        for version in mlflow.search_model_versions()
+        for run_id in (version.run_id, *re.findall("[0-9a-f]{32}", version.source or ""))
+    }
+
+
+def delete(store: MLflowStore, group: Group, output_dir: Path) -> None:
+    """Delete a single run or a sweep and the folders, and mark the models as deleted.
+
+    The artifacts stay until `mlflow gc` removes them: their address comes from the store, which could name any folder.
+
+    Raises:
+        UserError: A process works on a run.
+    """
+    for run in group:  # all or none
+        with _locked(store, run, output_dir):
+            pass
+    for run in reversed(group):  # the sweep last: what is left of an interrupted deletion can be deleted again
+        with _locked(store, run, output_dir):
+            run_dir.remove_folder(output_dir / run.run_id)
+            for model in logged_models(store, run):
                 store.client.delete_logged_model(model.model_id)
-            store.delete(record.run_id)
-        except Exception as error:  # servers, databases and disks raise exceptions of their own
-            return first_line(error)
-    return None
+            store.delete(run.run_id)
+
+
+@contextmanager
+def _locked(store: MLflowStore, run: RunRecord, output_dir: Path) -> Iterator[None]:
+    """Lock a run for the block; raises UserError if a process works on it, or has since `run` was read."""
+    folder = output_dir / run.run_id
+    with run_dir.try_lock(folder) if folder.is_dir() and not folder.is_symlink() else nullcontext(True) as is_free:
+        if not is_free or store.get_run(run.run_id).info.status not in {run.status} - {"RUNNING"}:
+            raise UserError(
+                f"Run {run.run_id} cannot be deleted: a process works on it.",
+                key="id",
+                value=run.run_id,
+                remedy=f"Stop it. If it is dead, run `{command('runs', 'reap')}` on its machine.",
+            )
+        yield
 
 
 def gc_command(store: MLflowStore) -> str:

@@ -1,8 +1,10 @@
 """Runs as the rows of tables, and the differences between two runs."""
 
+import hashlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import OBJECTIVE, format_metric, metric_of
@@ -16,48 +18,69 @@ CODE = {tag.COMMIT: "commit", tag.BRANCH: "branch", tag.DIRTY: "uncommitted chan
 MACHINE = ("python", "os", "cpu", "cpu.cores", "threads", "gpu")
 PATCH, PACKAGES = "provenance/uncommitted.diff", "provenance/packages.txt"
 
+Group = list[RunRecord]  # a single run, or a sweep followed by its jobs
 Section = dict[str, tuple[str, str]]  # the values of both runs by name; a missing one is empty
 
 
-def filter_runs(records: Sequence[RunRecord], data: str | None, last: int | None) -> list[RunRecord]:
+def group_by_sweep(records: Iterable[RunRecord]) -> list[Group]:
+    """Return the sweeps, each with its jobs by number, and the single runs, in the order of `records`."""
+    runs = {record.run_id: record for record in records}
+    jobs = defaultdict(list)
+    for run in runs.values():
+        jobs[run.tags.get(tag.SWEEP)].append(run)
+    heads = [run for run in runs.values() if run.tags.get(tag.SWEEP) not in runs]
+    return [[head, *sorted(jobs[head.run_id], key=lambda job: job.job or 0)] for head in heads]
+
+
+def filter_runs(records: Sequence[RunRecord], data: str | None, since: float, last: int | None) -> list[RunRecord]:
     """Return the chosen runs and the sweeps of chosen jobs, in the order of `records`.
 
     Args:
         records: The runs, the newest first.
         data: The name of a data set; None for all.
-        last: The number of newest runs, without sweeps; None for all.
+        since: Milliseconds since 1970, for runs that started later.
+        last: The number of newest runs, without the sweeps of jobs; None for all.
 
     Raises:
         UserError: No run has the data set.
     """
     names = {record.data for record in records} - {""}
     if data and data not in names:
-        hint = did_you_mean(data, names)
-        raise UserError(f"--data {data} is invalid{hint}: expected one of {', '.join(sorted(names))}.")
-    runs = [record for record in records if tag.SWEEP_JOBS not in record.tags and data in (None, record.data)][:last]
-    ids = {record.run_id for record in runs} | {record.tags.get(tag.SWEEP) for record in runs}
+        raise UserError.invalid("--data", data, f"one of {', '.join(sorted(names))}{did_you_mean(data, names)}")
+    sweeps = {record.tags.get(tag.SWEEP) for record in records}
+    runs = [run for run in records if run.run_id not in sweeps and data in (None, run.data) and run.started >= since]
+    ids = {id_ for run in runs[:last] for id_ in (run.run_id, run.tags.get(tag.SWEEP))}
     return [record for record in records if record.run_id in ids]
 
 
-def run_tree(records: Sequence[RunRecord]) -> list[dict[str, str]]:
-    """Return runs, the newest first, as the rows of a table: the newest last, and jobs below their sweep."""
-    children = [record for record in records if tag.SWEEP in record.tags]
+def run_tree(records: Iterable[RunRecord], chosen: Iterable[RunRecord], *, with_jobs: bool) -> list[dict[str, str]]:
+    """Return the rows of a table: the newest run last, and jobs below their sweep.
+
+    Args:
+        records: All runs, the newest first.
+        chosen: The runs of the table.
+        with_jobs: Whether the table has the jobs of sweeps.
+    """
+    ids = {record.run_id for record in chosen}
     rows = []
-    for record in reversed(records):
-        if tag.SWEEP in record.tags:
-            continue
-        rows.append(run_row(record.name, record))
-        jobs = [child for child in children if child.tags[tag.SWEEP] == record.run_id]
-        rows += [run_row(f"  {child.name}", child) for child in sorted(jobs, key=lambda child: child.job or 0)]
+    for group in reversed(group_by_sweep(records)):
+        named = [(group_name(group), group[0]), *((f"  {job.name}", job) for job in group[1:] if with_jobs)]
+        rows += [run_row(name, run) for name, run in named if run.run_id in ids]
     return rows
+
+
+def group_name(group: Group) -> str:
+    """Return the name of a single run, or that of a sweep with the number of its finished jobs."""
+    total = group[0].tags.get(tag.SWEEP_JOBS)
+    finished = {job.job for job in group[1:] if job.status == "FINISHED"} - {None}
+    return f"{group[0].name} ({len(finished)} of {total} jobs)" if total else group[0].name
 
 
 def ranking(records: Sequence[RunRecord], metric: str) -> list[dict[str, str]]:
     """Return the runs that have a metric as the rows of a table, the best first; the highest, if the metric has no direction."""
     known = {name for record in records for name in record.metrics}
     if metric not in known:
-        hint = did_you_mean(metric, known)
-        raise UserError(f"--sort {metric} is invalid{hint}: expected one of {', '.join(sorted(known))}.")
+        raise UserError.invalid("--sort", metric, f"one of {', '.join(sorted(known))}{did_you_mean(metric, known)}")
     found = [record for record in records if metric in record.metrics]
     found.sort(key=lambda record: record.metrics[metric], reverse=metric_of(metric).higher_is_better is not False)
     return [run_row(record.name, record, (metric, *(other for other in METRICS if other != metric))) for record in found]
@@ -72,7 +95,8 @@ def run_row(name: str, record: RunRecord, metrics: Sequence[str] = METRICS) -> d
         metrics: The metrics of the columns.
     """
     shown = {key: format_metric(key, record.metrics[key]) if key in record.metrics else "" for key in metrics}
-    return {"run": record.run_id, "name": name, "status": record.status, **shown}
+    started = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.started / 1000))
+    return {"run": record.run_id, "name": name, "status": record.status, "started": started, **shown}
 
 
 def run_details(record: RunRecord) -> dict[str, str]:
@@ -128,14 +152,10 @@ def _text(store: MLflowStore, run: StoredRun, path: str) -> str:
 
 
 def _changed_files(patch: str) -> dict[str, str]:
-    """Return the number of added and removed lines of each file in a patch, and git's digest of its new content."""
-    files = {}
-    for part in re.split(r"^diff --git ", patch, flags=re.MULTILINE)[1:]:
-        name = part.splitlines()[0].rpartition(" b/")[2]
-        added, removed = (len(re.findall(rf"^\{sign}(?!\{sign})", part, flags=re.MULTILINE)) for sign in "+-")
-        blob = re.search(r"^index \w+\.\.(\w{1,10})", part, flags=re.MULTILINE)
-        files[name] = f"+{added} -{removed} lines" + (f", {blob[1]}" if blob else "")
-    return files
+    """Return a digest of the changes of each file in a patch."""
+    parts = re.split(r"^diff --git .* b/(.*)\n", patch, flags=re.MULTILINE)
+    digests = [hashlib.sha256(part.encode()).hexdigest()[:10] for part in parts[2::2]]
+    return {name: f"changed, {digest}" for name, digest in zip(parts[1::2], digests, strict=True)}
 
 
 def _differing(first: Mapping[str, str], second: Mapping[str, str]) -> Section:

@@ -1,5 +1,6 @@
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from mnist_exp.tracking.base import DatasetInfo, RunInfo
 from mnist_exp.tracking.definition import Definition, Job
 from mnist_exp.tracking.housekeeping import delete, gc_command, plan_pruning
 from mnist_exp.tracking.mlflow_store import MLflowStore
+from mnist_exp.tracking.tables import group_by_sweep
 
 DAY = 86_400_000
 Command = Callable[..., str]
@@ -62,11 +64,12 @@ def record(
     status: str = "FINISHED",
     overrides: tuple[str, ...] = (),
     packages: str = "torch==2.0\n",
+    params: dict[str, str] | None = None,
 ) -> str:
     """Leave a run in the store, the artifact store and the output folder; age: days since its end."""
     tags = {"data": "mnist", "output_dir": str(output_dir), "overrides": ""} | (tags or {})
     with opened.start(RunInfo(name, f"python -m mnist_exp.run name={name}", tags)) as tracker:
-        tracker.log_params({"seed": 0, "model": "se_cnn"})
+        tracker.log_params({"seed": 0, "model": "se_cnn"} | (params or {}))
         tracker.log_text(recipe(*overrides), "recipe.json")
         tracker.log_text(packages, "provenance/packages.txt")
         tracker.log_dataset(DatasetInfo(tags["data"], "test", "test", "abc", "somewhere", 10, 10, (1, 28, 28)))
@@ -124,6 +127,29 @@ def test_list_sorts_and_filters(opened: MLflowStore, command: Command, tmp_path:
         assert all(text in message for text in (f"{option} {value}", suggested))
 
 
+def test_list_folds_sweeps_and_knows_the_day(opened: MLflowStore, command: Command, tmp_path: Path) -> None:
+    sweep = make_sweep(opened, tmp_path, {"se_cnn": [0.5, 0.6], "plain_cnn": [0.7]})
+    last = opened.runs(f"tags.sweep_id = '{sweep}' and tags.job_num = '2'")[0]
+    opened.client.set_terminated(last.run_id, "KILLED")
+    single = record(opened, tmp_path, "single")
+    now = time.time()
+    old = opened.client.create_run(opened.experiment_id, int(1000 * (now - 3 * 86_400)), run_name="old").info.run_id
+    opened.client.set_terminated(old)
+
+    def listed(*options: str) -> list[str]:
+        return [line.split()[1] for line in command("list", *options).splitlines() if re.match("│ [0-9a-f]{8} ", line)]
+
+    jobs = [run.run_id[:8] for run in sorted(opened.children(sweep), key=lambda run: run.job or 0)]
+    assert listed() == [old[:8], sweep[:8], single[:8]], "the newest last"
+    assert listed("--jobs") == [old[:8], sweep[:8], *jobs, single[:8]]
+    assert listed("--since", "2d") == listed("--last", "2") == [sweep[:8], single[:8]]
+    assert listed("--jobs", "--last", "2") == [sweep[:8], jobs[2], single[:8]]
+    shown = command("list", "--last", "2")
+    assert "2 of 3 jobs" in shown, "of all jobs, not of the chosen ones"
+    assert time.strftime("%Y-%m-%d", time.localtime(now)) in shown
+    assert jobs[1] in command("list", "--sort", "val/accuracy"), "a ranking has the jobs"
+
+
 def test_show_prints_everything_about_a_run(opened: MLflowStore, command: Command, tmp_path: Path) -> None:
     run_id = record(opened, tmp_path / "outputs", "se_cnn \x1b]0;title\x07", accuracy=0.9867)
     model = opened.client.create_logged_model(opened.experiment_id, "model", run_id)
@@ -149,12 +175,17 @@ def test_diff_shows_only_the_differences(opened: MLflowStore, command: Command, 
 
 
 def make_sweep(
-    opened: MLflowStore, output_dir: Path, accuracies: dict[str, list[float]], status: str = "FINISHED", age: float = 0
+    opened: MLflowStore,
+    output_dir: Path,
+    accuracies: dict[str, list[float]],
+    status: str = "FINISHED",
+    age: float = 0,
+    missing: int = 0,
 ) -> str:
-    """Leave a sweep over `model` with the validation accuracies of each arm's seeds."""
+    """Leave a sweep over `model` with the validation accuracies of each arm's seeds; missing: the number of further jobs."""
     pairs = [(arm, seed, value) for arm, values in accuracies.items() for seed, value in enumerate(values)]
     jobs = [Job(number, ["data=mnist", f"model={arm}", f"seed={seed}"], "") for number, (arm, seed, _) in enumerate(pairs)]
-    with opened.start(RunInfo("sweep", "", {"sweep_jobs": str(len(jobs)), "output_dir": str(output_dir)})) as parent:
+    with opened.start(RunInfo("sweep", "", {"sweep_jobs": str(len(jobs) + missing), "output_dir": str(output_dir)})) as parent:
         parent.log_text(Definition("Grid", len(jobs), ["data=mnist"], {}, jobs).as_json(), "sweep.json")
     for job, (arm, seed, value) in zip(jobs, pairs, strict=True):
         tags = {"sweep_id": parent.run_id, "job_num": str(job.number)}
@@ -207,20 +238,91 @@ def test_prune_keeps_what_somebody_needs(opened: MLflowStore, tmp_path: Path) ->
     resumable = record(opened, tmp_path, "resumable", age=90, status="KILLED")
     elsewhere = record(opened, tmp_path, "elsewhere", age=90, status="KILLED", tags={"output_dir": "/elsewhere"})
     teacher = record(opened, tmp_path, "teacher", age=90)
-    student = record(opened, tmp_path, "student", tags={"overrides": f"teacher.runs=[{teacher}]"})
-    unfinished = make_sweep(opened, tmp_path, {"a": [0.5]}, "FAILED", age=90)
-    done = make_sweep(opened, tmp_path, {"a": [0.6]}, age=90)
+    student = record(opened, tmp_path, "student", params={"train.teacher.runs": f"['{teacher[:8]}']"})
+    unfinished = make_sweep(opened, tmp_path, {"a": [0.5]}, "FAILED", age=90, missing=1)
+    done = make_sweep(opened, tmp_path, {"a": [0.3, 0.6, 0.4]}, age=90)
     pruned = record(opened, tmp_path, "pruned by a search", age=90, status="KILLED", tags={"pruned": "early"})
-    plan = plan_pruning(opened, tmp_path, 30, 1, "val/accuracy")
-    assert [run.run_id for run in plan.runs] == [pruned]
-    assert sum(plan.kept.values()) == 11
-    kept = {run.run_id for run in opened.runs()} - {pruned}
-    assert {registered, by_model, running, resumable, elsewhere, teacher, student, unfinished, done} <= kept
-    plan = plan_pruning(opened, tmp_path, 30, 0, "val/accuracy")
-    assert {run.name for run in plan.runs} == {"pruned by a search", "a seed=0", "sweep"}, "a sweep goes with its last job"
-    assert [run.name for run in plan_pruning(opened, tmp_path, 30, 1, "test/calibration_error").runs] == ["pruned by a search"]
+    diverged = record(opened, tmp_path, "diverged", age=80, status="FAILED")
+    run_dir.mark_diverged(tmp_path / diverged)
+    old = {"keep_best": 1, "metric": "val/accuracy", "before": 1000 * (time.time() - 30 * 86_400)}
+    groups, kept = plan_pruning(opened, tmp_path, **old)
+    assert [run.run_id for (run,) in groups] == [pruned, diverged]
+    assert sum(kept.values()) == 9, "the single runs and the sweeps"
+    names = {run.run_id for run in opened.runs()} - {pruned, diverged}
+    assert {registered, by_model, running, resumable, elsewhere, teacher, student, unfinished, done} <= names
+    groups, _ = plan_pruning(opened, tmp_path, **(old | {"keep_best": 0}))
+    assert [len(group) for group in groups] == [1, 1, 4], "a sweep goes with its last job"
+    groups, _ = plan_pruning(opened, tmp_path, **(old | {"metric": "test/calibration_error"}))
+    assert [group[0].run_id for group in groups] == [pruned, diverged]
     with pytest.raises(UserError):
-        plan_pruning(opened, tmp_path, 30, 1, "train/lr")
+        plan_pruning(opened, tmp_path, **(old | {"metric": "train/lr"}))
+
+
+def test_prune_takes_a_sweep_whole_or_not_at_all(opened: MLflowStore, command: Command, tmp_path: Path) -> None:
+    outputs = tmp_path / "outputs"
+    best = make_sweep(opened, outputs, {"a": [0.1, 0.9, 0.2]}, age=40)
+    young = make_sweep(opened, outputs, {"a": [0.1, 0.3]}, age=40)
+    job = opened.children(young)[0].run_id
+    opened.client.set_terminated(job, "FINISHED")
+    failed = make_sweep(opened, outputs, {"a": [0.4, 0.5]}, "FAILED", age=35)
+    diverged = opened.children(failed)[0].run_id
+    opened.client.set_terminated(diverged, "FAILED", int(time.time() * 1000 - 35 * DAY))
+    run_dir.mark_diverged(outputs / diverged)
+    worst = make_sweep(opened, outputs, {"a": [0.2, 0.1]}, age=50)
+    stray = record(opened, outputs, "no job any more", accuracy=0.1, tags={"sweep_id": worst}, age=50)
+    shown = command("prune", "--older-than", "30d", "--keep-best", "1", "--yes")
+    assert shown.index(failed[:8]) < shown.index(worst[:8]), "the failed one first, then the oldest"
+    left = {run.run_id for run in opened.runs()}
+    assert {best, young} <= left
+    assert len(left) == 4 + 3
+    assert not {failed, worst, stray} & left
+    assert {path.name for path in outputs.iterdir()} == left - {best, young}
+
+
+def test_delete_takes_runs_and_whole_sweeps(opened: MLflowStore, command: Command, tmp_path: Path) -> None:
+    outputs = tmp_path / "outputs"
+    sweep, other = (make_sweep(opened, outputs, {"a": [0.1, 0.2]}) for _ in range(2))
+    job = opened.children(other)[0].run_id
+    kept, first, last = (record(opened, outputs, name) for name in ("kept", "first", "last"))
+    model = opened.client.create_logged_model(opened.experiment_id, "model", first)
+    before = {run.run_id for run in opened.runs()}
+    for mistakes in (["latest", "ffffff" if last[0] != "f" else "000000"], [first, "%"], [sweep, "f" * 32]):
+        command("delete", *mistakes, status=1)
+    assert {run.run_id for run in opened.runs()} == before, "one wrong name: nothing is deleted"
+    gone = {sweep, first, last, job} | {run.run_id for run in opened.children(sweep)}
+    shown = command("delete", "latest", first[:6], sweep[:8], sweep, opened.children(sweep)[0].run_id, job)
+    assert gc_command(opened) in shown
+    assert {run.run_id for run in opened.runs()} == before - gone
+    assert kept in before - gone
+    assert {path.name for path in outputs.iterdir()} == before - gone - {other}
+    assert not opened.client.search_logged_models([opened.experiment_id], f"model_id='{model.model_id}'")
+    command("delete", first, status=1)
+    shown = command("delete", kept)
+    shell(next(line for line in shown.splitlines() if "mlflow runs restore" in line).partition(": ")[2])
+    assert kept in {run.run_id for run in opened.runs()}
+
+
+def test_delete_leaves_alone_what_is_registered_or_running(opened: MLflowStore, command: Command, tmp_path: Path) -> None:
+    outputs = tmp_path / "outputs"
+    free = record(opened, outputs, "free")
+    sweep = make_sweep(opened, outputs, {"a": [0.1, 0.2]})
+    registered, working = (run.run_id for run in opened.children(sweep))
+    opened.client.create_registered_model("digits")
+    opened.client.create_model_version("digits", opened.client.get_run(registered).info.artifact_uri, registered)
+    running = opened.start(RunInfo("running", "")).run_id
+    before = {run.run_id for run in opened.runs()}
+    for name in (registered, sweep):
+        assert "digits" in command("delete", free, name, status=1)
+    command("delete", running, status=1)
+    assert {run.run_id for run in opened.runs()} == before
+    opened.client.delete_model_version("digits", "1")
+    with run_dir.lock_run(outputs / working):
+        command("delete", sweep, status=1)
+        assert {run.run_id for run in opened.runs()} == before, "all of a sweep or nothing"
+        command("delete", free, sweep, status=1)
+    assert {run.run_id for run in opened.runs()} == before - {free}
+    command("delete", sweep)
+    assert {run.run_id for run in opened.runs()} == {running}
 
 
 def test_the_last_page_of_a_registry_ends_the_search(
@@ -229,17 +331,19 @@ def test_the_last_page_of_a_registry_ends_the_search(
     """Over HTTP, its token is empty instead of None."""
     pages = iter([PagedList([], "next"), PagedList([], "")])
     monkeypatch.setattr(type(opened.client), "search_model_versions", lambda *_, **__: next(pages))
-    assert plan_pruning(opened, tmp_path, 30, 1, "val/accuracy").runs == []
+    assert plan_pruning(opened, tmp_path, 0, 1, "val/accuracy") == ([], {})
     assert next(pages, None) is None
 
 
 def test_prune_leaves_a_run_alone_that_a_process_works_on(opened: MLflowStore, tmp_path: Path) -> None:
     run_id = record(opened, tmp_path, age=40)
-    (run,) = opened.runs()
-    with run_dir.lock_run(tmp_path / run_id):
-        assert delete(opened, run, tmp_path) == "a process works on it"
+    (group,) = group_by_sweep(opened.runs())
+    with run_dir.lock_run(tmp_path / run_id), pytest.raises(UserError):
+        delete(opened, group, tmp_path)
     opened.client.update_run(run_id, status="RUNNING")
-    assert delete(opened, run, tmp_path) == "it was resumed in the meantime"
+    with pytest.raises(UserError) as error:
+        delete(opened, group, tmp_path)
+    assert error.value.value == run_id
     assert (tmp_path / run_id / run_dir.CHECKPOINT).exists()
 
 
@@ -247,17 +351,17 @@ def test_prune_removes_a_link_but_not_its_target(opened: MLflowStore, tmp_path: 
     run_id = record(opened, tmp_path, age=40)
     (tmp_path / run_id).rename(tmp_path / "target")
     (tmp_path / run_id).symlink_to(tmp_path / "target")
-    (run,) = opened.runs()
-    assert delete(opened, run, tmp_path) is None
+    delete(opened, opened.runs(), tmp_path)
     assert not os.path.lexists(tmp_path / run_id)
     assert (tmp_path / "target" / run_dir.CHECKPOINT).exists()
 
 
 def test_ages() -> None:
-    assert [runs.days(text) for text in ("30d", "12h", "4w")] == [30, 0.5, 28]
+    for text, hours in (("30d", 720), ("12h", 12), ("4w", 672)):
+        assert runs.ago(text) == pytest.approx(1000 * (time.time() - 3600 * hours), abs=10_000)
     for text in ("30", "d", "-1d", "1.5d", "30 d", "1y"):
         with pytest.raises(argparse.ArgumentTypeError):
-            runs.days(text)
+            runs.ago(text)
 
 
 def test_every_table_of_runs_fits_80_columns(opened: MLflowStore, command: Command, tmp_path: Path) -> None:
@@ -266,6 +370,7 @@ def test_every_table_of_runs_fits_80_columns(opened: MLflowStore, command: Comma
     make_sweep(opened, tmp_path, {"se_cnn_separable_small": [0.9], "plain_cnn": [0.8]}, age=1)
     for arguments in (
         ["list"],
+        ["list", "--jobs"],
         ["list", "--sort", "test/loss"],
         ["show", long_id],
         ["diff", long_id, other_id],
