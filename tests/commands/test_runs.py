@@ -17,7 +17,6 @@ from mnist_exp.composing import compose_recipe
 from mnist_exp.errors import UserError
 from mnist_exp.storage import run_dir
 from mnist_exp.tracking.base import DatasetInfo, RunInfo
-from mnist_exp.tracking.definition import Definition, Job
 from mnist_exp.tracking.housekeeping import delete, gc_command, plan_pruning
 from mnist_exp.tracking.mlflow_store import MLflowStore
 from mnist_exp.tracking.tables import group_by_sweep
@@ -184,11 +183,11 @@ def make_sweep(
 ) -> str:
     """Leave a sweep over `model` with the validation accuracies of each arm's seeds; missing: the number of further jobs."""
     pairs = [(arm, seed, value) for arm, values in accuracies.items() for seed, value in enumerate(values)]
-    jobs = [Job(number, ["data=mnist", f"model={arm}", f"seed={seed}"], "") for number, (arm, seed, _) in enumerate(pairs)]
-    with opened.start(RunInfo("sweep", "", {"sweep_jobs": str(len(jobs) + missing), "output_dir": str(output_dir)})) as parent:
-        parent.log_text(Definition("Grid", len(jobs), ["data=mnist"], {}, jobs).as_json(), "sweep.json")
-    for job, (arm, seed, value) in zip(jobs, pairs, strict=True):
-        tags = {"sweep_id": parent.run_id, "job_num": str(job.number)}
+    recorded = {"sweep_jobs": str(len(pairs) + missing), "sweeper": "grid", "grids": "[[]]", "output_dir": str(output_dir)}
+    with opened.start(RunInfo("sweep", "", recorded)) as parent:
+        pass
+    for number, (arm, seed, value) in enumerate(pairs):
+        tags = {"sweep_id": parent.run_id, "job_num": str(number), "overrides": f"data=mnist model={arm} seed={seed}"}
         record(opened, output_dir, f"{arm} seed={seed}", accuracy=value, tags=tags, age=age)
     opened.client.set_terminated(parent.run_id, status, int(time.time() * 1000 - age * DAY))
     return parent.run_id
