@@ -27,7 +27,7 @@ from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import RunInfo, Store
 from mnist_exp.tracking.definition import JobContext
-from mnist_exp.tracking.tags import ARM, CONFIG_HASH, DATA, DIFFERS, JOB, OVERRIDES, RERUN_OF, SWEEP
+from mnist_exp.tracking.tags import ARM, CONFIG_HASH, DATA, JOB, OVERRIDES, RERUN_OF, RESUMED, SWEEP
 from mnist_exp.tracking.views import artifact_path
 
 ShouldPrune = Callable[[int, Mapping[str, float]], bool]  # called with examples seen and metrics
@@ -207,7 +207,7 @@ def _run_info(request: RunRequest, prepared: Prepared) -> RunInfo:
     if job:
         shown = [override for override in shown if key_of(override) in job.varied]
         arm = " ".join(short_override(override, choices) for override in shown if key_of(override) != "seed")
-        tags |= {SWEEP: job.sweep_id, JOB: str(job.number), DIFFERS: " ".join(shown), ARM: arm or choices["model"]}
+        tags |= {SWEEP: job.sweep_id, JOB: str(job.number), ARM: arm or choices["model"]}
     if settings.rerun:
         tags[RERUN_OF] = settings.rerun
     name = run_name(choices, shown, prepared.data.name)
@@ -217,12 +217,14 @@ def _run_info(request: RunRequest, prepared: Prepared) -> RunInfo:
 def train(request: RunRequest, prepared: Prepared, recorder: Recorder) -> None:
     """Record the setup of the run, then train it through its phases."""
     settings, saved, data = request.settings, request.checkpoint, prepared.data
-    note = f"at {request.examples_seen:,} examples" + (f"; {prepared.changed}" if prepared.changed else "")
     uses = [(phase.config.split, phase.name) for phase in prepared.phases] + [(data.validation, "validation")]
     actual = {"precision": str(prepared.precision).removeprefix("torch."), "device": prepared.device.type, "data": data.name}
-    recorder.log_setup(
-        parameters(request.recipe) | actual, [dataset_info(data, *use) for use in uses], resumed=note if saved else None
-    )
+    recorder.log_setup(parameters(request.recipe) | actual, [dataset_info(data, *use) for use in uses])
+    if saved:
+        note = f"at {request.examples_seen:,} examples" + (f"; {prepared.changed}" if prepared.changed else "")
+        recorder.tracker.set_tags(provenance.process_tags(settings.output_dir) | {RESUMED: note})
+    else:
+        recorder.log_origin(provenance.origin(request.command, prepared.device))
     should_prune = request.make_should_prune() if request.make_should_prune else None
     with prepared.display:
         for report in fit(

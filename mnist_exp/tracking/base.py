@@ -4,13 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 from uuid import uuid4
 
 from mnist_exp.errors import ResumableError, UserError
 from mnist_exp.settings import Recipe
 from mnist_exp.tracking.definition import Definition
 from mnist_exp.tracking.tags import COMMIT, DATA, JOB, PRUNED
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # The colors of arms in charts and figures, which color-blind people can distinguish (Okabe and Ito, 2008).
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -188,11 +191,11 @@ class Tracker:
     def log_text(self, text: str, path: str) -> None:
         """Record `text` as the artifact `path`."""
 
-    def log_file(self, file: Path, folder: str | None = None) -> None:
-        """Record a file as an artifact of its own name in `folder`."""
+    def log_file(self, file: Path) -> None:
+        """Record a file as an artifact of its own name."""
 
-    def log_image(self, file: Path, key: str) -> None:
-        """Record a PNG as the image `key`, which the UI shows side by side with that of other runs."""
+    def log_figure(self, figure: "Figure", path: str) -> None:
+        """Record a figure as the artifact `path`, a PNG file."""
 
     def log_dataset(self, dataset: DatasetInfo) -> None:
         """Record a split; its first context counts."""

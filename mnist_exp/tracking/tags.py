@@ -12,12 +12,11 @@ SWEEP_JOBS = "sweep_jobs"  # of a sweep's parent: the number of its jobs
 SWEEP = "sweep_id"  # of a job: the id of the parent
 JOB = "job_num"  # of a job: its number
 ARM = "arm"  # of a job: the overrides that differ between jobs, without the seed, in short form
-DIFFERS = "differs"  # of a job: the overrides that differ between jobs
 
 MODEL, TRAINED_BY = "model", "trained_by"  # of an evaluation: the address of the model, and the id of the run that trained it
 ANSWER = "answer"  # of a sweep's parent: the headline of its comparison
 
-HOST, PID, OUTPUT_DIR, USER = "host", "pid", "output_dir", "mlflow.user"  # the process that works on the run
+HOST, PID, OUTPUT_DIR, USER = "host", "pid", "output_dir", "mlflow.user"  # the process that works on the run: `reap` looks for it
 
 COMMIT, BRANCH, DIRTY = "mlflow.source.git.commit", "mlflow.source.git.branch", "mlflow.source.git.dirty"
 REPOSITORY = "mlflow.source.git.repoURL"
