@@ -176,7 +176,7 @@ def _processor() -> str:
 
 @cache
 def _head(checkout: Path | None) -> list[str]:
-    """Return commit, index file and branch; empty unless `checkout` is the top of a checkout, not a folder in another project's."""
+    """Return commit, index file and branch; empty unless `checkout` is the top of a checkout: it may be in another project's."""
     revisions = ("HEAD", "--path-format=absolute", "--git-path", "index", "--abbrev-ref", "HEAD")
     below, *head = _lines(checkout, "rev-parse", "--show-prefix", *revisions) or [""]
     return [] if below else head

@@ -27,7 +27,7 @@ from mnist_exp.metrics import format_metric
 from mnist_exp.paths import CHECKOUT
 from mnist_exp.settings import build
 from mnist_exp.storage import checkpoint, run_dir
-from mnist_exp.tracking.provenance import uncommitted
+from mnist_exp.tracking.provenance import ORIGIN, PATCH, Origin, changed_files, uncommitted
 from mnist_exp.tracking.tags import BRANCH, DIRTY
 
 RECIPE = ("data=digits", "optimizer=adam", "data.subset=1000", "batch_size=32", "phases.train.epochs=2")
@@ -131,12 +131,15 @@ def test_provenance(finished) -> None:
     assert f"-m mnist_exp.run {' '.join(RECIPE)}" in tags["mlflow.source.name"]
     assert tags["torch"] == importlib.metadata.version("torch")
     assert tags["cpu"]
-    assert f"mlflow=={importlib.metadata.version('mlflow')}" in artifact(finished, "provenance/packages.txt").read_text()
-    patch, status = uncommitted(CHECKOUT)
-    names = {item.path for item in finished[1].list_artifacts(run.info.run_id, "provenance")}
-    for name, text in (("provenance/uncommitted.diff", patch), ("provenance/status.txt", status)):
-        assert (artifact(finished, name).read_text() if name in names else "") == text
-    assert bool(patch + status) == (tags[DIRTY] == "true")
+    assert {"pid", "host", "output_dir", "mlflow.user"} <= tags.keys()
+    origin = Origin.model_validate_json(artifact(finished, ORIGIN).read_text())
+    assert origin.command == tags["mlflow.source.name"]
+    assert origin.packages["mlflow"] == importlib.metadata.version("mlflow")
+    assert origin.machine["cpu"] == tags["cpu"]
+    assert {"host", "os", "python", "threads", "cores", "memory"} <= origin.machine.keys()
+    assert origin.changed_files == changed_files()
+    names = {item.path for item in finished[1].list_artifacts(run.info.run_id)}
+    assert (artifact(finished, PATCH).read_text() if PATCH in names else "") == uncommitted()
 
 
 def test_description_and_terminal_show_the_result(finished) -> None:
@@ -222,6 +225,27 @@ def test_checkpoint_and_logged_model_predict_what_was_scored(finished, monkeypat
         np.testing.assert_allclose(logits, evaluation.logits[:batch], atol=1e-4)
     ours = load(f"models:/{run.outputs.model_outputs[0].model_id}")  # to whose folder MLflow has added a file of its own
     assert ours.model(test.images[:7]).equal(model.eval()(test.images[:7]))
+
+
+def test_a_changed_module_of_ones_own_is_noticed(command_line: CommandLine, store: str, tmp_path: Path) -> None:
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "mine.yaml").write_text("_target_: my_layers.linear\n")
+    source = tmp_path / "my_layers.py"
+    source.write_text(
+        "from torch import nn\n\n\ndef linear(classes: int, side: int, in_channels: int) -> nn.Module:\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * side**2, classes))\n"
+    )
+    folders = (f"--config-dir={tmp_path / 'conf'}", "data=digits", "~phases.train")
+    done = command_line(*folders, "model=mine", PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    assert done.returncode == 0, done.stderr
+    for changed in (False, True):
+        if changed:
+            source.write_text(source.read_text() + "# changed\n")
+        done = command_line(
+            folders[0], "rerun=latest", PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+        )
+        assert done.returncode == 0, done.stderr
+        assert ("code was" in done.stderr) == changed
 
 
 def test_tracking_can_be_turned_off(in_process: CommandLine, tmp_path: Path, store: str) -> None:
