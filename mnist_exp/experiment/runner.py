@@ -20,7 +20,7 @@ from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.evaluation import Evaluation, evaluate
 from mnist_exp.learning.models import create_model
 from mnist_exp.learning.training import Phase, choose_device, choose_precision, disable_malloc_trim, fit, prepare_phases
-from mnist_exp.overrides import key_of, section_of
+from mnist_exp.overrides import command, key_of, section_of
 from mnist_exp.settings import NEUTRAL, Recipe, Settings, Trial, build
 from mnist_exp.storage import run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
@@ -263,5 +263,10 @@ def finalize(request: RunRequest, prepared: Prepared, recorder: Recorder, evalua
     picture = artifact_path(result.run_id, "pictures/worst_mistakes.png")
     recorder.finish(results, describe_run(rows, request.recipe.overrides, data.warning, picture))
     rows |= {"run": result.run_id, "checkpoint": os.path.relpath(recorder.folder / run_dir.CHECKPOINT)}
-    prepared.display.results(rows, recorder.tracker.ui_command(), recorder.tracker.use_commands())
+    use_commands = {}
+    if recorder.tracker.is_recording:
+        model = ("--model", result.run_id[:8])
+        use_commands["Classify a picture with it"] = command("predict", *model, "FILE")
+        use_commands["Draw digits for it"] = command("draw", *model)
+    prepared.display.results(rows, recorder.tracker.ui_command(), use_commands)
     return result

@@ -206,10 +206,6 @@ class Tracker:
     def ui_command(self) -> str | None:
         """Return the command or address that opens the run in the UI."""
 
-    def use_commands(self) -> dict[str, str]:
-        """Return the commands that use the run's model, by purpose."""
-        return {}
-
 
 class Store:
     """Starts runs, and reads and corrects those that are stored; this one, `tracking=none`, keeps nothing."""

@@ -11,20 +11,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from mlflow import MlflowClient
+from mlflow import MlflowClient, entities
 from mlflow.data.schema import TensorDatasetSchema
-from mlflow.entities import (
-    Dataset,
-    DatasetInput,
-    InputTag,
-    LoggedModelInput,
-    LoggedModelOutput,
-    LoggedModelStatus,
-    Metric,
-    Param,
-    Run,
-    RunTag,
-)
 from mlflow.types import Schema, TensorSpec
 
 from mnist_exp.errors import PrunedError
@@ -38,7 +26,6 @@ from mnist_exp.tracking.views import model_name, run_path
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BATCH_LIMIT = 1000  # metrics in one request to MLflow
 # The context of the data set that metrics are measured on, by the first part of their names.
 MEASURED_ON = {"test": "test", "val": "validation", "evaluate": "evaluate"}
 RETRY_AFTER = 10.0  # seconds between two attempts to reach a store that is unreachable
@@ -51,9 +38,9 @@ class Outbox:
         self._waiting: deque[Callable[[], object]] = deque()
         self._next_attempt = 0.0
 
-    def add(self, *operations: Callable[[], object]) -> None:
-        """Append operations and send all, at once or, while the store is unreachable, every `RETRY_AFTER` seconds."""
-        self._waiting += operations
+    def add(self, operation: Callable[[], object]) -> None:
+        """Append an operation and send all, at once or, while the store is unreachable, every `RETRY_AFTER` seconds."""
+        self._waiting.append(operation)
         if time.monotonic() >= self._next_attempt:
             try:
                 self.send()
@@ -80,7 +67,7 @@ class MLflowTracker(Tracker):
 
     is_recording = True
 
-    def __init__(self, client: MlflowClient, uri: str, run: Run, patience: float) -> None:
+    def __init__(self, client: MlflowClient, uri: str, run: entities.Run, patience: float) -> None:
         self.client, self.uri, self.patience = client, uri, patience
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
         histories = {key: client.get_metric_history(self.run_id, key) for key in run.data.metrics}
@@ -105,7 +92,8 @@ class MLflowTracker(Tracker):
             self.log_text("".join(traceback.format_exception(error)), "traceback.txt")
             message = str(error).strip() or type(error).__name__
             self.set_tags({tag.ERROR: message.splitlines()[0][:250]})
-        self._outbox.add(*self._batches(), partial(terminate, self.client, self.run_id, status))
+        self.flush()
+        self._outbox.add(partial(terminate, self.client, self.run_id, status))
         try:
             retry(self._outbox.send, self.uri, self.patience)
         except StoreLostError as lost:
@@ -113,7 +101,7 @@ class MLflowTracker(Tracker):
             if is_refusal(lost.__cause__):
                 restore = restore_command(self.client, self.uri, self.experiment_id, self.run_id)
                 advice = f"The files on the disk are kept. If the run was deleted, restore it with `{restore}`."
-            raise StoreLostError(f"Run {self.run_id}: {lost}", remedy=f"\n{advice}") from error
+            raise StoreLostError(f"Run {self.run_id}: {lost}\n{advice}") from error
 
     def _send(self, method: str, *values: object, **named: object) -> None:
         """Add a call of the client for this run."""
@@ -121,54 +109,49 @@ class MLflowTracker(Tracker):
 
     def log_params(self, params: Mapping[str, object]) -> None:
         # MLflow refuses a second value, which a parent of a sweep may have after a resume.
-        entities = [Param(key, str(value)) for key, value in params.items() if key not in self._params]
+        new = [entities.Param(key, str(value)) for key, value in params.items() if key not in self._params]
         self._params |= params.keys()
-        self._send("log_batch", params=entities)
+        self._send("log_batch", params=new)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        self._send("log_batch", tags=[RunTag(key, value) for key, value in tags.items()])
+        self._send("log_batch", tags=[entities.RunTag(key, value) for key, value in tags.items()])
 
     def set_description(self, description: str) -> None:
         self.set_tags({tag.DESCRIPTION: description})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         now = int(time.time() * 1000)
-        new = {(key, step): Metric(key, value, now, step) for key, value in metrics.items() if (key, step) not in self._logged}
-        self._logged |= new
-        self._metrics += new.values()
+        for key, value in metrics.items():
+            if (key, step) not in self._logged:
+                self._logged[key, step] = entities.Metric(key, value, now, step)
+                self._metrics.append(self._logged[key, step])
 
     def use_model(self, model_id: str) -> None:
         self._model_id = model_id
-        self._send("log_inputs", models=[LoggedModelInput(model_id)])
+        self._send("log_inputs", models=[entities.LoggedModelInput(model_id)])
 
     def log_results(self, metrics: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
         # The UI compares runs by bars where every run has one value, at step 0, and draws lonely points otherwise.
         points = [
-            old if (old := self._logged.get((key, 0))) and old.value == value else Metric(key, value, now, 0)
+            old if (old := self._logged.get((key, 0))) and old.value == value else entities.Metric(key, value, now, 0)
             for key, value in metrics.items()
         ]
         last = {key: point for (key, step), point in sorted(self._logged.items()) if key.startswith("val/")}
         linked = (*points, *last.values())
-        self._outbox.add(
-            *self._batches(), lambda: self.client.log_batch(self.run_id, metrics=[self._linked(point) for point in linked])
-        )
+        self.flush()
+        self._outbox.add(lambda: self.client.log_batch(self.run_id, [self._linked(point) for point in linked]))
 
     def _linked(self, point: Any) -> Any:
         """Return a metric with the model and the data set that it belongs to; the run keeps each point once."""
         name, digest = self._contexts.get(MEASURED_ON.get(point.key.partition("/")[0], ""), (None, None))
         links = {"model_id": self._model_id, "dataset_name": name, "dataset_digest": digest, "run_id": self.run_id}
-        return Metric(point.key, point.value, point.timestamp, point.step, **links)
+        return entities.Metric(point.key, point.value, point.timestamp, point.step, **links)
 
     def flush(self) -> None:
-        self._outbox.add(*self._batches())
-
-    def _batches(self) -> list[Callable[[], object]]:
-        """Return the operations that send the metrics since the last flush."""
-        # The store treats a point that it has, with the same millisecond, as the same point: a batch may be sent twice.
+        # The store treats a point that it has, with the same millisecond, as the same point: metrics may be sent twice.
         metrics, self._metrics = self._metrics, []
-        starts = range(0, len(metrics), BATCH_LIMIT)
-        return [partial(self.client.log_batch, self.run_id, metrics[start : start + BATCH_LIMIT]) for start in starts]
+        self._send("log_batch", metrics)
 
     def log_text(self, text: str, path: str) -> None:
         self._send("log_text", text, path)
@@ -188,7 +171,7 @@ class MLflowTracker(Tracker):
         self._datasets.add(name)
         images = Schema([TensorSpec(np.dtype(np.uint8), (-1, *dataset.shape))])
         labels = Schema([TensorSpec(np.dtype(np.int64), (-1,))])
-        entity = Dataset(
+        entity = entities.Dataset(
             name=name,
             digest=dataset.digest,
             source_type="local",
@@ -196,7 +179,7 @@ class MLflowTracker(Tracker):
             schema=json.dumps(TensorDatasetSchema(images, labels).to_dict()),
             profile=json.dumps({"num_rows": dataset.size, "epoch_size": dataset.epoch_size}),
         )
-        self._send("log_inputs", [DatasetInput(entity, [InputTag(tag.DATASET_CONTEXT, dataset.context)])])
+        self._send("log_inputs", [entities.DatasetInput(entity, [entities.InputTag(tag.DATASET_CONTEXT, dataset.context)])])
 
     def log_model(self, folder: Path, name: str) -> None:
         self._outbox.add(lambda: self._log_model(folder, model_name(name)))
@@ -209,24 +192,17 @@ class MLflowTracker(Tracker):
             self.experiment_id, name, self.run_id, params=run.data.params
         )
         self._model_id = model.model_id
-        if model.status == LoggedModelStatus.READY:
+        if model.status == entities.LoggedModelStatus.READY:
             return
         if not run.outputs or model.model_id not in {output.model_id for output in run.outputs.model_outputs}:
-            self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
+            self.client.log_outputs(self.run_id, [entities.LoggedModelOutput(model.model_id, step=0)])
         self.client.log_model_artifacts(model.model_id, str(folder))
-        self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        self.client.finalize_logged_model(model.model_id, entities.LoggedModelStatus.READY)
 
     def ui_command(self) -> str:
         if self.uri.startswith("http"):
             return f"{self.uri}{run_path(self.experiment_id, self.run_id)}"
         return command("ui", self.run_id)
-
-    def use_commands(self) -> dict[str, str]:
-        model = ("--model", self.run_id[:8])
-        return {
-            "Classify a picture with it": command("predict", *model, "FILE"),
-            "Draw digits for it": command("draw", *model),
-        }
 
 
 def terminate(client: MlflowClient, run_id: str, status: str) -> None:

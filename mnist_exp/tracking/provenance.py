@@ -121,9 +121,8 @@ def uncommitted(checkout: Path | None = CHECKOUT) -> str:
     added = _git(checkout, "ls-files", "--others", "--exclude-standard", "-z", "--", "*.py", "*.yaml", *no_secrets)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copy(index, folder))  # the user's own index must not change
-        if added:
-            literal = ("--literal-pathspecs", "add", "--intent-to-add", "--pathspec-from-file=-", "--pathspec-file-nul")
-            _git(checkout, *literal, index=copy, text=added)
+        literal = ("--literal-pathspecs", "add", "--intent-to-add", "--pathspec-from-file=-", "--pathspec-file-nul")
+        _git(checkout, *literal, index=copy, text=added)
         flags = ("--no-color", "--no-ext-diff", "--no-textconv", "--no-renames", "--binary")
         patch = _git(checkout, "diff", *flags, "HEAD", "--", ".", *no_secrets, index=copy)
     if len(patch) > MAX_PATCH:
@@ -133,12 +132,7 @@ def uncommitted(checkout: Path | None = CHECKOUT) -> str:
 
 def process_tags(output_dir: Path) -> dict[str, str]:
     """Return the process that works on a run, so that others can later find out whether it is alive."""
-    return {
-        HOST: platform.node(),
-        PID: str(os.getpid()),
-        OUTPUT_DIR: str(output_dir.absolute()),
-        USER: user(),
-    }
+    return {HOST: platform.node(), PID: str(os.getpid()), OUTPUT_DIR: str(output_dir.absolute()), USER: user()}
 
 
 def machine_tags(device: "torch.device") -> dict[str, str]:

@@ -228,24 +228,22 @@ def test_checkpoint_and_logged_model_predict_what_was_scored(finished, monkeypat
 
 
 def test_a_changed_module_of_ones_own_is_noticed(command_line: CommandLine, store: str, tmp_path: Path) -> None:
-    (tmp_path / "conf" / "model").mkdir(parents=True)
-    (tmp_path / "conf" / "model" / "mine.yaml").write_text("_target_: my_layers.linear\n")
-    source = tmp_path / "my_layers.py"
-    source.write_text(
-        "from torch import nn\n\n\ndef linear(classes: int, side: int, in_channels: int) -> nn.Module:\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * side**2, classes))\n"
-    )
-    folders = (f"--config-dir={tmp_path / 'conf'}", "data=digits", "~phases.train")
-    done = command_line(*folders, "model=mine", PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    assert done.returncode == 0, done.stderr
-    for changed in (False, True):
-        if changed:
-            source.write_text(source.read_text() + "# changed\n")
-        done = command_line(
-            folders[0], "rerun=latest", PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-        )
+    (tmp_path / "conf" / "optimizer").mkdir(parents=True)
+    (tmp_path / "conf" / "optimizer" / "mine.yaml").write_text("_target_: my_layers.Adam\n_partial_: true\nlr: 0.001\n")
+    (tmp_path / "my_layers.py").write_text("from torch.optim import Adam\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+
+    def run(*arguments: str) -> str:
+        done = command_line(f"--config-dir={tmp_path / 'conf'}", *arguments, PYTHONPATH=path)
         assert done.returncode == 0, done.stderr
-        assert ("code was" in done.stderr) == changed
+        return done.stdout + done.stderr
+
+    run("data=digits", "~phases.train", "optimizer@phases.finetune.optimizer=mine")
+    (tmp_path / "my_layers.py").write_text("from torch.optim import Adam  # of torch\n")
+    assert "code was" in run("rerun=latest")
+    for marker in tmp_path.glob(f"outputs/*/{run_dir.FINISHED}"):
+        marker.unlink()
+    assert "code was" in run(f"resume={all_runs(store)[-1].info.run_id}")
 
 
 def test_tracking_can_be_turned_off(in_process: CommandLine, tmp_path: Path, store: str) -> None:
