@@ -2,6 +2,7 @@
 
 import argparse
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnist_exp import cli
@@ -12,8 +13,9 @@ from mnist_exp.overrides import command, quoted
 if TYPE_CHECKING:
     from mnist_exp.learning.data import Dataset
     from mnist_exp.learning.evaluation import Evaluation
-    from mnist_exp.serving import Classifier
+    from mnist_exp.tracking.base import RunRecord
     from mnist_exp.tracking.mlflow_store import MLflowStore
+    from mnist_exp.tracking.models import ModelSource
 
 
 def main() -> None:
@@ -47,13 +49,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if data.shape != classifier.shape:
         raise UserError.invalid("--data", data.name, f"data with the shape of the model, {classifier.shape}, not {data.shape}")
     result = evaluation.evaluate(classifier.model, data.splits[data.eval_split])
-    record(
-        store,
-        classifier,
-        data,
-        result,
-        command("evaluate", classifier.source.address, *(["--data", arguments.data] if arguments.data else [])),
-    )
+    repeat = command("evaluate", classifier.source.address, *(["--data", arguments.data] if arguments.data else []))
+    record(store, classifier.source, data, result, repeat, settings.output_dir)
 
 
 def measures(evaluation: "Evaluation") -> dict[str, float]:
@@ -68,43 +65,55 @@ def measures(evaluation: "Evaluation") -> dict[str, float]:
     return {f"{EVALUATION}{name}": value for name, value in evaluation.metrics.items()} | by_class
 
 
-def caveats(store: "MLflowStore", classifier: "Classifier", data: "Dataset") -> list[str]:
+def caveats(trained: "RunRecord | None", data: "Dataset") -> list[str]:
     """Return warnings if the images are not those that were asked for, or may have been trained on."""
-    from mnist_exp.tracking.mlflow_store import record_of
-
-    digests: dict[str, str] = {}
-    if run_id := classifier.source.run_id:
-        with suppress(UserError):  # the run was deleted, its model was not
-            digests = record_of(store.get_run(run_id)).digests
     split = data.eval_split
-    kept_apart = split == "test" or digests.get(split) == data.digests[split]
+    kept_apart = split == "test" or (trained is not None and trained.digests.get(split) == data.digests[split])
     unsure = f"The model may have been trained on these images: its own run did not keep them for {split}."
     return [*([data.warning] if data.warning else []), *([] if kept_apart else [unsure])]
 
 
-def record(store: "MLflowStore", classifier: "Classifier", data: "Dataset", evaluation: "Evaluation", repeat: str) -> None:
-    """Record the result as a run that is linked to the model, its data and its training run; show it."""
+def record(
+    store: "MLflowStore", source: "ModelSource", data: "Dataset", evaluation: "Evaluation", repeat: str, output_dir: Path
+) -> None:
+    """Record the result as a run that is linked to the model, its data and its training run; show it.
+
+    Args:
+        store: The store.
+        source: The model's origin.
+        data: The data set.
+        evaluation: The result on its `eval_split`.
+        repeat: The command that repeats the evaluation.
+        output_dir: The folder of all runs.
+    """
     from mnist_exp.console import show_lines, show_pairs
+    from mnist_exp.experiment.figures import confusion_matrix
     from mnist_exp.experiment.summary import dataset_info
     from mnist_exp.tracking import provenance
     from mnist_exp.tracking.base import RunInfo
+    from mnist_exp.tracking.mlflow_store import record_of
     from mnist_exp.tracking.tags import DATA, MODEL, TRAINED_BY
 
-    split, warnings = data.eval_split, caveats(store, classifier, data)
-    results, source = measures(evaluation), classifier.source
-    tags = provenance.git_tags() | provenance.software() | {DATA: data.name, MODEL: source.address}
-    tags |= {TRAINED_BY: source.run_id} if source.run_id else {}
+    trained = None
+    if source.run_id:
+        with suppress(UserError):  # the run was deleted, its model was not
+            trained = record_of(store.get_run(source.run_id))
+    split, warnings, results = data.eval_split, caveats(trained, data), measures(evaluation)
+    tags = provenance.git_tags() | provenance.software() | provenance.process_tags(output_dir)
+    tags |= {DATA: data.name, MODEL: source.address} | ({TRAINED_BY: source.run_id} if source.run_id else {})
     rows = {name: format_metric(name, value) for name, value in results.items()} | {
         "data": f"{data.name}, {split}, n = {len(data.splits[split]):,}"
     }
-    with store.start(RunInfo(f"evaluate {source.title}: {data.name}, {split}", repeat, tags)) as tracker:
+    name = f"evaluate {trained.params.get('model', trained.name) if trained else source.title} on {data.name}"
+    with store.start(RunInfo(name, repeat, tags)) as tracker:
         tracker.log_dataset(dataset_info(data, split, "evaluate"))
         if source.model_id:
             tracker.use_model(source.model_id)
         tracker.log_results(results)
+        tracker.log_figure(confusion_matrix(evaluation, f"{data.name}, {split}"), "pictures/confusion_matrix.png")
         table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-        trained = f"\n\nThe model was trained by [this run]({store.link(source.run_id)})." if source.run_id else ""
-        tracker.set_description("\n\n".join([*warnings, f"| | |\n| --- | --- |\n{table}{trained}"]))
+        by = f"\n\nThe model was trained by [this run]({store.link(source.run_id)})." if source.run_id else ""
+        tracker.set_description("\n\n".join([*warnings, f"| | |\n| --- | --- |\n{table}{by}"]))
     show_pairs(f"Model: {source.title}", rows)
     show_lines([*warnings, f"Open it in the MLflow UI: {tracker.ui_command()}"])
 

@@ -265,7 +265,7 @@ def _check_nodes(config: Mapping[str, Any]) -> None:
     for key, value in walk(config):
         if isinstance(value, str) and "${" in value:
             raise UserError.invalid(key, value, "a plain value, without ${...}")
-        if key.endswith("_target_") and (_place(key), str(value)) not in _targets(tuple(config_dirs())):
+        if key.endswith("_target_") and (_place(key), str(value)) not in targets(tuple(config_dirs())):
             group = _place(key).partition(".")[0]
             raise UserError.invalid(
                 key,
@@ -285,7 +285,7 @@ def _place(key: str) -> str:
 
 
 @cache
-def _targets(folders: tuple[Path, ...]) -> set[tuple[str, str]]:
+def targets(folders: tuple[Path, ...]) -> set[tuple[str, str]]:
     """Return the place and the name of each target in the files of options."""
     found = set()
     nodes = {*PARTS, "data", "model", "tracking"}

@@ -19,11 +19,9 @@ from mnist_exp.overrides import command, quoted
 from mnist_exp.signals import Interrupted, defer_signals
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
-from mnist_exp.tracking import models, provenance
+from mnist_exp.tracking import models
 from mnist_exp.tracking.base import OUTCOME, RECIPE, DatasetInfo, RunInfo, Store, Tracker
-from mnist_exp.tracking.tags import RESUMED
-
-COMPARED = ("confusion_matrix", "worst_mistakes")  # figures that the UI shows side by side
+from mnist_exp.tracking.provenance import ORIGIN, PATCH, Origin, uncommitted
 
 
 class Recorder:
@@ -49,25 +47,23 @@ class Recorder:
         """Seconds of the whole run."""
         return time.perf_counter() - self._started
 
-    def log_setup(self, params: Mapping[str, object], datasets: Iterable[DatasetInfo], resumed: str | None) -> None:
-        """Record the configuration, the code and the data; resumed: where a resumed run continues, and in which environment."""
+    def log_setup(self, params: Mapping[str, object], datasets: Iterable[DatasetInfo]) -> None:
+        """Record the configuration, the data, and the history of a resumed run."""
         recipe = self._initial.recipe
         self.tracker.log_params(params)
         self.tracker.log_text(yaml.safe_dump(recipe.settings.model_dump(mode="json"), sort_keys=False), "config.yaml")
         self.tracker.log_text(recipe.as_json(), RECIPE)
-        if resumed is None:
-            patch, status = provenance.uncommitted()
-            texts = {"packages.txt": provenance.packages(), "uncommitted.diff": patch, "status.txt": status}
-            for name, text in texts.items():
-                if text:
-                    self.tracker.log_text(text, f"provenance/{name}")
-            self.save_checkpoint(None)
-        else:
-            self.tracker.set_tags(provenance.process_tags(recipe.settings.output_dir) | {RESUMED: resumed})
         for dataset in datasets:
             self.tracker.log_dataset(dataset)
         for examples_seen, metrics in self.history:
             self.tracker.log_metrics(metrics, examples_seen)
+
+    def log_origin(self, origin: Origin) -> None:
+        """Record where a new run comes from, with the uncommitted changes of the code, and save its first checkpoint."""
+        self.tracker.log_text(origin.model_dump_json(indent=1), ORIGIN)
+        if patch := uncommitted():
+            self.tracker.log_text(patch, PATCH)
+        self.save_checkpoint(None)
 
     def log_report(self, report: Report) -> None:
         """Record a report of training; with a state, also save a checkpoint."""
@@ -90,19 +86,9 @@ class Recorder:
 
     def log_figures(self, drawings: Mapping[str, Callable[[], Figure]]) -> None:
         """Record each figure as `pictures/NAME.png`."""
-        if not self.tracker.is_recording:
-            return
-        run_dir.remove_folder(self.folder / "pictures")  # of an earlier attempt; never written through a link
-        pictures = run_dir.ensure_writable_dir(self.folder / "pictures")
-        for name, draw in drawings.items():
-            try:
-                with run_dir.create(pictures / f"{name}.png") as file:
-                    draw().savefig(file, dpi=80, pil_kwargs={"compress_level": 1})
-            except OSError as error:
-                raise run_dir.disk_error(pictures, error) from error
-            self.tracker.log_file(pictures / f"{name}.png", "pictures")
-            if name in COMPARED:
-                self.tracker.log_image(pictures / f"{name}.png", name)
+        if self.tracker.is_recording:  # drawing takes as long as half an epoch
+            for name, draw in drawings.items():
+                self.tracker.log_figure(draw(), f"pictures/{name}.png")
 
     def log_history(self, split: str, mistakes: list[tuple[int, int, int]]) -> None:
         """Record the history, and the mistakes in `split` as (index, label, prediction), for comparisons."""

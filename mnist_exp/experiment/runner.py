@@ -21,14 +21,14 @@ from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.evaluation import Evaluation, evaluate
 from mnist_exp.learning.models import create_model
 from mnist_exp.learning.training import Phase, choose_device, choose_precision, disable_malloc_trim, fit, prepare_phases
-from mnist_exp.overrides import key_of, section_of
+from mnist_exp.overrides import command, key_of, section_of
 from mnist_exp.settings import NEUTRAL, Recipe, Settings, Trial, build
 from mnist_exp.storage import run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import RunInfo, Store
 from mnist_exp.tracking.job_context import JobContext
-from mnist_exp.tracking.tags import ARM, DATA, DIFFERS, JOB, OVERRIDES, RERUN_OF, SWEEP
+from mnist_exp.tracking.tags import ARM, DATA, JOB, OVERRIDES, RERUN_OF, RESUMED, SWEEP
 from mnist_exp.tracking.views import artifact_path
 
 ShouldPrune = Callable[[int, Mapping[str, float]], bool]  # called with examples seen and metrics
@@ -207,7 +207,7 @@ def _run_info(request: RunRequest, prepared: Prepared) -> RunInfo:
     if job:
         shown = [override for override in shown if key_of(override) in job.varied]
         arm = " ".join(short_override(override, choices) for override in shown if key_of(override) != "seed")
-        tags |= {SWEEP: job.sweep_id, JOB: str(job.number), DIFFERS: " ".join(shown), ARM: arm or choices["model"]}
+        tags |= {SWEEP: job.sweep_id, JOB: str(job.number), ARM: arm or choices["model"]}
     if settings.rerun:
         tags[RERUN_OF] = settings.rerun
     name = run_name(choices, shown, prepared.data.name)
@@ -217,12 +217,14 @@ def _run_info(request: RunRequest, prepared: Prepared) -> RunInfo:
 def train(request: RunRequest, prepared: Prepared, recorder: Recorder) -> None:
     """Record the setup of the run, then train it through its phases."""
     settings, saved, data = request.settings, request.checkpoint, prepared.data
-    note = f"at {request.examples_seen:,} examples" + (f"; {prepared.changed}" if prepared.changed else "")
     uses = [(phase.config.split, phase.name) for phase in prepared.phases] + [(data.validation, "validation")]
     actual = {"precision": str(prepared.precision).removeprefix("torch."), "device": prepared.device.type, "data": data.name}
-    recorder.log_setup(
-        parameters(request.recipe) | actual, [dataset_info(data, *use) for use in uses], resumed=note if saved else None
-    )
+    recorder.log_setup(parameters(request.recipe) | actual, [dataset_info(data, *use) for use in uses])
+    if saved:
+        note = f"at {request.examples_seen:,} examples" + (f"; {prepared.changed}" if prepared.changed else "")
+        recorder.tracker.set_tags(provenance.process_tags(settings.output_dir) | {RESUMED: note})
+    else:
+        recorder.log_origin(provenance.origin(request.command, prepared.device))
     should_prune = request.make_should_prune() if request.make_should_prune else None
     with prepared.display:
         for report in fit(
@@ -261,5 +263,10 @@ def finalize(request: RunRequest, prepared: Prepared, recorder: Recorder, evalua
     picture = artifact_path(result.run_id, "pictures/worst_mistakes.png")
     recorder.finish(results, describe_run(rows, request.recipe.overrides, data.warning, picture))
     rows |= {"run": result.run_id, "checkpoint": os.path.relpath(recorder.folder / run_dir.CHECKPOINT)}
-    prepared.display.results(rows, recorder.tracker.ui_command(), recorder.tracker.use_commands())
+    use_commands = {}
+    if recorder.tracker.is_recording:
+        model = ("--model", result.run_id[:8])
+        use_commands["Classify a picture with it"] = command("predict", *model, "FILE")
+        use_commands["Draw digits for it"] = command("draw", *model)
+    prepared.display.results(rows, recorder.tracker.ui_command(), use_commands)
     return result

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 from uuid import uuid4
 
 from pydantic import TypeAdapter, ValidationError
@@ -15,6 +15,9 @@ from mnist_exp.errors import ResumableError, UserError
 from mnist_exp.overrides import check_stored
 from mnist_exp.settings import Recipe
 from mnist_exp.tracking.tags import COMMIT, DATA, GRIDS, JOB, OVERRIDES, PRUNED, SWEEP_JOBS, SWEEPER
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # The colors of arms in charts and figures, which color-blind people can distinguish (Okabe and Ito, 2008).
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -264,11 +267,11 @@ class Tracker:
     def log_text(self, text: str, path: str) -> None:
         """Record `text` as the artifact `path`."""
 
-    def log_file(self, file: Path, folder: str | None = None) -> None:
-        """Record a file as an artifact of its own name in `folder`."""
+    def log_file(self, file: Path) -> None:
+        """Record a file as an artifact of its own name."""
 
-    def log_image(self, file: Path, key: str) -> None:
-        """Record a PNG as the image `key`, which the UI shows side by side with that of other runs."""
+    def log_figure(self, figure: "Figure", path: str) -> None:
+        """Record a figure as the artifact `path`, a PNG file."""
 
     def log_dataset(self, dataset: DatasetInfo) -> None:
         """Record a split; its first context counts."""
@@ -278,10 +281,6 @@ class Tracker:
 
     def ui_command(self) -> str | None:
         """Return the command or address that opens the run in the UI."""
-
-    def use_commands(self) -> dict[str, str]:
-        """Return the commands that use the run's model, by purpose."""
-        return {}
 
 
 class Store:

@@ -109,7 +109,7 @@ def retry(operation: Callable[[], Result], uri: str, patience: float) -> Result:
         time.sleep(1)
 
 
-def is_refusal(error: Exception) -> bool:
+def is_refusal(error: BaseException | None) -> bool:
     """Return whether the store has answered, and would refuse the same request again."""
     # If two processes record one data set at once, one of them violates a constraint; its next attempt finds the data set.
     return getattr(error, "error_code", None) in REFUSALS and "unique constraint" not in str(error).lower()

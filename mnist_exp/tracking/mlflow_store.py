@@ -77,7 +77,8 @@ class MLflowStore(Store):
         self.open()
         if run_id:
             return self._retry(lambda: MLflowTracker(self.client, self.uri, self._reopen(run_id), self.patience))
-        tags = {**info.tags, tag.COMMAND_TYPE: "LOCAL", tag.COMMAND: info.command}
+        # The UI cuts the source of a LOCAL run at its last slash. It shows that of a JOB whole.
+        tags = {**info.tags, tag.COMMAND_TYPE: "JOB", tag.COMMAND: info.command}
         tags |= {tag.PARENT: info.parent} if info.parent else {}
         tags |= {tag.COLOR: info.color} if info.color else {}
         try:

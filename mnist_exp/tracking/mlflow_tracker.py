@@ -8,32 +8,24 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from mlflow import MlflowClient
-from mlflow.entities import (
-    Dataset,
-    DatasetInput,
-    InputTag,
-    LoggedModelInput,
-    LoggedModelOutput,
-    LoggedModelStatus,
-    Metric,
-    Param,
-    Run,
-    RunTag,
-)
-from PIL import Image
+import numpy as np
+from mlflow import MlflowClient, entities
+from mlflow.data.schema import TensorDatasetSchema
+from mlflow.types import Schema, TensorSpec
 
 from mnist_exp.errors import PrunedError
 from mnist_exp.overrides import command
 from mnist_exp.signals import defer_signals
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import DatasetInfo, StoreLostError, Tracker
-from mnist_exp.tracking.connection import first_line, is_refusal, restore_command
+from mnist_exp.tracking.connection import is_refusal, restore_command, retry
 from mnist_exp.tracking.views import model_name, run_path
 
-BATCH_LIMIT = 1000  # metrics in one request to MLflow
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 # The context of the data set that metrics are measured on, by the first part of their names.
 MEASURED_ON = {"test": "test", "val": "validation", "evaluate": "evaluate"}
 RETRY_AFTER = 10.0  # seconds between two attempts to reach a store that is unreachable
@@ -46,22 +38,21 @@ class Outbox:
         self._waiting: deque[Callable[[], object]] = deque()
         self._next_attempt = 0.0
 
-    def add(self, operation: Callable[[], object], *, send: bool = True) -> None:
+    def add(self, operation: Callable[[], object]) -> None:
         """Append an operation and send all, at once or, while the store is unreachable, every `RETRY_AFTER` seconds."""
         self._waiting.append(operation)
-        if send and time.monotonic() >= self._next_attempt and self.send():
-            self._next_attempt = time.monotonic() + RETRY_AFTER
-
-    def send(self) -> Exception | None:
-        """Send all operations; return the error of the first that fails."""
-        while self._waiting:
+        if time.monotonic() >= self._next_attempt:
             try:
-                with defer_signals():
-                    self._waiting[0]()
-                    self._waiting.popleft()
-            except Exception as error:  # servers, databases and disks raise exceptions of their own
-                return error
-        return None
+                self.send()
+            except Exception:  # servers, databases and disks raise exceptions of their own
+                self._next_attempt = time.monotonic() + RETRY_AFTER
+
+    def send(self) -> None:
+        """Send all operations; raises the error of the first that fails."""
+        while self._waiting:
+            with defer_signals():
+                self._waiting[0]()
+                self._waiting.popleft()
 
 
 class MLflowTracker(Tracker):
@@ -76,13 +67,13 @@ class MLflowTracker(Tracker):
 
     is_recording = True
 
-    def __init__(self, client: MlflowClient, uri: str, run: Run, patience: float) -> None:
+    def __init__(self, client: MlflowClient, uri: str, run: entities.Run, patience: float) -> None:
         self.client, self.uri, self.patience = client, uri, patience
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
         histories = {key: client.get_metric_history(self.run_id, key) for key in run.data.metrics}
         self._logged = {(key, point.step): point for key, points in histories.items() for point in points}
-        self._datasets = {item.dataset.name: item.dataset.digest for item in run.inputs.dataset_inputs} if run.inputs else {}
-        self._contexts: dict[str, str] = {}  # the data set that a part of the metrics, test or val, was measured on
+        self._datasets = {item.dataset.name for item in run.inputs.dataset_inputs} if run.inputs else set()
+        self._contexts: dict[str, tuple[str, str]] = {}  # name and digest of the data that a part of the metrics was measured on
         self._params = set(run.data.params)
         self._model_id: str | None = None
         self._metrics: list[Any] = []  # since the last flush
@@ -101,114 +92,94 @@ class MLflowTracker(Tracker):
             self.log_text("".join(traceback.format_exception(error)), "traceback.txt")
             message = str(error).strip() or type(error).__name__
             self.set_tags({tag.ERROR: message.splitlines()[0][:250]})
-        self._queue_metrics()
-        self._outbox.add(partial(terminate, self.client, self.run_id, status), send=False)
-        deadline = time.monotonic() + self.patience
-        while failure := self._outbox.send():
-            if is_refusal(failure):
+        self.flush()
+        self._outbox.add(partial(terminate, self.client, self.run_id, status))
+        try:
+            retry(self._outbox.send, self.uri, self.patience)
+        except StoreLostError as lost:
+            advice = "Nothing is lost: the files on the disk are kept."
+            if is_refusal(lost.__cause__):
                 restore = restore_command(self.client, self.uri, self.experiment_id, self.run_id)
-                raise StoreLostError(
-                    f"{self.uri} refuses the records of run {self.run_id}: {first_line(failure)}\n"
-                    f"The files on the disk are kept. If the run was deleted, restore it with `{restore}`."
-                ) from error
-            if time.monotonic() > deadline:
-                raise StoreLostError(
-                    f"{self.uri} no longer accepts the records of run {self.run_id}: {first_line(failure)}\n"
-                    "Nothing is lost: the files on the disk are kept."
-                ) from error
-            time.sleep(1)
+                advice = f"The files on the disk are kept. If the run was deleted, restore it with `{restore}`."
+            raise StoreLostError(f"Run {self.run_id}: {lost}\n{advice}") from error
 
-    def _send(self, method: str, *values: object, at_once: bool = True, **named: object) -> None:
-        """Queue a call of the client for this run, and send the queue unless it can wait."""
-        self._outbox.add(partial(getattr(self.client, method), self.run_id, *values, **named), send=at_once)
+    def _send(self, method: str, *values: object, **named: object) -> None:
+        """Add a call of the client for this run."""
+        self._outbox.add(partial(getattr(self.client, method), self.run_id, *values, **named))
 
     def log_params(self, params: Mapping[str, object]) -> None:
         # MLflow refuses a second value, which a parent of a sweep may have after a resume.
-        entities = [Param(key, str(value)) for key, value in params.items() if key not in self._params]
+        new = [entities.Param(key, str(value)) for key, value in params.items() if key not in self._params]
         self._params |= params.keys()
-        self._send("log_batch", params=entities)
+        self._send("log_batch", params=new)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        self._send("log_batch", tags=[RunTag(key, value) for key, value in tags.items()])
+        self._send("log_batch", tags=[entities.RunTag(key, value) for key, value in tags.items()])
 
     def set_description(self, description: str) -> None:
         self.set_tags({tag.DESCRIPTION: description})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         now = int(time.time() * 1000)
-        new = {(key, step): Metric(key, value, now, step) for key, value in metrics.items() if (key, step) not in self._logged}
-        self._logged |= new
-        self._metrics += new.values()
+        for key, value in metrics.items():
+            if (key, step) not in self._logged:
+                self._logged[key, step] = entities.Metric(key, value, now, step)
+                self._metrics.append(self._logged[key, step])
 
     def use_model(self, model_id: str) -> None:
         self._model_id = model_id
-        self._send("log_inputs", models=[LoggedModelInput(model_id)])
+        self._send("log_inputs", models=[entities.LoggedModelInput(model_id)])
 
     def log_results(self, metrics: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
         # The UI compares runs by bars where every run has one value, at step 0, and draws lonely points otherwise.
         points = [
-            old if (old := self._logged.get((key, 0))) and old.value == value else Metric(key, value, now, 0)
+            old if (old := self._logged.get((key, 0))) and old.value == value else entities.Metric(key, value, now, 0)
             for key, value in metrics.items()
         ]
         last = {key: point for (key, step), point in sorted(self._logged.items()) if key.startswith("val/")}
-        self._queue_metrics()
-        self._outbox.add(lambda: self.client.log_batch(self.run_id, metrics=[self._linked(p) for p in (*points, *last.values())]))
+        linked = (*points, *last.values())
+        self.flush()
+        self._outbox.add(lambda: self.client.log_batch(self.run_id, [self._linked(point) for point in linked]))
 
     def _linked(self, point: Any) -> Any:
         """Return a metric with the model and the data set that it belongs to; the run keeps each point once."""
-        name = self._contexts.get(MEASURED_ON.get(point.key.partition("/")[0], ""))
-        return Metric(
-            point.key,
-            point.value,
-            point.timestamp,
-            point.step,
-            model_id=self._model_id,
-            dataset_name=name,
-            dataset_digest=self._datasets[name] if name else None,
-            run_id=self.run_id,
-        )
+        name, digest = self._contexts.get(MEASURED_ON.get(point.key.partition("/")[0], ""), (None, None))
+        links = {"model_id": self._model_id, "dataset_name": name, "dataset_digest": digest, "run_id": self.run_id}
+        return entities.Metric(point.key, point.value, point.timestamp, point.step, **links)
 
     def flush(self) -> None:
-        self._queue_metrics()
-        self._outbox.add(lambda: None)
-
-    def _queue_metrics(self) -> None:
-        # The store treats a point that it has, with the same millisecond, as the same point: a batch may be sent twice.
-        for start in range(0, len(self._metrics), BATCH_LIMIT):
-            batch = self._metrics[start : start + BATCH_LIMIT]
-            self._send("log_batch", metrics=batch, at_once=False)
-        self._metrics = []
+        # The store treats a point that it has, with the same millisecond, as the same point: metrics may be sent twice.
+        metrics, self._metrics = self._metrics, []
+        self._send("log_batch", metrics)
 
     def log_text(self, text: str, path: str) -> None:
         self._send("log_text", text, path)
 
-    def log_file(self, file: Path, folder: str | None = None) -> None:
-        self._send("log_artifact", str(file), folder)
+    def log_file(self, file: Path) -> None:
+        self._send("log_artifact", str(file))
 
-    def log_image(self, file: Path, key: str) -> None:
-        def send() -> None:
-            with Image.open(file) as image:
-                self.client.log_image(self.run_id, image.convert("RGB"), key=key, step=0, synchronous=True)
-
-        self._outbox.add(send)
+    def log_figure(self, figure: "Figure", path: str) -> None:
+        # Stronger compression takes longer than drawing.
+        self._send("log_figure", figure, path, save_kwargs={"dpi": 80, "pil_kwargs": {"compress_level": 1}})
 
     def log_dataset(self, dataset: DatasetInfo) -> None:
         name = f"{dataset.name}-{dataset.split}"
-        self._contexts[dataset.context] = name
+        self._contexts[dataset.context] = name, dataset.digest
         if name in self._datasets:  # MLflow may refuse to record one twice
             return
-        self._datasets[name] = dataset.digest
-        entity = Dataset(
+        self._datasets.add(name)
+        images = Schema([TensorSpec(np.dtype(np.uint8), (-1, *dataset.shape))])
+        labels = Schema([TensorSpec(np.dtype(np.int64), (-1,))])
+        entity = entities.Dataset(
             name=name,
             digest=dataset.digest,
             source_type="local",
             source=json.dumps({"uri": dataset.source}),
-            schema=json.dumps({"images": f"uint8 (n, {', '.join(map(str, dataset.shape))})", "labels": "int64 (n,)"}),
+            schema=json.dumps(TensorDatasetSchema(images, labels).to_dict()),
             profile=json.dumps({"num_rows": dataset.size, "epoch_size": dataset.epoch_size}),
         )
-        inputs = [DatasetInput(entity, [InputTag(tag.DATASET_CONTEXT, dataset.context)])]
-        self._send("log_inputs", inputs)
+        self._send("log_inputs", [entities.DatasetInput(entity, [entities.InputTag(tag.DATASET_CONTEXT, dataset.context)])])
 
     def log_model(self, folder: Path, name: str) -> None:
         self._outbox.add(lambda: self._log_model(folder, model_name(name)))
@@ -221,24 +192,17 @@ class MLflowTracker(Tracker):
             self.experiment_id, name, self.run_id, params=run.data.params
         )
         self._model_id = model.model_id
-        if model.status == LoggedModelStatus.READY:
+        if model.status == entities.LoggedModelStatus.READY:
             return
         if not run.outputs or model.model_id not in {output.model_id for output in run.outputs.model_outputs}:
-            self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
+            self.client.log_outputs(self.run_id, [entities.LoggedModelOutput(model.model_id, step=0)])
         self.client.log_model_artifacts(model.model_id, str(folder))
-        self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        self.client.finalize_logged_model(model.model_id, entities.LoggedModelStatus.READY)
 
     def ui_command(self) -> str:
         if self.uri.startswith("http"):
             return f"{self.uri}{run_path(self.experiment_id, self.run_id)}"
         return command("ui", self.run_id)
-
-    def use_commands(self) -> dict[str, str]:
-        model = ("--model", self.run_id[:8])
-        return {
-            "Classify a picture with it": command("predict", *model, "FILE"),
-            "Draw digits for it": command("draw", *model),
-        }
 
 
 def terminate(client: MlflowClient, run_id: str, status: str) -> None:

@@ -11,16 +11,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
-import torch
+from pydantic import BaseModel
 
-from mnist_exp.paths import CHECKOUT, PACKAGE, without_credentials
+from mnist_exp.paths import CHECKOUT, NAME, PACKAGE, config_dirs, without_credentials
+from mnist_exp.settings import targets
 from mnist_exp.tracking.tags import BRANCH, COMMIT, DIRTY, HOST, OUTPUT_DIR, PID, REPOSITORY, USER
 
+if TYPE_CHECKING:
+    import torch
+
+ORIGIN, PATCH = "provenance.json", "uncommitted.diff"  # artifacts of a run; the second, if there are changes
 SECRETS = (".env*", "*.pem", "*.key", "id_*", "*credentials*")  # never recorded, tracked or not
 MAX_PATCH = 1_000_000  # bytes
 
@@ -38,29 +44,64 @@ def user() -> str:
         return "unknown"
 
 
+class Origin(BaseModel):
+    """How a run came about, as its artifact ORIGIN holds it.
+
+    Args:
+        command: The shell command, whole: the tag of a long one is cut.
+        machine: Host, operating system, Python, processor, threads, memory and accelerator.
+        changed_files: The changed and untracked files of the checkout, as `git status --porcelain` prints them.
+        packages: The version of every installed distribution, by name.
+    """
+
+    command: str = ""
+    machine: dict[str, str] = {}
+    changed_files: list[str] = []
+    packages: dict[str, str] = {}
+
+
 @cache  # this process keeps the code that it has imported
-def git_tags() -> dict[str, str]:
-    """Return commit, branch and whether there are uncommitted changes; empty outside a git checkout of this project."""
-    if CHECKOUT is None or not _is_top(CHECKOUT):
+def git_tags(checkout: Path | None = CHECKOUT) -> dict[str, str]:
+    """Return commit, branch and whether there are uncommitted changes; empty outside a git checkout of this project.
+
+    An untracked file is a change if it is in the package or in conf/.
+    """
+    if not _head(checkout):
         return {}
-    commit = _line(CHECKOUT, "rev-parse", "HEAD")
-    if not commit:
-        return {}
-    repository = without_credentials(_line(CHECKOUT, "config", "--get", "remote.origin.url"))
-    has_address = re.match(r"(https?|ssh)://|[\w.-]+@[\w.-]+:", repository)  # not the path of a folder
-    return ({REPOSITORY: repository} if has_address else {}) | {
-        COMMIT: commit,
-        BRANCH: _line(CHECKOUT, "rev-parse", "--abbrev-ref", "HEAD"),
-        DIRTY: str(bool(_git(CHECKOUT, "status", "--porcelain"))).lower(),
-    }
+    commit, _, branch = _head(checkout)
+    address = without_credentials("".join(_lines(checkout, "config", "--get", "remote.origin.url")))
+    has_address = re.match(r"(https?|ssh)://|[\w.-]+@[\w.-]+:", address)  # not the path of a folder
+    changes = [line for line in changed_files(checkout) if re.match(rf'[^?]|\?\? "?({NAME}|conf)/', line)]
+    tags = {COMMIT: commit, BRANCH: branch, DIRTY: str(bool(changes)).lower()}
+    return tags | ({REPOSITORY: address} if has_address else {})
+
+
+@cache
+def changed_files(checkout: Path | None = CHECKOUT) -> list[str]:
+    """Return the changed and untracked files of a checkout of this project, as `git status --porcelain` prints them."""
+    return _lines(checkout, "status", "--porcelain") if _head(checkout) else []
 
 
 def software() -> dict[str, str]:
-    """Return the versions that affect a run's outcome: the digest of this package's code, and torch's version."""
+    """Return the versions that affect a run's outcome: the digest of the code, and torch's version.
+
+    The code is this package and what the files of conf/ name as targets outside of site-packages.
+    """
     digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in _sources():
         digest.update(path.read_bytes())
     return {"code": digest.hexdigest()[:12], "torch": importlib.metadata.version("torch")}
+
+
+def _sources() -> Iterator[Path]:
+    yield from sorted(PACKAGE.rglob("*.py"))
+    named = {found[0] for _, target in targets(tuple(config_dirs())) if (found := re.match(r"\w+(?=\.)", target))}
+    for module in sorted(named - {NAME, "__main__"} - sys.stdlib_module_names):
+        spec = find_spec(module)  # imports nothing
+        places = (spec.submodule_search_locations or [spec.origin or module]) if spec else []
+        for place in map(Path, places):
+            if not {"site-packages", "dist-packages"} & set(place.parts):
+                yield from filter(Path.is_file, [place, *sorted(place.rglob("*.py"))])
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
@@ -68,77 +109,55 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     return "; ".join(f"{name} was {before.get(name)}, is {value}" for name, value in now.items() if before.get(name) != value)
 
 
-class Uncommitted(NamedTuple):
-    """The difference between a checkout and its commit.
-
-    Args:
-        patch: For `git apply`, with bytes escaped that are not UTF-8.
-        status: The names of all changed and untracked files, as `git status --porcelain` prints them.
-    """
-
-    patch: str
-    status: str
-
-
 @cache
-def uncommitted(repository: Path | None = CHECKOUT) -> Uncommitted:
-    """Return the changes of tracked files and the untracked .py and .yaml files as a patch, and the status of all files.
+def uncommitted(checkout: Path | None = CHECKOUT) -> str:
+    """Return the changes of tracked files and the untracked .py and .yaml files as a patch for `git apply`.
 
-    The patch omits files that usually hold secrets (SECRETS), and whole files after MAX_PATCH bytes.
+    It omits files that usually hold secrets (SECRETS), and whole files after MAX_PATCH bytes. Other text than UTF-8 is escaped.
     """
-    if repository is None or not _is_top(repository):
-        return Uncommitted("", "")
-    index = Path(_line(repository, "rev-parse", "--absolute-git-dir")) / "index"
-    if not index.exists():
-        return Uncommitted("", "")
+    if not changed_files(checkout) or not (index := Path(_head(checkout)[1])).exists():
+        return ""
     no_secrets = [f":(exclude,icase,glob)**/{pattern}{below}" for pattern in SECRETS for below in ("", "/**")]
-    added = _git(repository, "ls-files", "--others", "--exclude-standard", "-z", "--", "*.py", "*.yaml", *no_secrets)
+    added = _git(checkout, "ls-files", "--others", "--exclude-standard", "-z", "--", "*.py", "*.yaml", *no_secrets)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copy(index, folder))  # the user's own index must not change
-        if added:
-            literal = ("--literal-pathspecs", "add", "--intent-to-add", "--pathspec-from-file=-", "--pathspec-file-nul")
-            _git(repository, *literal, index=copy, text=added)
+        literal = ("--literal-pathspecs", "add", "--intent-to-add", "--pathspec-from-file=-", "--pathspec-file-nul")
+        _git(checkout, *literal, index=copy, text=added)
         flags = ("--no-color", "--no-ext-diff", "--no-textconv", "--no-renames", "--binary")
-        patch = _git(repository, "diff", *flags, "HEAD", "--", ".", *no_secrets, index=copy)
+        patch = _git(checkout, "diff", *flags, "HEAD", "--", ".", *no_secrets, index=copy)
     if len(patch) > MAX_PATCH:
         patch = patch[: patch.rfind(b"\ndiff --git ", 0, MAX_PATCH) + 1]
-    status = _git(repository, "status", "--porcelain")
-    return Uncommitted(*(without_credentials(content.decode(errors="backslashreplace")) for content in (patch, status)))
-
-
-@cache
-def packages() -> str:
-    """Return every installed distribution as name==version, a line each."""
-    # The names of the folders say it (PEP 427). importlib.metadata would parse all files in them, which takes half a second.
-    folders = [path.name.removesuffix(".dist-info") for entry in sys.path for path in Path(entry).glob("*.dist-info")]
-    return "".join(f"{name}=={version}\n" for name, _, version in sorted({name.rpartition("-") for name in folders}))
+    return without_credentials(patch.decode(errors="backslashreplace"))
 
 
 def process_tags(output_dir: Path) -> dict[str, str]:
     """Return the process that works on a run, so that others can later find out whether it is alive."""
-    return {
-        HOST: platform.node(),
-        PID: str(os.getpid()),
-        OUTPUT_DIR: str(output_dir.absolute()),
-        USER: user(),
-    }
+    return {HOST: platform.node(), PID: str(os.getpid()), OUTPUT_DIR: str(output_dir.absolute()), USER: user()}
 
 
-def machine_tags(device: torch.device) -> dict[str, str]:
-    """Return versions, processor, cores, threads, memory and accelerator."""
-    tags = {
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in ("torch", "mlflow", "hydra-core")},
+def machine_tags(device: "torch.device") -> dict[str, str]:
+    """Return processor, threads and accelerator: only runs with the same ones are equal in their last bits."""
+    import torch  # takes seconds that reading commands do not need
+
+    # The same name may have different instructions.
+    tags = {"cpu": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}", "threads": str(torch.get_num_threads())}
+    return tags | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
+
+
+def origin(command: str, device: "torch.device") -> Origin:
+    """Return the origin of a run of this process on a device."""
+    machine = {
+        "host": platform.node(),
         "os": platform.platform(),
-        # The same name may have different instructions, and then different last bits.
-        "cpu": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}",
-        "cpu.cores": str(os.cpu_count()),
-        "cpu.threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        **machine_tags(device),
+        "cores": str(os.cpu_count()),
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
     }
-    if device.type == "cuda":
-        tags["gpu"] = torch.cuda.get_device_name(device)
-    return tags
+    # The names of the folders say it (PEP 427). importlib.metadata would parse all files in them, which takes half a second.
+    folders = [path.name.removesuffix(".dist-info") for entry in sys.path for path in Path(entry).glob("*.dist-info")]
+    packages = {name: version for name, _, version in sorted(name.rpartition("-") for name in folders)}
+    return Origin(command=command, machine=machine, changed_files=changed_files(), packages=packages)
 
 
 def _processor() -> str:
@@ -150,21 +169,25 @@ def _processor() -> str:
 
 
 @cache
-def _is_top(folder: Path) -> bool:
-    """Return whether `folder` is the top of a git checkout, not a folder within another project's."""
-    return _line(folder, "rev-parse", "--show-toplevel") == str(folder.resolve())
+def _head(checkout: Path | None) -> list[str]:
+    """Return commit, index file and branch; empty unless `checkout` is the top of a checkout: it may be in another project's."""
+    revisions = ("HEAD", "--path-format=absolute", "--git-path", "index", "--abbrev-ref", "HEAD")
+    below, *head = _lines(checkout, "rev-parse", "--show-prefix", *revisions) or [""]
+    return [] if below else head
 
 
-def _line(repository: Path, *arguments: str) -> str:
-    return os.fsdecode(_git(repository, *arguments)).strip()
+def _lines(checkout: Path | None, *arguments: str) -> list[str]:
+    return _git(checkout, *arguments).decode(errors="backslashreplace").splitlines()
 
 
-def _git(repository: Path, *arguments: str, index: Path | None = None, text: bytes = b"") -> bytes:
+def _git(checkout: Path | None, *arguments: str, index: Path | None = None, text: bytes = b"") -> bytes:
     """Return the output of a git command, which reads `text`; empty if the command fails."""
+    if checkout is None:
+        return b""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of another repository
     if index:
         environment["GIT_INDEX_FILE"] = str(index)
-    command = ["git", "-C", str(repository), *arguments]
+    command = ["git", "-C", str(checkout), *arguments]
     try:
         return subprocess.run(command, input=text, capture_output=True, timeout=30, check=True, env=environment).stdout
     except (OSError, subprocess.SubprocessError):

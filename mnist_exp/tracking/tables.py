@@ -6,17 +6,18 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from pydantic import ValidationError
+
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import OBJECTIVE, format_metric, metric_of
 from mnist_exp.settings import did_you_mean, walk
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import RunRecord, StoredRun
 from mnist_exp.tracking.mlflow_store import MLflowStore, download
+from mnist_exp.tracking.provenance import ORIGIN, PATCH, Origin
 
 METRICS = (OBJECTIVE, "test/accuracy")
-CODE = {tag.COMMIT: "commit", tag.BRANCH: "branch", tag.DIRTY: "uncommitted changes", "code": "digest of the package"}
-MACHINE = ("python", "os", "cpu", "cpu.cores", "threads", "gpu")
-PATCH, PACKAGES = "provenance/uncommitted.diff", "provenance/packages.txt"
+CODE = {tag.COMMIT: "commit", tag.BRANCH: "branch", tag.DIRTY: "uncommitted changes", "code": "digest of the code"}
 
 Group = list[RunRecord]  # a single run, or a sweep followed by its jobs
 Section = dict[str, tuple[str, str]]  # the values of both runs by name; a missing one is empty
@@ -132,15 +133,23 @@ def run_differences(store: MLflowStore, first_id: str, second_id: str) -> dict[s
 
 def _comparable(store: MLflowStore, run: StoredRun) -> dict[str, dict[str, str]]:
     record, tags = run.record, run.record.tags
+    origin = _origin(store, run)
     config = walk(run.recipe.settings.model_dump(mode="json"))
     return {
         "configuration": {key: str(value) for key, value in config if not isinstance(value, dict | list)},
         "code": {name: tags[key] for key, name in CODE.items() if key in tags} | _changed_files(_text(store, run, PATCH)),
-        "packages": dict(line.split("==", 1) for line in _text(store, run, PACKAGES).splitlines() if "==" in line),
-        "machine": {key: tags[key] for key in MACHINE if key in tags},
+        "packages": origin.packages,
+        "machine": origin.machine,
         "data": {"name": record.data} | {f"digest of {split}": digest for split, digest in record.digests.items()},
         "metrics": {name: format_metric(name, value) for name, value in sorted(record.metrics.items())},
     }
+
+
+def _origin(store: MLflowStore, run: StoredRun) -> Origin:
+    try:
+        return Origin.model_validate_json(_text(store, run, ORIGIN))
+    except ValidationError:  # the run ended before it recorded one
+        return Origin()
 
 
 def _text(store: MLflowStore, run: StoredRun, path: str) -> str:

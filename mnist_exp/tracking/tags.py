@@ -14,12 +14,11 @@ SWEEP = "sweep_id"  # of a job: the id of the parent
 JOB = "job_num"  # of a job: its number; NO_JOB if the sweep, as it is now, has no such job
 NO_JOB = "none"
 ARM = "arm"  # of a job: the overrides that differ between jobs, without the seed, in short form
-DIFFERS = "differs"  # of a job: the overrides that differ between jobs
 
 MODEL, TRAINED_BY = "model", "trained_by"  # of an evaluation: the address of the model, and the id of the run that trained it
 ANSWER = "answer"  # of a sweep's parent: the headline of its comparison
 
-HOST, PID, OUTPUT_DIR, USER = "host", "pid", "output_dir", "mlflow.user"  # the process that works on the run
+HOST, PID, OUTPUT_DIR, USER = "host", "pid", "output_dir", "mlflow.user"  # the process that works on the run: `reap` looks for it
 
 COMMIT, BRANCH, DIRTY = "mlflow.source.git.commit", "mlflow.source.git.branch", "mlflow.source.git.dirty"
 REPOSITORY = "mlflow.source.git.repoURL"

@@ -27,7 +27,7 @@ from mnist_exp.metrics import format_metric
 from mnist_exp.paths import CHECKOUT
 from mnist_exp.settings import build
 from mnist_exp.storage import checkpoint, run_dir
-from mnist_exp.tracking.provenance import uncommitted
+from mnist_exp.tracking.provenance import ORIGIN, PATCH, Origin, changed_files, uncommitted
 from mnist_exp.tracking.tags import BRANCH, DIRTY
 
 RECIPE = ("data=digits", "optimizer=adam", "data.subset=1000", "batch_size=32", "phases.train.epochs=2")
@@ -131,12 +131,15 @@ def test_provenance(finished) -> None:
     assert f"-m mnist_exp.run {' '.join(RECIPE)}" in tags["mlflow.source.name"]
     assert tags["torch"] == importlib.metadata.version("torch")
     assert tags["cpu"]
-    assert f"mlflow=={importlib.metadata.version('mlflow')}" in artifact(finished, "provenance/packages.txt").read_text()
-    patch, status = uncommitted(CHECKOUT)
-    names = {item.path for item in finished[1].list_artifacts(run.info.run_id, "provenance")}
-    for name, text in (("provenance/uncommitted.diff", patch), ("provenance/status.txt", status)):
-        assert (artifact(finished, name).read_text() if name in names else "") == text
-    assert bool(patch + status) == (tags[DIRTY] == "true")
+    assert {"pid", "host", "output_dir", "mlflow.user"} <= tags.keys()
+    origin = Origin.model_validate_json(artifact(finished, ORIGIN).read_text())
+    assert origin.command == tags["mlflow.source.name"]
+    assert origin.packages["mlflow"] == importlib.metadata.version("mlflow")
+    assert origin.machine["cpu"] == tags["cpu"]
+    assert {"host", "os", "python", "threads", "cores", "memory"} <= origin.machine.keys()
+    assert origin.changed_files == changed_files()
+    names = {item.path for item in finished[1].list_artifacts(run.info.run_id)}
+    assert (artifact(finished, PATCH).read_text() if PATCH in names else "") == uncommitted()
 
 
 def test_description_and_terminal_show_the_result(finished) -> None:
@@ -222,6 +225,25 @@ def test_checkpoint_and_logged_model_predict_what_was_scored(finished, monkeypat
         np.testing.assert_allclose(logits, evaluation.logits[:batch], atol=1e-4)
     ours = load(f"models:/{run.outputs.model_outputs[0].model_id}")  # to whose folder MLflow has added a file of its own
     assert ours.model(test.images[:7]).equal(model.eval()(test.images[:7]))
+
+
+def test_a_changed_module_of_ones_own_is_noticed(command_line: CommandLine, store: str, tmp_path: Path) -> None:
+    (tmp_path / "conf" / "optimizer").mkdir(parents=True)
+    (tmp_path / "conf" / "optimizer" / "mine.yaml").write_text("_target_: my_layers.Adam\n_partial_: true\nlr: 0.001\n")
+    (tmp_path / "my_layers.py").write_text("from torch.optim import Adam\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+
+    def run(*arguments: str) -> str:
+        done = command_line(f"--config-dir={tmp_path / 'conf'}", *arguments, PYTHONPATH=path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    run("data=digits", "~phases.train", "optimizer@phases.finetune.optimizer=mine")
+    (tmp_path / "my_layers.py").write_text("from torch.optim import Adam  # of torch\n")
+    assert "code was" in run("rerun=latest")
+    for marker in tmp_path.glob(f"outputs/*/{run_dir.FINISHED}"):
+        marker.unlink()
+    assert "code was" in run(f"resume={all_runs(store)[-1].info.run_id}")
 
 
 def test_tracking_can_be_turned_off(in_process: CommandLine, tmp_path: Path, store: str) -> None:

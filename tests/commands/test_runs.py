@@ -19,6 +19,7 @@ from mnist_exp.storage import run_dir
 from mnist_exp.tracking.base import DatasetInfo, RunInfo
 from mnist_exp.tracking.housekeeping import delete, gc_command, plan_pruning
 from mnist_exp.tracking.mlflow_store import MLflowStore
+from mnist_exp.tracking.provenance import ORIGIN, Origin
 from mnist_exp.tracking.tables import group_by_sweep
 
 DAY = 86_400_000
@@ -62,7 +63,7 @@ def record(
     age: float = 0,
     status: str = "FINISHED",
     overrides: tuple[str, ...] = (),
-    packages: str = "torch==2.0\n",
+    torch: str = "2.0",
     params: dict[str, str] | None = None,
 ) -> str:
     """Leave a run in the store, the artifact store and the output folder; age: days since its end."""
@@ -70,7 +71,8 @@ def record(
     with opened.start(RunInfo(name, f"python -m mnist_exp.run name={name}", tags)) as tracker:
         tracker.log_params({"seed": 0, "model": "se_cnn"} | (params or {}))
         tracker.log_text(recipe(*overrides), "recipe.json")
-        tracker.log_text(packages, "provenance/packages.txt")
+        origin = Origin(machine={"cpu": "fast", "memory": torch}, packages={"torch": torch, "rich": "1"})
+        tracker.log_text(origin.model_dump_json(), ORIGIN)
         tracker.log_dataset(DatasetInfo(tags["data"], "test", "test", "abc", "somewhere", 10, 10, (1, 28, 28)))
         if accuracy is not None:
             tracker.log_metrics({"val/accuracy": accuracy, "test/accuracy": accuracy, "test/loss": 1 - accuracy}, 1)
@@ -163,12 +165,12 @@ def test_show_prints_everything_about_a_run(opened: MLflowStore, command: Comman
 
 
 def test_diff_shows_only_the_differences(opened: MLflowStore, command: Command, tmp_path: Path) -> None:
-    first = record(opened, tmp_path, accuracy=0.98, overrides=("optimizer.lr=0.1",), packages="torch==2.0\nrich==1\n")
-    record(opened, tmp_path, accuracy=0.99, overrides=("optimizer.lr=0.2",), packages="torch==2.1\nrich==1\n")
+    first = record(opened, tmp_path, accuracy=0.98, overrides=("optimizer.lr=0.1",))
+    record(opened, tmp_path, accuracy=0.99, overrides=("optimizer.lr=0.2",), torch="2.1")
     shown = command("diff", first[:10], "latest")
-    for part in ("optimizer.lr", "0.1", "0.2", "torch", "2.1", "98.00 %", "99.00 %", f"A: {first[:8]}"):
+    for part in ("optimizer.lr", "0.1", "0.2", "torch", "2.1", "memory", "98.00 %", "99.00 %", f"A: {first[:8]}"):
         assert part in shown
-    for part in ("seed", "rich"):
+    for part in ("seed", "rich", "cpu"):
         assert part not in shown
     assert "Identical: configuration, code, packages, machine, data, metrics." in command("diff", first, first)
 

@@ -68,7 +68,7 @@ def test_a_run_records_its_origin_its_progress_and_its_results_in_plain_data(pre
     assert store.info.tags["data"] == "digits"
     calls = store.tracker.calls
     texts = [values[1] for name, values in calls if name == "log_text"]
-    assert {"config.yaml", "recipe.json", "provenance/packages.txt", "outcome.json"} <= set(texts)
+    assert {"config.yaml", "recipe.json", "provenance.json", "outcome.json"} <= set(texts)
     assert [(info.split, info.context) for info in store.tracker.names("log_dataset")] == [
         ("finetune", "finetune"),
         ("finetune", "validation"),

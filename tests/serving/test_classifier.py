@@ -190,6 +190,9 @@ def test_an_evaluation_is_a_run_of_its_own(call: Call, stored_run: str, digits: 
     assert {f"evaluate/class_{label}/accuracy" for label in range(10)} <= run.data.metrics.keys()
     assert all(name.startswith("evaluate/") for name in run.data.metrics)
     assert run.data.tags["trained_by"] == stored_run
+    assert run.data.tags["mlflow.user"]
+    assert run.info.run_name == "evaluate se_cnn on digits"
+    assert [item.path for item in client.list_artifacts(run.info.run_id, "pictures")] == ["pictures/confusion_matrix.png"]
     assert run.inputs.dataset_inputs[0].dataset.digest == test.digest
     assert run.inputs.model_inputs[0].model_id in run.data.tags["model"]
     (model,) = client.search_logged_models(["1"])

@@ -1,12 +1,13 @@
-"""What is recorded of a checkout that differs from its commit, and what never is."""
+"""What is recorded of the code: its digest, and a checkout that differs from its commit. And what never is."""
 
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from mnist_exp.tracking import provenance
-from mnist_exp.tracking.provenance import MAX_PATCH, uncommitted
+from mnist_exp import paths
+from mnist_exp.tracking.provenance import MAX_PATCH, changed_files, git_tags, software, uncommitted
+from mnist_exp.tracking.tags import DIRTY
 
 SECRET = "hunter2hunter2"
 
@@ -32,11 +33,11 @@ def repository(tmp_path: Path) -> Path:
 def test_changes_and_new_source_files_are_recorded(repository: Path) -> None:
     (repository / "mnist_exp" / "run.py").write_text("second\n")
     (repository / "mnist_exp" / "new [1].py").write_text("new\n")
-    patch, status = uncommitted(repository)
+    patch = uncommitted(repository)
     assert "+second" in patch
     assert "+new" in patch
     subprocess.run(["git", "-C", repository, "apply", "--check", "--reverse", "-"], input=patch, text=True, check=True)
-    assert '?? "mnist_exp/new [1].py"' in status, "the user's own index is left alone"
+    assert '?? "mnist_exp/new [1].py"' in changed_files(repository), "the user's own index is left alone"
 
 
 @pytest.mark.parametrize(
@@ -47,29 +48,58 @@ def test_changes_and_new_source_files_are_recorded(repository: Path) -> None:
 def test_secrets_and_data_are_named_only(repository: Path, name: str) -> None:
     (repository / name).parent.mkdir(parents=True, exist_ok=True)
     (repository / name).write_text(f"{SECRET}\n")
-    patch, status = uncommitted(repository)
-    assert SECRET not in patch
-    assert name.partition("/")[0] in status
+    assert SECRET not in uncommitted(repository)
+    assert name.partition("/")[0] in "".join(changed_files(repository))
 
 
 def test_the_patch_is_bounded_and_can_be_applied(repository: Path) -> None:
     for number in range(4):
         (repository / "mnist_exp" / f"part{number}.py").write_text("x = 1\n" * 60_000)
-    patch, status = uncommitted(repository)
+    patch = uncommitted(repository)
     assert 0 < len(patch) <= MAX_PATCH
     subprocess.run(["git", "-C", repository, "apply", "--check", "--reverse", "-"], input=patch, text=True, check=True)
-    assert status.count("part") == 4
+    assert "".join(changed_files(repository)).count("part") == 4
 
 
 def test_without_changes_there_is_nothing(repository: Path) -> None:
-    assert uncommitted(repository) == ("", "")
+    assert (uncommitted(repository), changed_files(repository), git_tags(repository)[DIRTY]) == ("", [], "false")
 
 
-def test_a_copy_inside_somebody_elses_checkout_records_nothing_of_it(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "dirty"),
+    [("photo.jpg", "false"), ("my_layers.py", "false"), ("notes.txt", "true"), ("mnist_exp/new [1].py", "true"),
+     ("conf/model/mine.yaml", "true")],
+)  # fmt: skip
+def test_tracked_files_and_new_ones_in_the_package_and_in_conf_make_a_run_dirty(repository: Path, name: str, dirty: str) -> None:
+    (repository / name).parent.mkdir(parents=True, exist_ok=True)
+    (repository / name).write_text("second\n")
+    assert git_tags(repository)[DIRTY] == dirty
+
+
+def test_a_copy_inside_somebody_elses_checkout_records_nothing_of_it(repository: Path) -> None:
     (repository / "notes.txt").write_text("theirs\n")
     inner = repository / "mnist_exp"
-    assert uncommitted(inner) == ("", "")
-    monkeypatch.setattr(provenance, "CHECKOUT", inner)
-    provenance.git_tags.cache_clear()
-    assert provenance.git_tags() == {}
-    provenance.git_tags.cache_clear()
+    assert (uncommitted(inner), changed_files(inner), git_tags(inner)) == ("", [], {})
+
+
+@pytest.mark.parametrize(
+    ("target", "file", "counts"),
+    [("my_layers.Net", "my_layers.py", True), ("my_package.nets.Net", "my_package/parts.py", True),
+     ("my_layers.Net", "other.py", False), ("installed.Net", "site-packages/installed.py", False),
+     ("missing.Net", "my_layers.py", False), ("", "my_layers.py", False)],
+)  # fmt: skip
+def test_the_digest_of_the_code_counts_modules_of_ones_own_that_targets_name(
+    target: str, file: str, counts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = software()
+    for name in ("conf/model", "modules/my_package", "modules/site-packages"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "mine.yaml").write_text(f"_target_: {target}\n")
+    paths.typed[paths.CONFIG_DIR] = str(tmp_path / "conf")
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.syspath_prepend(tmp_path / "modules" / "site-packages")
+    source = tmp_path / "modules" / file
+    source.write_text("first\n")
+    before = software()
+    source.write_text("second\n")
+    assert (software() != before) == (before != alone) == counts

@@ -1,11 +1,14 @@
+import json
 import os
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
+from mlflow.data import from_numpy
 
 from mnist_exp.errors import UserError
 from mnist_exp.tracking.base import DatasetInfo, RunInfo
@@ -97,6 +100,14 @@ def test_final_metrics_are_linked_to_the_model_and_recorded_once(store: str, tmp
     assert model.name == "my-cnn-1-mnist"
     assert [point.step for point in client.get_metric_history(tracker.run_id, "val/accuracy")] == [10, 20]
     assert [point.step for point in client.get_metric_history(tracker.run_id, "test/accuracy")] == [0]
+
+
+def test_a_data_set_has_the_schema_of_an_array(store: str) -> None:
+    with MLflowStore(store, "test").start(RunInfo("name", "")) as tracker:
+        tracker.log_dataset(DatasetInfo("colors", "test", "test", "ab12", "here", 10, 10, (3, 8, 8)))
+    (stored,) = MlflowClient(store).get_run(tracker.run_id).inputs.dataset_inputs
+    images, labels = np.zeros((2, 3, 8, 8), np.uint8), np.zeros(2, np.int64)
+    assert json.loads(stored.dataset.schema) == from_numpy(images, targets=labels).schema.to_dict()
 
 
 def test_the_run_that_mlflow_run_made_is_used(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
