@@ -13,7 +13,7 @@ from mnist_exp.composing import compose_recipe
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.repeat import request
 from mnist_exp.experiment.runner import RunResult, run
-from mnist_exp.overrides import is_location, key_of, remember_locations, section_of, text_of
+from mnist_exp.overrides import JOB_KEY, is_location, key_of, remember_locations, section_of, text_of
 from mnist_exp.paths import take_credentials
 from mnist_exp.serving import Classifier
 from mnist_exp.serving.classifier import load_from
@@ -38,7 +38,7 @@ def train(*overrides: str) -> RunResult:
     leave_credentials()
     typed = [take_credentials(override) for override in overrides]
     remember_locations(typed, None)
-    if repeated := [override for override in typed if section_of(override) in ("resume", "rerun", "sweep")]:
+    if repeated := [override for override in typed if section_of(override) in ("resume", "rerun", "sweep", JOB_KEY)]:
         raise UserError(
             f"train trains a new run: {repeated[0]} is for the command line.",
             key=repeated[0],

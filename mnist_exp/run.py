@@ -7,7 +7,7 @@ from functools import partial
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp.cli import check_order, leave_credentials, reported_errors
@@ -45,7 +45,6 @@ def run_composed(composed: DictConfig) -> float | None:
     install_signal_handlers()
     from mnist_exp.experiment import repeat, runner  # after the command line is parsed: they take seconds to import
     from mnist_exp.sweep.search import make_pruning_callback
-    from mnist_exp.tracking.job_context import parse_job_context
 
     job = HydraConfig.get()
     try:
@@ -54,13 +53,10 @@ def run_composed(composed: DictConfig) -> float | None:
         raise UserError(f"The command line cannot be resolved: {str(error).splitlines()[0]}. Write plain values.") from error
     check_ids(overrides)
     remember_locations(overrides, config_dir_of(job))
-    context = None
-    by_parent = job.mode == RunMode.MULTIRUN and job.sweeper["_target_"].startswith(f"hydra_plugins.{NAME}.")
-    if by_parent and JOB_KEY in composed:  # typed by a user, the key is unknown
-        composed = composed.copy()
-        with open_dict(composed):
-            context = parse_job_context(composed.pop(JOB_KEY))
     settings = from_composed(composed)
+    context = settings.sweep_job
+    if context and not (job.mode == RunMode.MULTIRUN and job.sweeper["_target_"].startswith(f"hydra_plugins.{NAME}.")):
+        raise UserError(f"{JOB_KEY} is set by sweeps only.", key=JOB_KEY, remedy="Leave it out.")
     typed = [override for override in overrides if section_of(override) not in ("sweep", JOB_KEY)]
     in_sweep_only = [override for override in overrides if section_of(override) == "sweep"]
     if in_sweep_only and job.mode == RunMode.RUN:
@@ -69,12 +65,12 @@ def run_composed(composed: DictConfig) -> float | None:
     if context and context.in_search:
         prune = partial(make_pruning_callback, settings.output_dir / context.sweep_id, context.number)
     if settings.resume:
-        result = repeat.resume(settings, typed, context, prune)
+        result = repeat.resume(settings, typed, prune)
     elif settings.rerun:
-        result = repeat.rerun(settings, typed, context)
+        result = repeat.rerun(settings, typed)
     else:
         recipe = Recipe(settings, choices_of(job), [override for override in typed if not is_location(override)])
-        result = runner.run(repeat.request(recipe, context, make_should_prune=prune))
+        result = runner.run(repeat.request(recipe, make_should_prune=prune))
     return result.metrics.get(OBJECTIVE)
 
 

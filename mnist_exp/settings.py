@@ -18,7 +18,7 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from pydantic_core import PydanticCustomError
 
 from mnist_exp.errors import Count, MissingDataError, UserError
-from mnist_exp.overrides import PARTS, check_stored, is_location, key_of
+from mnist_exp.overrides import JOB_KEY, PARTS, check_stored, is_location, key_of
 from mnist_exp.paths import CONFIG_DIR, HOME, LOCATIONS, NAME, config_dirs
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 TRIAL_STEPS = 1000  # of the schedules that are built to check their arguments
 ID = "[0-9a-f]{6,32}"  # an id of a run, or its first digits
 # Keys that do not affect a run's outcome.
-NEUTRAL = ("output_dir", "tracking", "parameter_limit", "save_every", "resume", "rerun", "sweep", "shape")
+NEUTRAL = ("output_dir", "tracking", "parameter_limit", "save_every", "resume", "rerun", "sweep", JOB_KEY, "shape")
 RESERVED = ("_target_", "_partial_")  # keys of a node that are no arguments
 CHECKED = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 EXPECTED = {  # the values that pydantic expects, by the type of its error
@@ -78,6 +78,32 @@ class SweepSettings(BaseModel):
     force: bool = False
 
 
+class JobContext(BaseModel):
+    """What a job knows of its sweep, which sets it by a hidden override.
+
+    Args:
+        sweep_id: The id of the parent.
+        number: The number of the job.
+        color: The color of the job in charts, `#RRGGBB`.
+        varied: The keys that differ between jobs.
+        data: The data set of the finished jobs, None if they differ.
+        in_search: Whether a search proposed the job, and may stop it.
+    """
+
+    model_config = CHECKED
+    sweep_id: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+    number: Annotated[int, Field(ge=0)]
+    color: Annotated[str, Field(pattern="^#[0-9A-Fa-f]{6}$")]
+    varied: list[str]
+    data: str | None
+    in_search: bool
+
+    def as_override(self) -> str:
+        """Return the override that carries the context to the job."""
+        values = ",".join(f"{key}:{json.dumps(value)}" for key, value in self.model_dump().items())
+        return f"+{JOB_KEY}={{{values}}}"
+
+
 class Settings(BaseModel):
     """A resolved configuration, as conf/config.yaml describes it. A stored one may lack newer keys: their defaults apply.
 
@@ -104,6 +130,7 @@ class Settings(BaseModel):
     resume: RunChoice | None = None
     rerun: RunChoice | None = None
     sweep: SweepSettings = SweepSettings()
+    sweep_job: JobContext | None = None
     shape: dict[Literal["classes", "side", "in_channels"], Count] | None = None
 
     def digest(self, counted: Container[str] = ()) -> str:
@@ -187,7 +214,7 @@ def stored_node(group: str, node: Any, source: str) -> dict[str, Any]:
 
 def defaults_of_newer_keys(settings: Settings) -> dict[str, Any]:
     """Return the keys that a stored configuration lacks, because it is older than they are, and the defaults that apply."""
-    missing = settings.model_dump(include=Settings.model_fields.keys() - settings.model_fields_set - {"shape", *PARTS})
+    missing = settings.model_dump(include=Settings.model_fields.keys() - settings.model_fields_set - {"shape", JOB_KEY, *PARTS})
     for key, node in walk(settings.model_dump(exclude={"tracking"})):
         if isinstance(node, dict):
             missing |= {f"{key}.{name}": value for name, value in _defaults(node, key).items() if name not in node}

@@ -77,7 +77,7 @@ def test_frame_has_a_row_for_each_job(uri: str, trained: RunResult) -> None:
         (lambda: api.train("seed=1,2"), "seed"),
         (lambda: api.train("resume=latest"), "resume=latest"),
         (lambda: api.load("ffffff"), "id"),
-        (lambda: api.frame("ffffff"), "sweep"),
+        (lambda: api.frame("ffffff"), "id"),
     ],
 )
 def test_a_mistake_raises_an_error_with_its_key(call, key: str) -> None:

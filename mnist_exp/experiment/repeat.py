@@ -14,26 +14,22 @@ from mnist_exp.settings import Recipe, Settings, build, check_repeats, defaults_
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import Store
-from mnist_exp.tracking.job_context import JobContext, parse_job_context
 
 
-def request(recipe: Recipe, job: JobContext | None = None, **options: Any) -> RunRequest:
+def request(recipe: Recipe, **options: Any) -> RunRequest:
     """Return the request of a run; options: further fields of `RunRequest`. Raises UserError if it could not be resumed."""
     check_stored(recipe.overrides, "The command line")
-    options.setdefault("quiet", job is not None)
+    options.setdefault("quiet", recipe.settings.sweep_job is not None)
     repeat = command("run", *recipe.overrides) if options["quiet"] else provenance.command_line()
-    return RunRequest(recipe, repeat, job=job, **options)
+    return RunRequest(recipe, repeat, **options)
 
 
-def resume(
-    settings: Settings, overrides: list[str], job: JobContext | None = None, make_should_prune: MakeShouldPrune | None = None
-) -> RunResult:
+def resume(settings: Settings, overrides: list[str], make_should_prune: MakeShouldPrune | None = None) -> RunResult:
     """Resume the run `settings.resume` from its last intact checkpoint, with the recipe that it contains.
 
     Args:
         settings: The settings of the command line.
         overrides: Its overrides.
-        job: The context of a job of a sweep.
         make_should_prune: As in `RunRequest`.
 
     Raises:
@@ -47,6 +43,7 @@ def resume(
         saved = checkpoint.load_latest_intact(folder)
         if saved.run_id != folder.name:
             raise UserError(f"{folder} contains the checkpoint of run {saved.run_id}: expected a folder named like its run.")
+        job = settings.sweep_job
         in_sweep = job is not None
         if not in_sweep:
             state = saved.state or {"examples_seen": 0, "steps": 0, "phase": next(iter(saved.recipe.settings.phases))}
@@ -54,16 +51,16 @@ def resume(
                 f"Resuming run {saved.run_id} after step {state['steps']} of phase {state['phase']}, {state['examples_seen']:,} "
                 "examples in all."
             )
-            if saved.job:  # it still belongs to its sweep
-                job = replace(parse_job_context(saved.job), data=None, in_search=False)
+            if stored_job := saved.recipe.settings.sweep_job:  # it still belongs to its sweep
+                job = stored_job.model_copy(update={"data": None, "in_search": False})
         threads = saved.software.get("threads", "")
-        stored = with_present_locations(saved.recipe, settings, resume=settings.resume)
+        stored = with_present_locations(saved.recipe, settings, resume=settings.resume, sweep_job=job)
         threads_then = int(threads) if threads.isdecimal() else None
         options = {"threads": threads_then, "make_should_prune": make_should_prune, "quiet": in_sweep}
-        return run(request(stored, job, checkpoint=saved, **options))
+        return run(request(stored, checkpoint=saved, **options))
 
 
-def rerun(settings: Settings, overrides: list[str], job: JobContext | None = None) -> RunResult:
+def rerun(settings: Settings, overrides: list[str]) -> RunResult:
     """Repeat the stored run `settings.rerun`; raises UserError if it has not finished, or a metric differs."""
     assert settings.rerun
     check_repeats(settings, overrides)
@@ -80,8 +77,7 @@ def rerun(settings: Settings, overrides: list[str], job: JobContext | None = Non
         print(f"The environment differs from the original run's: {changed}.", file=sys.stderr)
     result = run(
         request(
-            with_present_locations(original.recipe, settings, rerun=run_id),
-            job,
+            with_present_locations(original.recipe, settings, rerun=run_id, sweep_job=settings.sweep_job),
             digests=original.record.digests,
             threads=int(before["threads"]) if before.get("threads", "").isdecimal() else None,
         )
@@ -94,7 +90,7 @@ def rerun(settings: Settings, overrides: list[str], job: JobContext | None = Non
     return result
 
 
-def with_present_locations(stored: Recipe, settings: Settings, **changes: str) -> Recipe:
+def with_present_locations(stored: Recipe, settings: Settings, **changes: Any) -> Recipe:
     """Return a stored recipe with all locations taken from the present settings, and say which newer keys get their defaults.
 
     Args:

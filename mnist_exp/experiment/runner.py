@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
 import torch
@@ -27,7 +27,6 @@ from mnist_exp.storage import run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import RunInfo, Store
-from mnist_exp.tracking.job_context import JobContext
 from mnist_exp.tracking.tags import ARM, DATA, JOB, OVERRIDES, RERUN_OF, RESUMED, SWEEP
 from mnist_exp.tracking.views import artifact_path
 
@@ -45,7 +44,6 @@ class RunRequest:
         checkpoint: The checkpoint to resume from.
         digests: Digests that splits of the data must have.
         threads: The number of torch's threads, which affects the last bits of a result; None for the default.
-        job: The context of a job of a sweep.
         make_should_prune: Returns the function with which a search stops the run early.
         quiet: Whether to print warnings only.
     """
@@ -55,7 +53,6 @@ class RunRequest:
     checkpoint: Checkpoint | None = None
     digests: dict[str, str] = field(default_factory=dict)
     threads: int | None = None
-    job: JobContext | None = None
     make_should_prune: MakeShouldPrune | None = None
     quiet: bool = False
 
@@ -146,9 +143,9 @@ def prepare(request: RunRequest) -> Prepared:
     configs = {name: build(node, f"phases.{name}") for name, node in settings.phases.items()}
     data: Dataset = build(settings.data, "data", seed=settings.seed)
     data.check_digests(saved.digests if saved else request.digests)
-    if request.job and request.job.data not in (None, data.name):
+    if settings.sweep_job and settings.sweep_job.data not in (None, data.name):
         raise UserError(
-            f"The sweep was started with {request.job.data}, but the data here is {data.name}.",
+            f"The sweep was started with {settings.sweep_job.data}, but the data here is {data.name}.",
             key="data",
             remedy="Set MNIST_ROOT to the data of the sweep, or continue with sweep.force=true.",
         )
@@ -188,13 +185,12 @@ def start_run(request: RunRequest, prepared: Prepared) -> AbstractContextManager
         history=saved.history if saved else [],
         seconds=saved.seconds if saved else {},
         elapsed=saved.elapsed if saved else 0.0,
-        job=asdict(request.job) if request.job else None,
     )
     return recording(prepared.store, _run_info(request, prepared), initial, prepared.started)
 
 
 def _run_info(request: RunRequest, prepared: Prepared) -> RunInfo:
-    settings, choices, job = request.settings, request.recipe.choices, request.job
+    settings, choices, job = request.settings, request.recipe.choices, request.settings.sweep_job
     shown = [override for override in request.recipe.overrides if section_of(override) not in NEUTRAL]
     tags = {
         **provenance.git_tags(),
@@ -248,7 +244,7 @@ def finalize(request: RunRequest, prepared: Prepared, recorder: Recorder, evalua
     The jobs of a sweep share most of their recipe: they do not repeat the figures of it.
     """
     data, split, choices = prepared.data, prepared.data.eval_split, request.recipe.choices
-    seed, with_recipe = request.settings.seed, request.job is None
+    seed, with_recipe = request.settings.seed, request.settings.sweep_job is None
     recorder.log_figures(run_figures(evaluation, split, data, prepared.phases, recorder.history, seed, with_recipe=with_recipe))
     recorder.log_history(split, evaluation.mistakes)
     recorder.log_model(prepared.model.eval(), f"{choices.get('model', 'model')}-{data.name}")

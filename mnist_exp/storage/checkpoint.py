@@ -19,7 +19,7 @@ from mnist_exp.errors import UserError
 from mnist_exp.settings import Recipe, read_recipe
 from mnist_exp.storage.run_dir import CHECKPOINT, PREVIOUS_CHECKPOINT, create, disk_error, sync
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,6 @@ class Checkpoint:
         history: (examples seen, metrics) of every report.
         seconds: Seconds of training by phase.
         elapsed: Seconds of the whole run.
-        job: The context of a job of a sweep, as in `tracking.job_context.JobContext`.
     """
 
     run_id: str
@@ -45,7 +44,6 @@ class Checkpoint:
     history: list[tuple[int, dict[str, float]]]
     seconds: dict[str, float]
     elapsed: float
-    job: dict[str, Any] | None = None
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:

@@ -11,14 +11,13 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from mnist_exp.errors import ResumableError, UserError
 from mnist_exp.overrides import command, key_of, quoted
-from mnist_exp.settings import Settings
+from mnist_exp.settings import JobContext, Settings
 from mnist_exp.signals import Interrupted, defer_signals
 from mnist_exp.storage import run_dir
 from mnist_exp.sweep.jobs import Job, common_data, failure_reason, job_colors, latest_run_per_job
 from mnist_exp.sweep.summary import describe_sweep, job_table, results_csv, sweep_metrics
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import PROCESS_DIED, RunInfo, RunRecord, Store, Tracker, grids_text
-from mnist_exp.tracking.job_context import JobContext
 from mnist_exp.tracking.tags import ANSWER, GRIDS, HOST, OUTPUT_DIR, OVERRIDES, PID, SWEEP_JOBS, SWEEPER
 
 ORPHAN_PATIENCE = 60.0  # seconds for the jobs of a killed parent to end
@@ -80,7 +79,14 @@ class Parent:
                 overrides = [f"resume={quoted(child.run_id)}"]
             elif child:
                 self.store.delete(child.run_id)
-            context = JobContext(self.tracker.run_id, job.number, colors[job.number], self.swept_keys, data, self.in_search)
+            context = JobContext(
+                sweep_id=self.tracker.run_id,
+                number=job.number,
+                color=colors[job.number],
+                varied=self.swept_keys,
+                data=data,
+                in_search=self.in_search,
+            )
             missing[job.number] = [*overrides, *self.path_overrides, context.as_override()]
         return missing
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import OBJECTIVE, format_metric, metric_of
+from mnist_exp.overrides import JOB_KEY
 from mnist_exp.settings import did_you_mean, walk
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import RunRecord, StoredRun
@@ -134,7 +135,7 @@ def run_differences(store: MLflowStore, first_id: str, second_id: str) -> dict[s
 def _comparable(store: MLflowStore, run: StoredRun) -> dict[str, dict[str, str]]:
     record, tags = run.record, run.record.tags
     origin = _origin(store, run)
-    config = walk(run.recipe.settings.model_dump(mode="json"))
+    config = walk(run.recipe.settings.model_dump(mode="json", exclude={JOB_KEY}))
     return {
         "configuration": {key: str(value) for key, value in config if not isinstance(value, dict | list)},
         "code": {name: tags[key] for key, name in CODE.items() if key in tags} | _changed_files(_text(store, run, PATCH)),

@@ -248,7 +248,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "run_id": {"run_id": "../../bait"},
     "a phase": {"state": {"phase": "x", "steps": 1, "examples_seen": 1}},
     "no state": {"state": {}},
-    "a job": {"job": {"sweep_id": "../../bait", "number": 0, "color": "#000000", "varied": [], "data": None, "in_search": True}},
+    "a job": {"recipe": ("sweep_job", {
+        "sweep_id": "../../bait", "number": 0, "color": "#000000", "varied": [], "data": None, "in_search": True})},
     "another type": {"seconds": {"train": "x"}},
     "another network": {"state": {"phase": "finetune", "steps": 1, "examples_seen": 1, "model": {}, "optimizer": 1}},
     "a teacher": {"recipe": ("phases.finetune.teacher", {

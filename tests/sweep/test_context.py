@@ -3,29 +3,35 @@
 from collections.abc import Callable
 
 import pytest
-from conftest import Compose
+from conftest import Call
+from pydantic import ValidationError
 
-from mnist_exp.errors import UserError
 from mnist_exp.overrides import JOB_KEY, parse
-from mnist_exp.tracking.job_context import JobContext, parse_job_context
+from mnist_exp.run import main
+from mnist_exp.settings import JobContext
 
-CONTEXT = JobContext("a" * 32, 3, "#0072B2", ["model", "seed"], "digits", False)
+CONTEXT = JobContext(
+    sweep_id="a" * 32,
+    number=3,
+    color="#0072B2",
+    varied=["model", "optimizer@phases.finetune.optimizer"],
+    data=None,
+    in_search=False,
+)
 
 
 def test_the_override_carries_the_context() -> None:
-    value = parse(CONTEXT.as_override()).value()
-    assert isinstance(value, str)
-    assert parse_job_context(value) == CONTEXT
+    assert JobContext.model_validate(parse(CONTEXT.as_override()).value()) == CONTEXT
 
 
 @pytest.mark.parametrize("changes", [{"sweep_id": "../x"}, {"color": "red"}, {"number": "x"}, {"varied": None}])
 def test_a_forged_context_is_refused(changes: dict) -> None:
-    with pytest.raises(UserError):
-        parse_job_context(vars(CONTEXT) | changes)
+    with pytest.raises(ValidationError):
+        JobContext.model_validate(CONTEXT.model_dump() | changes)
 
 
-def test_the_configuration_does_not_show_it(composed: Compose) -> None:
-    assert JOB_KEY not in composed().model_dump_json()
+def test_the_configuration_does_not_show_it(call: Call) -> None:
+    assert JOB_KEY not in call(main, "--cfg", "job").stdout
 
 
 @pytest.mark.parametrize("flags", [(), ("-m",), ("-m", "hydra/sweeper=basic", "hydra/launcher=basic")])
