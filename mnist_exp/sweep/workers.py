@@ -9,10 +9,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib import import_module
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
@@ -39,7 +39,6 @@ CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = ["mnist_exp.sweep.search", "mnist_exp.experiment.runner", "torch._dynamo"]
 PRELOADED_FOR_MLFLOW = ["mnist_exp.tracking.mlflow_store", "mlflow.pyfunc"]
 PRELOADED_FOR_MLFLOW += ["mlflow.store.tracking.sqlalchemy_store", "alembic.command", "matplotlib.backends.backend_agg"]
-
 
 _worker: tuple[HydraContext, DictConfig, TaskFunction]  # of a worker process
 
@@ -80,24 +79,19 @@ class WorkerPool:
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs."""
+        self.warm_up()
+        theirs, lifeline = CONTEXT.Pipe(duplex=False)
+        arguments = theirs, self.context, self.config, self.task_function.__module__, self.task_function.__name__
+        count = min(self.processes, len(job_overrides))
+        pool = ProcessPool(count, initializer=start_worker, initargs=arguments, context=CONTEXT)
         try:
-            with env_override(self.environment), self._open(len(job_overrides)) as pool:  # Pebble restarts a server that died
+            with env_override(self.environment):  # Pebble restarts a server that has died
+                CONTEXT.Process(target=int).start()  # returns after the imports of the server
                 with defer_signals():  # a worker that starts needs its parent
                     jobs = [pool.schedule(run_job_here, job) for job in enumerate(map(list, job_overrides), initial_job_idx)]
                 return [report(job) for job in jobs]
         except (EOFError, OSError, RuntimeError) as error:
             raise JobError("no worker could start; the machine may have run out of memory") from error
-
-    @contextmanager
-    def _open(self, jobs: int) -> Iterator[ProcessPool]:
-        """Open a pool, whose workers end with the block or with this process."""
-        self.warm_up()
-        CONTEXT.Process(target=int).start()  # returns after the imports of the server
-        theirs, lifeline = CONTEXT.Pipe(duplex=False)
-        arguments = theirs, self.context, self.config, self.task_function.__module__, self.task_function.__name__
-        pool = ProcessPool(min(self.processes, jobs), initializer=start_worker, initargs=arguments, context=CONTEXT)
-        try:
-            yield pool
         except Interrupted as interrupted:
             pool.stop()  # before workers that end are replaced
             workers = multiprocessing.active_children()
@@ -149,7 +143,6 @@ def start_worker(lifeline: "Connection[Any, Any]", context: HydraContext, config
     Plugins.instance()
     JobRuntime.instance().set("name", config.hydra.job.name)
     _worker = context, config, inspect.unwrap(getattr(import_module(module), name))
-    let_end()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, TERMINAL)
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
 
