@@ -3,8 +3,9 @@
     python scripts/stress/kill_sweeps.py [--kills 20] [--seed 0]
 
 Each trial starts the real command line with a sweep of four jobs on `digits`. A random time after a job has started, it kills the
-parent, a worker or all of them. It then resumes the sweep, which may be killed again, until the sweep finishes. The parent and
-every job must be FINISHED, no job may exist twice, and all metrics must equal those of the reference sweep bit for bit.
+parent, a worker, the server that forks the workers, or the parent and its workers. It then resumes the sweep, which may be killed
+again, until the sweep finishes. The parent and every job must be FINISHED, no job may exist twice, no process may be left, and
+all metrics must equal those of the reference sweep bit for bit.
 """
 
 import argparse
@@ -24,19 +25,25 @@ from typing import Any
 from kill_and_resume import MEASURED
 from mlflow import MlflowClient
 
+PATIENCE = 600  # seconds for a sweep to end
 RECIPE = ["-m", "data=digits", "batch_size=2500", "save_every=3", "model=se_cnn,plain_cnn", "seed=0,1"]
+
+
+def store_of(folder: Path) -> str:
+    """Return the address of the store under `folder`."""
+    return f"sqlite:///{folder}/mlflow.db"
 
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen[bytes]:
     """Start the command line with its output and its store under `folder`."""
     command = [sys.executable, "-m", "mnist_exp.run", *overrides, f"output_dir={folder}/outputs"]
-    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+    environment = os.environ | {"MLFLOW_TRACKING_URI": store_of(folder)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def read_points(folder: Path) -> dict[str, Any]:
     """Return the points of every job of the one sweep under `folder`; raises SystemExit unless each has finished once."""
-    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    client = MlflowClient(store_of(folder))
     runs = client.search_runs(["1"])
     unfinished = [(run.info.run_name, run.info.status) for run in runs if run.info.status != "FINISHED"]
     jobs = sorted(run.data.tags.get("job_num", "parent") for run in runs)
@@ -55,9 +62,18 @@ def read_points(folder: Path) -> dict[str, Any]:
     return points
 
 
+def server(parent: int) -> int | None:
+    """Return the process that forks the workers of `parent` (Linux)."""
+    for pid in children(parent):
+        with suppress(OSError):
+            if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
+    return None
+
+
 def workers(parent: int) -> list[int]:
-    """Return the processes that run the jobs of `parent`: the children of the server that forks them (Linux)."""
-    return [worker for server in children(parent) for worker in children(server)]
+    """Return the processes that run the jobs of `parent`."""
+    return children(pid) if (pid := server(parent)) else []
 
 
 def children(parent: int) -> list[int]:
@@ -66,6 +82,25 @@ def children(parent: int) -> list[int]:
     for folder in Path("/proc").iterdir():
         with suppress(OSError):
             if folder.name.isdigit() and int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(folder.name))
+    return found
+
+
+def check_none_left(folder: Path) -> None:
+    """Raise SystemExit unless all processes that `start` has started in `folder` end within a minute (Linux)."""
+    deadline = time.monotonic() + 60
+    while left := processes_of(store_of(folder)):
+        if time.monotonic() > deadline:
+            raise SystemExit(f"these processes were left: {left}")
+        time.sleep(0.5)
+
+
+def processes_of(store: str) -> list[int]:
+    """Return the processes whose environment names a store."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if f"MLFLOW_TRACKING_URI={store}".encode() in (folder / "environ").read_bytes().split(b"\0"):
                 found.append(int(folder.name))
     return found
 
@@ -80,7 +115,7 @@ def trial(template: Path, folder: Path, rng: random.Random, duration: float) -> 
         duration: Seconds that a sweep takes.
 
     Returns:
-        The victims in order: "parent", "worker" or "all".
+        The victims in order: "parent", "worker", "server" or "all".
     """
     folder.mkdir()
     shutil.copyfile(template, folder / "mlflow.db")
@@ -96,15 +131,22 @@ def trial(template: Path, folder: Path, rng: random.Random, duration: float) -> 
                 return killed
             raise SystemExit(f"a sweep that was not killed ended with {process.returncode}:\n{error.decode()}")
         except subprocess.TimeoutExpired:
-            jobs = workers(process.pid)
-            victim = rng.choice(["parent", "worker", "all"]) if jobs else "parent"
-            victims = {"parent": [process.pid], "worker": [rng.choice(jobs or [0])], "all": [process.pid, *jobs]}[victim]
-            for pid in victims:
+            forking = server(process.pid)
+            jobs = children(forking) if forking else []
+            rng.shuffle(jobs)
+            victim = rng.choice(["parent", "worker", "server", "all"]) if jobs else "parent"
+            victims = {
+                "parent": [process.pid],
+                "worker": jobs[:1],
+                "server": [forking],
+                "all": [process.pid, *jobs],
+            }[victim]
+            for pid in filter(None, victims):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             killed.append(victim)
-            process.communicate()
-        parents = MlflowClient(f"sqlite:///{folder}/mlflow.db").search_runs(["1"], "tags.sweep_jobs LIKE '%'")
+            process.communicate(timeout=PATIENCE)
+        parents = MlflowClient(store_of(folder)).search_runs(["1"], "tags.sweep_jobs LIKE '%'")
         if any(run.info.status == "FINISHED" for run in parents):
             return killed  # after its end
         if "sweep.json" not in [path.name for path in (folder / "mlartifacts").glob("*/artifacts/*")]:
@@ -135,6 +177,7 @@ def main() -> None:
         while killed.total() < arguments.kills:
             folder = Path(base) / f"trial-{sweeps}"
             killed.update(trial(template, folder, random.Random(f"{arguments.seed}/{sweeps}"), duration))
+            check_none_left(folder)
             found = read_points(folder)
             if found != expected:
                 differ = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Call, CommandLine, exit_status
+from kill_sweeps import processes_of, server
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -138,6 +139,14 @@ def begin(store: str, tmp_path: Path, *overrides: str, jobs: int) -> subprocess.
         time.sleep(0.2)
 
 
+def assert_none_left(store: str) -> None:
+    """All processes of the sweep have ended, or do so once the server of the workers has finished its imports."""
+    deadline = time.monotonic() + 60
+    while left := processes_of(store):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+
+
 @pytest.mark.slow
 def test_a_resume_repeats_what_failed_and_skips_what_finished(command_line: CommandLine, store: str) -> None:
     assert command_line(*SHORT, FAILING, "hydra.launcher.processes=1").returncode == 1
@@ -155,9 +164,9 @@ def test_a_resume_repeats_what_failed_and_skips_what_finished(command_line: Comm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", SIGNALS)
 def test_a_stopped_sweep_can_be_resumed(command_line: CommandLine, store: str, tmp_path: Path, signum: signal.Signals) -> None:
-    process = begin(store, tmp_path, *LONG, jobs=2)
+    process = begin(store, tmp_path, *LONG, "hydra.launcher.processes=2", jobs=2)
     process.send_signal(signum)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 128 + signum
@@ -166,6 +175,9 @@ def test_a_stopped_sweep_can_be_resumed(command_line: CommandLine, store: str, t
     parent, children = parent_and_children(store)
     assert parent.info.status == "KILLED"
     assert {child.status for child in children} == {"KILLED"}
+    assert len(children) == 2, "no worker starts another job"
+    assert all(signum.name in child.tags["error"] for child in children)
+    assert_none_left(store)
     assert command_line("-m", "sweep.resume=latest").returncode == 0
     resumed_parent, resumed = parent_and_children(store)
     assert resumed_parent.info.run_id == parent.info.run_id
@@ -175,14 +187,34 @@ def test_a_stopped_sweep_can_be_resumed(command_line: CommandLine, store: str, t
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_the_workers_start_leaves_no_stack_trace(store: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("signum", "group"),  # a terminal signals all processes
+    [(signal.SIGINT, True), (signal.SIGHUP, True), (signal.SIGTERM, False), (signal.SIGKILL, False)],
+)
+def test_a_signal_while_the_workers_start_leaves_no_process_and_no_stack_trace(
+    store: str, tmp_path: Path, signum: signal.Signals, group: bool
+) -> None:
     process = begin(store, tmp_path, *LONG, jobs=0)
     while not MLflowStore(store, "mnist_exp").runs():
         assert process.poll() is None
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes
+    (os.killpg if group else os.kill)(process.pid, signum)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT
+    assert process.returncode == (-signum if signum == signal.SIGKILL else 128 + signum)
     assert "Traceback" not in error
+    assert_none_left(store)
+
+
+@pytest.mark.slow
+def test_nohup_survives_the_end_of_the_terminal(store: str, tmp_path: Path) -> None:
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; the command inherits it
+    try:
+        process = begin(store, tmp_path, *LONG[:-2], "phases.finetune.epochs=10", "seed=0,1", jobs=2)
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+    os.killpg(process.pid, signal.SIGHUP)
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    assert [child.status for child in parent_and_children(store)[1]] == ["FINISHED"] * 2
 
 
 @pytest.mark.slow
@@ -202,6 +234,27 @@ def test_a_killed_worker_fails_its_job_alone(command_line: CommandLine, store: s
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("jobs", [0, 2], ids=["before the workers", "during jobs"])
+def test_a_sweep_whose_forking_server_is_killed_ends_and_can_be_resumed(
+    command_line: CommandLine, store: str, tmp_path: Path, jobs: int
+) -> None:
+    """As a machine that runs out of memory does."""
+    process = begin(store, tmp_path, *LONG[:-2], "phases.finetune.epochs=10", LONG[-1], jobs=jobs)
+    while not (forking := server(process.pid)):
+        assert process.poll() is None
+    os.kill(forking, signal.SIGKILL)
+    _, error = process.communicate(timeout=240)
+    assert "Traceback" not in error
+    assert_none_left(store)
+    parent, children = parent_and_children(store)
+    assert (process.returncode, parent.info.status) in [(0, "FINISHED"), (1, "FAILED")]
+    assert "RUNNING" not in {child.status for child in children}
+    if process.returncode == 1:
+        assert command_line("-m", "sweep.resume=latest").returncode == 0
+    assert [child.status for child in parent_and_children(store)[1]] == ["FINISHED"] * 4
+
+
+@pytest.mark.slow
 def test_a_parent_that_is_killed_leaves_nothing_running(store: str, tmp_path: Path) -> None:
     process = begin(store, tmp_path, *LONG, jobs=2)
     process.kill()
@@ -214,6 +267,7 @@ def test_a_parent_that_is_killed_leaves_nothing_running(store: str, tmp_path: Pa
     parent, children = parent_and_children(store)
     assert parent.info.status == "KILLED"
     assert {child.status for child in children} == {"KILLED"}
+    assert_none_left(store)
 
 
 @pytest.mark.slow
