@@ -5,6 +5,7 @@ python -m mnist_exp.runs list | show | diff | best | delete | prune | promote | 
 
 import argparse
 import re
+import statistics
 import time
 from typing import TYPE_CHECKING
 
@@ -190,9 +191,12 @@ def best_arm(store: "MLflowStore", settings: "Settings", arguments: argparse.Nam
             remedy="Finish it, or start one with validation images, such as data=mnist_tuning.",
         )
     show_table(
-        [{"arm": " ".join(arm.overrides), "n": str(arm.count), OBJECTIVE: format_metric(OBJECTIVE, arm.mean)} for arm in arms]
+        [
+            {"arm": " ".join(overrides), "n": str(len(values)), OBJECTIVE: format_metric(OBJECTIVE, statistics.mean(values))}
+            for overrides, values in arms
+        ]
     )
-    show_lines([command("run", *arms[0].overrides)])
+    show_lines([command("run", *arms[0][0])])
 
 
 def promote_model(store: "MLflowStore", settings: "Settings", arguments: argparse.Namespace) -> None:

@@ -126,6 +126,9 @@ class GridSweep:
         if not sweep.dry_run:
             store.reap(output_dir)
         found = store.find_sweep(sweep.extend or sweep.resume or "", unfinished=not sweep.extend)
+        if sweep.extend and found.sweeper != GridSweep.name:
+            remedy = "Continue a search with sweep.resume and a larger hydra.sweeper.n_trials."
+            raise UserError.invalid(key, found.run_id, "a grid, not a search", remedy)
         if found.sweeper != self.name:
             raise UserError.invalid(key, found.run_id, f"a sweep by {self.name}", f"Add hydra/sweeper={found.sweeper}.")
         check_output_dir(found.record, output_dir, locations, key)
@@ -138,27 +141,20 @@ class GridSweep:
         """Return the grids to run: the typed one, or the stored ones with those that an extension adds; raises UserError."""
         if stored is None:
             return [overrides]
-        if self.settings.sweep.extend:
-            return self.extend(stored, overrides)
-        if overrides and overrides not in stored.grids:
-            raise UserError(
-                f"sweep.resume={stored.run_id} runs the sweep as it was started: {' '.join(overrides)} cannot change it.",
-                key="sweep.resume",
-                value=stored.run_id,
-                remedy="Leave the overrides out, start another sweep, or add jobs with sweep.extend.",
-            )
-        return stored.grids
-
-    def extend(self, stored: Sweep, overrides: list[str]) -> list[list[str]]:
-        """Return the grids of a sweep, and each with the values of `overrides`; raises UserError without any."""
+        if not self.settings.sweep.extend:
+            if overrides and overrides not in stored.grids:
+                raise UserError(
+                    f"sweep.resume={stored.run_id} runs the sweep as it was started: {' '.join(overrides)} cannot change it.",
+                    key="sweep.resume",
+                    value=stored.run_id,
+                    remedy="Leave the overrides out, start another sweep, or add jobs with sweep.extend.",
+                )
+            return stored.grids
         if not overrides:
             raise UserError(f"sweep.extend={stored.run_id} adds nothing: expected new values, such as 'seed=range(5,20)'.")
         typed = {key_of(override): override for override in overrides}
-        grids = list(stored.grids)
-        for grid in stored.grids:
-            extended = list(({key_of(override): override for override in grid} | typed).values())
-            grids += [extended] if extended not in grids else []
-        return grids
+        extended = [list(({key_of(override): override for override in grid} | typed).values()) for grid in stored.grids]
+        return stored.grids + [grid for grid in extended if grid not in stored.grids]
 
     def define(self, stored: Sweep | None, grids: list[list[str]]) -> list[Job]:
         """Return all jobs that can be defined before the first starts, checked."""

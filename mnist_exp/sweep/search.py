@@ -71,12 +71,6 @@ class SearchSweep(GridSweep):
         changed = any(override.startswith("hydra.sweeper.n_trials=") for override in self.composed.hydra.overrides.hydra)
         return stored.total if stored and not changed else self.n_trials
 
-    def extend(self, stored: Sweep, overrides: list[str]) -> list[list[str]]:
-        """Raise UserError: a search has no grid."""
-        raise UserError.invalid(
-            "sweep.extend", stored.run_id, "a grid", "Continue a search with sweep.resume and a larger hydra.sweeper.n_trials."
-        )
-
     def check(self, settings: Settings) -> None:
         """Raise UserError if the search could see the test set."""
         if not settings.data.get("validation_size"):

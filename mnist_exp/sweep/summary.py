@@ -65,29 +65,14 @@ def preview(jobs: Sequence[Job], done: Container[int | None], total: int) -> tup
     return rows, [*notes, "Nothing was recorded: sweep.dry_run=true."]
 
 
-@dataclass(frozen=True)
-class RankedArm:
-    """The jobs of a sweep that differ in the seed alone.
-
-    Args:
-        overrides: The overrides that the jobs share.
-        mean: The mean of OBJECTIVE over the finished jobs.
-        count: The number of finished jobs.
-    """
-
-    overrides: tuple[str, ...]
-    mean: float
-    count: int
-
-
-def rank_arms(children: Iterable[RunRecord]) -> list[RankedArm]:
-    """Return the arms with finished jobs that have a validation accuracy, the best first; equal ones in the sweep's order."""
+def rank_arms(children: Iterable[RunRecord]) -> list[tuple[list[str], list[float]]]:
+    """Return the overrides of each arm and the OBJECTIVE of its finished jobs, the best mean first, else in the sweep's order."""
     arms = defaultdict[tuple[str, ...], list[float]](list)
     for _, child in sorted(latest_run_per_job(children).items()):
         if child.status == "FINISHED" and OBJECTIVE in child.metrics:
             arms[tuple(item for item in child.overrides if key_of(item) != "seed")].append(child.metrics[OBJECTIVE])
-    ranked = [RankedArm(overrides, statistics.mean(values), len(values)) for overrides, values in arms.items()]
-    return sorted(ranked, key=lambda arm: arm.mean, reverse=True)
+    ranked = [(list(overrides), values) for overrides, values in arms.items()]
+    return sorted(ranked, key=lambda arm: statistics.mean(arm[1]), reverse=True)
 
 
 def job_table(
