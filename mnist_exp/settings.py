@@ -308,7 +308,7 @@ def build(node: Mapping[str, Any], key: str, **arguments: Any) -> Any:
         key: Its key, for messages.
         arguments: Further arguments of the call.
     """
-    check_arguments(node, key, *arguments)
+    check_arguments(node, key)
     try:
         return _instantiate(node, key, arguments)
     except Exception as error:  # targets raise exceptions of any kind
@@ -349,14 +349,8 @@ def not_built(node: Mapping[str, Any], key: str, error: BaseException) -> UserEr
     )
 
 
-def check_arguments(node: Mapping[str, Any], key: str, *given: str) -> None:
-    """Raise UserError unless the target of a node accepts its arguments, by name and by annotation.
-
-    Args:
-        node: The node.
-        key: Its key, for messages.
-        given: Names of further arguments, which the caller provides.
-    """
+def check_arguments(node: Mapping[str, Any], key: str) -> None:
+    """Raise UserError unless the target of the node `key` accepts its arguments, by name and by annotation."""
     target = _target(node, key)
     arguments = {name: value for name, value in node.items() if name not in RESERVED}
     try:
@@ -462,14 +456,14 @@ class Trial:
             UserError: A target refuses its arguments, the model has too many parameters, or a value does not fit the images.
         """
         self._once(check_arguments, settings.tracking, "tracking")
-        self._once(check_arguments, settings.data, "data", "seed")
+        self._once(check_arguments, settings.data, "data")
         data = self._once(_read_data, settings.data) if read_data else None
         self._once(_try_model, settings.model, data.shape if data else settings.shape, settings.parameter_limit)
         for name, parts in settings.phase_parts.items():
             (optimizer_key, optimizer), (scheduler_key, scheduler) = parts["optimizer"], parts["scheduler"]
             self._once(_try_schedule, optimizer, optimizer_key, scheduler, scheduler_key)
             self._once(build, *reversed(parts["augmentation"]))
-            self._once(check_arguments, *reversed(parts["teacher"]), "data", "output_dir")
+            self._once(check_arguments, *reversed(parts["teacher"]))
             phase = self._once(build, settings.phases[name], f"phases.{name}")
             if data:
                 _check_split(name, phase, data)
@@ -501,7 +495,7 @@ def _try_model(node: dict[str, Any], shape: dict[str, int] | None, limit: int | 
 
     from mnist_exp.learning.models import count_parameters
 
-    check_arguments(node, "model", "classes", "side", "in_channels")
+    check_arguments(node, "model")
     if shape is not None:
         with torch.device("meta"):  # before memory is allocated
             count_parameters(build(node, "model", **shape), limit)
@@ -510,7 +504,7 @@ def _try_model(node: dict[str, Any], shape: dict[str, int] | None, limit: int | 
 def _try_schedule(optimizer: dict[str, Any], optimizer_key: str, scheduler: dict[str, Any], scheduler_key: str) -> None:
     import torch
 
-    check_arguments(scheduler, scheduler_key, "optimizer", "total_steps")
+    check_arguments(scheduler, scheduler_key)
     layer = torch.nn.Conv2d(1, 1, 1)  # has both kinds of parameters that optimizers distinguish
     built = call(build(optimizer, optimizer_key), optimizer, optimizer_key, layer.parameters())
     call(build(scheduler, scheduler_key), scheduler, scheduler_key, built, total_steps=TRIAL_STEPS)

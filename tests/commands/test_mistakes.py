@@ -101,7 +101,7 @@ def test_an_id_that_looks_like_a_number_is_to_be_quoted(refuse: Refuse, override
 
 @pytest.mark.parametrize("override", ["rerun=latest", "resume=abcdef", "seed=range(0,2),5", "batch_size=range(3,1)"])
 def test_a_mistake_in_a_sweep_is_found_before_it_starts(refuse: Refuse, override: str) -> None:
-    assert f"{override} " in refuse("-m", "data=digits", override)
+    assert override in refuse("-m", "data=digits", override)
 
 
 def test_a_file_of_options_that_is_not_yaml(refuse: Refuse, tmp_path: Path) -> None:
