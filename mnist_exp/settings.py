@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
-from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+from pydantic.errors import PydanticUserError
 from pydantic_core import PydanticCustomError
 
 from mnist_exp.errors import Count, MissingDataError, UserError
@@ -30,24 +30,6 @@ ID = "[0-9a-f]{6,32}"  # an id of a run, or its first digits
 NEUTRAL = ("output_dir", "tracking", "parameter_limit", "save_every", "resume", "rerun", "sweep", "shape")
 RESERVED = ("_target_", "_partial_")  # keys of a node that are no arguments
 CHECKED = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
-EXPECTED = {  # the values that pydantic expects, by the type of its error
-    "int_type": "an integer",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "dict_type": "keys and values",
-    "path_type": "a path",
-    "greater_than": "a number > {gt:g}",
-    "greater_than_equal": "a number >= {ge:g}",
-    "less_than": "a number < {lt:g}",
-    "less_than_equal": "a number <= {le:g}",
-    "finite_number": "a finite number",
-    "string_too_short": "at least {min_length} character(s)",
-    "too_short": "at least {min_length} value(s)",
-    "too_long": "at most {max_length} value(s)",
-}
 
 
 def _node(value: dict[str, Any]) -> dict[str, Any]:
@@ -379,7 +361,7 @@ def _arguments_model(target: Any, names: tuple[str, ...]) -> type[BaseModel] | N
         hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
         fields: dict[str, Any] = {f"field_{name}": (hints.get(name, Any), Field(alias=name)) for name in names}
         return create_model("Arguments", __config__=CHECKED, **fields)
-    except (NameError, TypeError, PydanticUserError, PydanticSchemaGenerationError):
+    except (NameError, TypeError, PydanticUserError):
         return None
 
 
@@ -418,8 +400,8 @@ def explain(error: ValidationError, prefix: str = "", known: Iterable[str] = ())
         return UserError.invalid(key.rpartition(".")[0], first["input"], "more values in the list")
     if first["type"] == "missing":
         return UserError(f"{key} is missing.", key=key, expected="a value", remedy=f"Set it, or do not delete it (~{key}).")
-    template = EXPECTED.get(first["type"])
-    expected = template.format(**first.get("ctx", {})) if template else first["msg"].removeprefix("Input should be ")
+    expected = re.sub(r"^\w+ (should (be|have)|is not) ", "", first["msg"])
+    expected = f"a number {expected}" if expected.startswith(("greater", "less")) else expected
     return UserError.invalid(key, first["input"], expected, f"Set it with {key}=... on the command line.")
 
 
