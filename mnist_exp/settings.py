@@ -102,18 +102,6 @@ class Settings(BaseModel):
         recipe["phases"] = list(recipe["phases"].items())  # their order counts
         return _short_hash(recipe)
 
-    @property
-    def phase_parts(self) -> dict[str, dict[str, tuple[str, Any]]]:
-        """The key and the node of each part of each phase, by phase; a node of the top level under its key there."""
-        shared = {part: getattr(self, part) for part in PARTS}
-        return {
-            name: {
-                part: (part if str(phase.get(part)) == str(shared[part]) else f"phases.{name}.{part}", phase.get(part))
-                for part in PARTS  # compared as text, because NaN differs from itself
-            }
-            for name, phase in self.phases.items()
-        }
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -437,18 +425,18 @@ class Trial:
         Raises:
             UserError: A target refuses its arguments, the model has too many parameters, or a value does not fit the images.
         """
+        from mnist_exp.learning.training import check_split  # imports torch, which takes seconds that other commands do not need
+
         self._once(check_arguments, settings.tracking, "tracking")
         self._once(check_arguments, settings.data, "data")
         data = self._once(_read_data, settings.data) if read_data else None
         self._once(_try_model, settings.model, data.shape if data else settings.shape, settings.parameter_limit)
-        for name, parts in settings.phase_parts.items():
-            (optimizer_key, optimizer), (scheduler_key, scheduler) = parts["optimizer"], parts["scheduler"]
-            self._once(_try_schedule, optimizer, optimizer_key, scheduler, scheduler_key)
-            self._once(build, *reversed(parts["augmentation"]))
-            self._once(check_arguments, *reversed(parts["teacher"]))
-            phase = self._once(build, settings.phases[name], f"phases.{name}")
+        shared = {part: str(getattr(settings, part)) for part in PARTS}  # as text, because NaN differs from itself
+        for name, node in settings.phases.items():
+            keys = {part: part if str(node[part]) == shared[part] else f"phases.{name}.{part}" for part in PARTS}
+            phase = self._once(_try_phase, node, f"phases.{name}", keys)
             if data:
-                _check_split(name, phase, data)
+                check_split(name, phase.split, phase.batch_size, {split: part.epoch_size for split, part in data.splits.items()})
 
     def _once(self, function: Callable[..., Any], *arguments: Any) -> Any:
         text = json.dumps([function.__name__, *arguments], sort_keys=True)
@@ -466,12 +454,6 @@ def _read_data(node: dict[str, Any]) -> "Dataset | None":
     return None if data.warning else data  # others that take its place tell nothing
 
 
-def _check_split(name: str, phase: Any, data: "Dataset") -> None:
-    from mnist_exp.learning.training import check_split  # imports torch, which takes seconds that other commands do not need
-
-    check_split(name, phase.split, phase.batch_size, {split: part.epoch_size for split, part in data.splits.items()})
-
-
 def _try_model(node: dict[str, Any], shape: dict[str, int] | None, limit: int | None) -> None:
     import torch
 
@@ -483,10 +465,12 @@ def _try_model(node: dict[str, Any], shape: dict[str, int] | None, limit: int | 
             count_parameters(build(node, "model", **shape), limit)
 
 
-def _try_schedule(optimizer: dict[str, Any], optimizer_key: str, scheduler: dict[str, Any], scheduler_key: str) -> None:
+def _try_phase(node: dict[str, Any], key: str, keys: dict[str, str]) -> Any:
+    """Return a phase as built, after its optimizer and its schedule are called; keys: those of its parts, for messages."""
     import torch
 
-    check_arguments(scheduler, scheduler_key)
+    parts = {part: build(node[part], keys[part]) for part in PARTS}
     layer = torch.nn.Conv2d(1, 1, 1)  # has both kinds of parameters that optimizers distinguish
-    built = call(build(optimizer, optimizer_key), optimizer, optimizer_key, layer.parameters())
-    call(build(scheduler, scheduler_key), scheduler, scheduler_key, built, total_steps=TRIAL_STEPS)
+    optimizer = call(parts["optimizer"], node["optimizer"], keys["optimizer"], layer.parameters())
+    call(parts["scheduler"], node["scheduler"], keys["scheduler"], optimizer, total_steps=TRIAL_STEPS)
+    return build(node, key)
