@@ -5,7 +5,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from difflib import get_close_matches
 from functools import cache, partial
 from importlib import import_module
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic.dataclasses import dataclass
 from pydantic.errors import PydanticUserError
 from pydantic_core import PydanticCustomError
 
@@ -133,18 +134,14 @@ def read_recipe(text: str | bytes, source: str) -> Recipe:
     """
     try:
         content = json.loads(text)
-        config, choices, overrides = json.dumps(content["config"]), content["choices"], content["overrides"]
-        texts = [*choices.keys(), *choices.values(), *overrides]
-        if not all(isinstance(text, str) for text in texts):
-            raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{source} contains no readable recipe: {error}") from error
-    check_stored(overrides, source)
-    try:
-        return Recipe(check_settings(config), choices, overrides)
+        recipe = Recipe(check_settings(json.dumps(content["config"])), content["choices"], content["overrides"])
     except UserError as error:
         error.add_note(f"This is in {source}.")
         raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{source} contains no readable recipe: {error}") from error
+    check_stored(recipe.overrides, source)
+    return recipe
 
 
 def stored_node(group: str, node: Any, source: str) -> dict[str, Any]:
@@ -168,12 +165,7 @@ def _defaults(node: Mapping[str, Any], key: str) -> dict[str, Any]:
     """Return the defaults of a node's arguments if its target is ours: conf/ writes out all of them."""
     if not str(node.get("_target_")).startswith(f"{NAME}."):
         return {}
-    return _defaults_of(_target(node, key))
-
-
-@cache
-def _defaults_of(target: Any) -> dict[str, Any]:
-    parameters = inspect.signature(target).parameters.values()
+    parameters = inspect.signature(_target(node, key)).parameters.values()
     return {item.name: item.default for item in parameters if item.default is not inspect.Parameter.empty}
 
 
