@@ -57,7 +57,7 @@ def predict(arguments: argparse.Namespace) -> int:
         show_table(
             [
                 {
-                    "file": item.shown_name,
+                    "file": item.file,
                     "label": str(item.label),
                     "probability": f"{item.probability:.1%}",
                     "runner-up": str(item.runner_up),
@@ -65,7 +65,7 @@ def predict(arguments: argparse.Namespace) -> int:
                 for item in read[:MAX_SHOWN]
             ]
         )
-    show_lines([f"{item.shown_name}: {item.error}" for item in failed[:MAX_SHOWN]], stderr=True)
+    show_lines([f"{item.file}: {item.error}" for item in failed[:MAX_SHOWN]], stderr=True)
     if len(read) > MAX_SHOWN or len(failed) > MAX_SHOWN:
         remedy = f"{arguments.out} has all of them" if arguments.out else "--out FILE.csv writes all of them to a file"
         show_lines([f"{len(read):,} predictions, {len(failed):,} errors: {remedy}."])

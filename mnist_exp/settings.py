@@ -5,7 +5,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from difflib import get_close_matches
 from functools import cache, partial
 from importlib import import_module
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
-from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+from pydantic.dataclasses import dataclass
+from pydantic.errors import PydanticUserError
 from pydantic_core import PydanticCustomError
 
 from mnist_exp.errors import Count, MissingDataError, UserError
@@ -30,24 +31,6 @@ ID = "[0-9a-f]{6,32}"  # an id of a run, or its first digits
 NEUTRAL = ("output_dir", "tracking", "parameter_limit", "save_every", "resume", "rerun", "sweep", JOB_KEY, "shape")
 RESERVED = ("_target_", "_partial_")  # keys of a node that are no arguments
 CHECKED = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
-EXPECTED = {  # the values that pydantic expects, by the type of its error
-    "int_type": "an integer",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "dict_type": "keys and values",
-    "path_type": "a path",
-    "greater_than": "a number > {gt:g}",
-    "greater_than_equal": "a number >= {ge:g}",
-    "less_than": "a number < {lt:g}",
-    "less_than_equal": "a number <= {le:g}",
-    "finite_number": "a finite number",
-    "string_too_short": "at least {min_length} character(s)",
-    "too_short": "at least {min_length} value(s)",
-    "too_long": "at most {max_length} value(s)",
-}
 
 
 def _node(value: dict[str, Any]) -> dict[str, Any]:
@@ -147,18 +130,6 @@ class Settings(BaseModel):
         recipe["phases"] = list(recipe["phases"].items())  # their order counts
         return _short_hash(recipe)
 
-    @property
-    def phase_parts(self) -> dict[str, dict[str, tuple[str, Any]]]:
-        """The key and the node of each part of each phase, by phase; a node of the top level under its key there."""
-        shared = {part: getattr(self, part) for part in PARTS}
-        return {
-            name: {
-                part: (part if str(phase.get(part)) == str(shared[part]) else f"phases.{name}.{part}", phase.get(part))
-                for part in PARTS  # compared as text, because NaN differs from itself
-            }
-            for name, phase in self.phases.items()
-        }
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -190,18 +161,14 @@ def read_recipe(text: str | bytes, source: str) -> Recipe:
     """
     try:
         content = json.loads(text)
-        config, choices, overrides = json.dumps(content["config"]), content["choices"], content["overrides"]
-        texts = [*choices.keys(), *choices.values(), *overrides]
-        if not all(isinstance(text, str) for text in texts):
-            raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{source} contains no readable recipe: {error}") from error
-    check_stored(overrides, source)
-    try:
-        return Recipe(check_settings(config), choices, overrides)
+        recipe = Recipe(check_settings(json.dumps(content["config"])), content["choices"], content["overrides"])
     except UserError as error:
         error.add_note(f"This is in {source}.")
         raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{source} contains no readable recipe: {error}") from error
+    check_stored(recipe.overrides, source)
+    return recipe
 
 
 def stored_node(group: str, node: Any, source: str) -> dict[str, Any]:
@@ -225,12 +192,7 @@ def _defaults(node: Mapping[str, Any], key: str) -> dict[str, Any]:
     """Return the defaults of a node's arguments if its target is ours: conf/ writes out all of them."""
     if not str(node.get("_target_")).startswith(f"{NAME}."):
         return {}
-    return _defaults_of(_target(node, key))
-
-
-@cache
-def _defaults_of(target: Any) -> dict[str, Any]:
-    parameters = inspect.signature(target).parameters.values()
+    parameters = inspect.signature(_target(node, key)).parameters.values()
     return {item.name: item.default for item in parameters if item.default is not inspect.Parameter.empty}
 
 
@@ -335,7 +297,7 @@ def build(node: Mapping[str, Any], key: str, **arguments: Any) -> Any:
         key: Its key, for messages.
         arguments: Further arguments of the call.
     """
-    check_arguments(node, key, *arguments)
+    check_arguments(node, key)
     try:
         return _instantiate(node, key, arguments)
     except Exception as error:  # targets raise exceptions of any kind
@@ -376,14 +338,8 @@ def not_built(node: Mapping[str, Any], key: str, error: BaseException) -> UserEr
     )
 
 
-def check_arguments(node: Mapping[str, Any], key: str, *given: str) -> None:
-    """Raise UserError unless the target of a node accepts its arguments, by name and by annotation.
-
-    Args:
-        node: The node.
-        key: Its key, for messages.
-        given: Names of further arguments, which the caller provides.
-    """
+def check_arguments(node: Mapping[str, Any], key: str) -> None:
+    """Raise UserError unless the target of the node `key` accepts its arguments, by name and by annotation."""
     target = _target(node, key)
     arguments = {name: value for name, value in node.items() if name not in RESERVED}
     try:
@@ -412,7 +368,7 @@ def _arguments_model(target: Any, names: tuple[str, ...]) -> type[BaseModel] | N
         hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
         fields: dict[str, Any] = {f"field_{name}": (hints.get(name, Any), Field(alias=name)) for name in names}
         return create_model("Arguments", __config__=CHECKED, **fields)
-    except (NameError, TypeError, PydanticUserError, PydanticSchemaGenerationError):
+    except (NameError, TypeError, PydanticUserError):
         return None
 
 
@@ -451,8 +407,8 @@ def explain(error: ValidationError, prefix: str = "", known: Iterable[str] = ())
         return UserError.invalid(key.rpartition(".")[0], first["input"], "more values in the list")
     if first["type"] == "missing":
         return UserError(f"{key} is missing.", key=key, expected="a value", remedy=f"Set it, or do not delete it (~{key}).")
-    template = EXPECTED.get(first["type"])
-    expected = template.format(**first.get("ctx", {})) if template else first["msg"].removeprefix("Input should be ")
+    expected = re.sub(r"^\w+ (should (be|have)|is not) ", "", first["msg"])
+    expected = f"a number {expected}" if expected.startswith(("greater", "less")) else expected
     return UserError.invalid(key, first["input"], expected, f"Set it with {key}=... on the command line.")
 
 
@@ -488,18 +444,18 @@ class Trial:
         Raises:
             UserError: A target refuses its arguments, the model has too many parameters, or a value does not fit the images.
         """
+        from mnist_exp.learning.training import check_split  # imports torch, which takes seconds that other commands do not need
+
         self._once(check_arguments, settings.tracking, "tracking")
-        self._once(check_arguments, settings.data, "data", "seed")
+        self._once(check_arguments, settings.data, "data")
         data = self._once(_read_data, settings.data) if read_data else None
         self._once(_try_model, settings.model, data.shape if data else settings.shape, settings.parameter_limit)
-        for name, parts in settings.phase_parts.items():
-            (optimizer_key, optimizer), (scheduler_key, scheduler) = parts["optimizer"], parts["scheduler"]
-            self._once(_try_schedule, optimizer, optimizer_key, scheduler, scheduler_key)
-            self._once(build, *reversed(parts["augmentation"]))
-            self._once(check_arguments, *reversed(parts["teacher"]), "data", "output_dir")
-            phase = self._once(build, settings.phases[name], f"phases.{name}")
+        shared = {part: str(getattr(settings, part)) for part in PARTS}  # as text, because NaN differs from itself
+        for name, node in settings.phases.items():
+            keys = {part: part if str(node[part]) == shared[part] else f"phases.{name}.{part}" for part in PARTS}
+            phase = self._once(_try_phase, node, f"phases.{name}", keys)
             if data:
-                _check_split(name, phase, data)
+                check_split(name, phase.split, phase.batch_size, {split: part.epoch_size for split, part in data.splits.items()})
 
     def _once(self, function: Callable[..., Any], *arguments: Any) -> Any:
         text = json.dumps([function.__name__, *arguments], sort_keys=True)
@@ -517,27 +473,23 @@ def _read_data(node: dict[str, Any]) -> "Dataset | None":
     return None if data.warning else data  # others that take its place tell nothing
 
 
-def _check_split(name: str, phase: Any, data: "Dataset") -> None:
-    from mnist_exp.learning.training import check_split  # imports torch, which takes seconds that other commands do not need
-
-    check_split(name, phase.split, phase.batch_size, {split: part.epoch_size for split, part in data.splits.items()})
-
-
 def _try_model(node: dict[str, Any], shape: dict[str, int] | None, limit: int | None) -> None:
     import torch
 
     from mnist_exp.learning.models import count_parameters
 
-    check_arguments(node, "model", "classes", "side", "in_channels")
+    check_arguments(node, "model")
     if shape is not None:
         with torch.device("meta"):  # before memory is allocated
             count_parameters(build(node, "model", **shape), limit)
 
 
-def _try_schedule(optimizer: dict[str, Any], optimizer_key: str, scheduler: dict[str, Any], scheduler_key: str) -> None:
+def _try_phase(node: dict[str, Any], key: str, keys: dict[str, str]) -> Any:
+    """Return a phase as built, after its optimizer and its schedule are called; keys: those of its parts, for messages."""
     import torch
 
-    check_arguments(scheduler, scheduler_key, "optimizer", "total_steps")
+    parts = {part: build(node[part], keys[part]) for part in PARTS}
     layer = torch.nn.Conv2d(1, 1, 1)  # has both kinds of parameters that optimizers distinguish
-    built = call(build(optimizer, optimizer_key), optimizer, optimizer_key, layer.parameters())
-    call(build(scheduler, scheduler_key), scheduler, scheduler_key, built, total_steps=TRIAL_STEPS)
+    optimizer = call(parts["optimizer"], node["optimizer"], keys["optimizer"], layer.parameters())
+    call(parts["scheduler"], node["scheduler"], keys["scheduler"], optimizer, total_steps=TRIAL_STEPS)
+    return build(node, key)

@@ -44,22 +44,16 @@ class _Source:
     """A data set that torchvision can download, in MNIST's file format.
 
     Attributes:
-        name: Name of the data set.
-        torchvision: Name of its class in torchvision, and of its folder.
+        torchvision: Name of the data set's class in torchvision, and of its folder.
         files: MD5 of each file.
     """
 
-    name: str
     torchvision: str
     files: dict[str, str]
 
     def folder(self, root: str) -> Path:
         """Return the folder of the files below a root in torchvision's layout."""
         return Path(root).absolute() / self.torchvision / "raw"
-
-    def has(self, root: str, part: str = "") -> bool:
-        """Return whether all files of a part (train, t10k) are there."""
-        return all((self.folder(root) / f"{name}.gz").exists() for name in self.files if name.startswith(part))
 
     def read(self, root: str, part: str) -> tuple[Tensor, Tensor]:
         """Return the images (n, 1, h, w) uint8 and the labels (n,) int64 of a part."""
@@ -87,8 +81,7 @@ class _Source:
                 (self.folder(staging) / f"{name}.gz").replace(folder / f"{name}.gz")
 
 
-MNIST = _Source("mnist", "MNIST", MNIST_FILES)
-FASHION_MNIST = _Source("fashion_mnist", "FashionMNIST", FASHION_MNIST_FILES)
+SOURCES = {"mnist": _Source("MNIST", MNIST_FILES), "fashion_mnist": _Source("FashionMNIST", FASHION_MNIST_FILES)}
 
 
 def load_mnist(
@@ -99,8 +92,9 @@ def load_mnist(
     validation_size: Annotated[int, Ge(0)],
     seed: int,
     subset: Count | None = None,
+    source: Literal["mnist", "fashion_mnist"] = "mnist",
 ) -> Dataset:
-    """Load MNIST; download it first if it is missing.
+    """Load MNIST, or a data set in its form; download it first if it is missing.
 
     The 60,000 training images become `train` and `finetune`, the 10,000 test images become `test`.
 
@@ -114,46 +108,44 @@ def load_mnist(
             If it is above 0, the test set is not read.
         seed: Decides which images fine-tune.
         subset: Number of images to leave in `train`, with epochs of that length, or None for all.
+        source: The data set: MNIST, or Fashion-MNIST with its files in FashionMNIST/raw (Xiao et al., Fashion-MNIST: a Novel
+            Image Dataset for Benchmarking Machine Learning Algorithms, 2017).
 
     Raises:
         UserError: An argument does not fit the images, `root` does not exist, a file is damaged or unreadable, or MNIST is
             missing and no fallback is allowed.
     """
+    files = SOURCES[source]
+    if root is not None and not Path(root).is_dir():
+        raise MissingDataError.invalid("root", root, "a folder that exists", "Set MNIST_ROOT or data.root to one.")
+    used_root = default_root if root is None else root
     try:
-        used_root = _root_with_files(MNIST, root, default_root)
-    except MissingDataError as error:
+        if not all((files.folder(used_root) / f"{name}.gz").exists() for name in files.files):
+            files.download(used_root)
+    except Exception as error:  # torchvision raises URLError, RuntimeError or OSError, depending on the mirror
+        reason = " ".join(str(error).split()) or type(error).__name__
+        missing = MissingDataError(
+            f"{files.torchvision} is not in {used_root} and could not be downloaded: {reason}.",
+            remedy=f"Set MNIST_ROOT or data.root to a folder with {files.torchvision}/raw/*-ubyte.gz, or choose data=digits.",
+        )
         if root is not None or fallback is None:
-            raise
+            raise missing from error
         warning = (
-            f"{error}\nUSING THE EMBEDDED digits INSTEAD: 1,797 images, not MNIST. "
+            f"{missing}\nUSING THE EMBEDDED digits INSTEAD: 1,797 images, not {files.torchvision}. "
             "data.fallback=null turns this warning into an error."
         )
         return replace(load_digits(finetune_fraction, seed, subset), warning=warning)
-    return _load(MNIST, used_root, finetune_fraction, validation_size, seed, subset)
-
-
-def load_fashion_mnist(
-    root: Folder | None,
-    default_root: Folder,
-    finetune_fraction: Fraction,
-    validation_size: Annotated[int, Ge(0)],
-    seed: int,
-    subset: Count | None = None,
-) -> Dataset:
-    """Load Fashion-MNIST: `load_mnist` with the files in FashionMNIST/raw, without a fallback.
-
-    Args:
-        root: As in `load_mnist`.
-        default_root: As in `load_mnist`.
-        finetune_fraction: As in `load_mnist`.
-        validation_size: As in `load_mnist`.
-        seed: As in `load_mnist`.
-        subset: As in `load_mnist`.
-
-    Source: Xiao et al., Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms, 2017.
-    """
-    used_root = _root_with_files(FASHION_MNIST, root, default_root)
-    return _load(FASHION_MNIST, used_root, finetune_fraction, validation_size, seed, subset)
+    images, labels = files.read(used_root, "train")
+    train_size = len(labels) - validation_size
+    if train_size <= 0:
+        raise UserError.invalid("validation_size", validation_size, f"an integer >= 0 and < {len(labels)}")
+    splits = _train_and_finetune(images[:train_size], labels[:train_size], finetune_fraction, seed, subset, train_size)
+    if validation_size:
+        splits["validation"] = _split(images[train_size:], labels[train_size:], validation_size)
+    else:
+        splits["test"] = files.test(used_root)
+    validation = "validation" if validation_size else "finetune"
+    return Dataset(_name(source, subset), str(files.folder(used_root)), CLASSES, splits, validation)
 
 
 def load_digits(finetune_fraction: Fraction, seed: int, subset: Count | None = None) -> Dataset:
@@ -191,52 +183,19 @@ def find_test_images(data: str, root: str | None, digest: str) -> Tensor | None:
         digest: Digest that the test split must have.
 
     Returns:
-        Images (n, 1, 28, 28) uint8, or None if they are missing or have another digest.
-    """
-    name, test = re.sub(r"_\d+$", "", data), None
-    if name == "digits":
-        test = load_digits(0.02, seed=0).splits["test"]
-    for source in (MNIST, FASHION_MNIST):
-        if name == source.name and root is not None and source.has(root, "t10k"):
-            test = source.test(root)
-    return test.images if test is not None and test.digest == digest else None
-
-
-def _root_with_files(source: _Source, root: str | None, default_root: str) -> str:
-    """Return the root that has the files: `root` unless it is None, else `default_root`; download them if they are missing.
+        Images (n, 1, 28, 28) uint8, or None if they have another digest.
 
     Raises:
-        MissingDataError: `root` does not exist, or the download failed.
+        UserError: A file is missing or damaged.
     """
-    if root is not None and not Path(root).is_dir():
-        raise MissingDataError.invalid("root", root, "a folder that exists", "Set MNIST_ROOT or data.root to one.")
-    used_root = default_root if root is None else root
-    try:
-        if not source.has(used_root):
-            source.download(used_root)
-    except Exception as error:  # torchvision raises URLError, RuntimeError or OSError, depending on the mirror
-        reason = " ".join(str(error).split()) or type(error).__name__
-        files = f"{source.torchvision}/raw/*-ubyte.gz"
-        raise MissingDataError(
-            f"{source.torchvision} is not in {used_root} and could not be downloaded: {reason}.",
-            remedy=f"Set MNIST_ROOT or data.root to a folder with {files}, or choose data=digits.",
-        ) from error
-    return used_root
-
-
-def _load(source: _Source, root: str, finetune_fraction: float, validation_size: int, seed: int, subset: int | None) -> Dataset:
-    """Return a data set, split as `load_mnist` describes."""
-    images, labels = source.read(root, "train")
-    train_size = len(labels) - validation_size
-    if train_size <= 0:
-        raise UserError.invalid("validation_size", validation_size, f"an integer >= 0 and < {len(labels)}")
-    splits = _train_and_finetune(images[:train_size], labels[:train_size], finetune_fraction, seed, subset, train_size)
-    if validation_size:
-        splits["validation"] = _split(images[train_size:], labels[train_size:], validation_size)
+    name = re.sub(r"_\d+$", "", data)
+    if name == "digits":
+        test = load_digits(0.02, seed=0).splits["test"]
+    elif name in SOURCES and root is not None:
+        test = SOURCES[name].test(root)
     else:
-        splits["test"] = source.test(root)
-    validation = "validation" if validation_size else "finetune"
-    return Dataset(_name(source.name, subset), str(source.folder(root)), CLASSES, splits, validation)
+        return None
+    return test.images if test.digest == digest else None
 
 
 def _name(data: str, subset: int | None) -> str:

@@ -1,10 +1,11 @@
 """A trained model that classifies pictures: from a run, a registered model or a folder."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -136,14 +137,22 @@ def load_from(store: MLflowStore, model: str) -> Classifier:
     return Classifier(*read_model(source.address), source)
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Return the picture in a file; raises UserError if it has none of FORMATS, or is suspiciously large or damaged."""
+def open_picture(file: Path | BinaryIO, formats: tuple[str, ...] = FORMATS, max_pixels: float = math.inf) -> Image.Image:
+    """Return the picture in a file; raises UserError if it has none of the formats, or is suspiciously large or damaged.
+
+    Args:
+        file: A path, or the content.
+        formats: Names of Pillow.
+        max_pixels: A limit in addition to Pillow's.
+    """
     try:
-        if path.exists() and not path.is_file():
+        if isinstance(file, Path) and file.exists() and not file.is_file():
             raise UserError("no picture: expected a file, not a folder, a pipe or a device")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as picture:
+            with Image.open(file, formats=formats) as picture:
+                if picture.width * picture.height > max_pixels:
+                    raise UserError(f"the picture has more than {max_pixels:,} pixels")
                 picture.load()
                 return picture.copy()
     except UserError:
@@ -151,7 +160,7 @@ def open_picture(path: Path) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"the picture is too large: more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"no picture: expected {', '.join(FORMATS)}") from error
+        raise UserError(f"no picture: expected {', '.join(formats)}") from error
     except FileNotFoundError as error:
         raise UserError("no such file") from error
     except Exception as error:  # a damaged file can fail anywhere within Pillow

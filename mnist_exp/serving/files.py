@@ -1,7 +1,6 @@
 """Predictions for files: find them, classify them, write a table and a sheet of pictures."""
 
 import csv
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +37,6 @@ class FilePrediction:
     runner_up: int | None = None
     error: str = ""
     seen: NDArray[np.uint8] | None = None
-
-    @property
-    def shown_name(self) -> str:
-        """The path as text for the terminal: names of files may contain bytes that are no text."""
-        return os.fsencode(self.file).decode("utf-8", "replace")
 
 
 def find_files(paths: Sequence[Path]) -> list[Path]:
@@ -89,20 +83,15 @@ def predict_files(
 
 
 def write_table(path: Path, results: Sequence[FilePrediction]) -> None:
-    """Write predictions as CSV; raises UserError if the file cannot be written."""
-    try:
-        with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            writer.writerow(["file", "label", "probability", "runner_up", "error"])
-            writer.writerows([item.file, item.label, item.probability, item.runner_up, item.error] for item in results)
-    except OSError as error:
-        raise UserError(
-            f"--out {path} cannot be written: {error.strerror}.", key="--out", remedy="Choose another path."
-        ) from error
+    """Write predictions as CSV."""
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "label", "probability", "runner_up", "error"])
+        writer.writerows([item.file, item.label, item.probability, item.runner_up, item.error] for item in results)
 
 
 def write_sheet(path: Path, results: Sequence[FilePrediction]) -> None:
-    """Write a PNG that shows each picture as given and as the network sees it, with its prediction; raises UserError."""
+    """Write a PNG that shows each picture as given and as the network sees it, with its prediction."""
     shown = [item for item in results if item.seen is not None][:MAX_ON_SHEET]
     rows = max(1, -(-len(shown) // COLUMNS))
     cell = (2 * TILE + 12, TILE + 22)
@@ -115,11 +104,6 @@ def write_sheet(path: Path, results: Sequence[FilePrediction]) -> None:
         seen = Image.fromarray(item.seen).resize((TILE, TILE), Image.Resampling.NEAREST)
         sheet.paste(ImageOps.pad(picture, (TILE, TILE), color="#dddddd"), (left, top + 16))
         sheet.paste(seen, (left + TILE + 2, top + 16))
-        name = Path(item.shown_name).name[:16]
+        name = Path(item.file).name[:16].encode(errors="replace").decode()  # it may contain bytes that are no text
         draw.text((left + 1, top + 2), f"{item.label} ({item.probability:.0%}) {name}", fill="black")
-    try:
-        sheet.save(path, format="png")
-    except OSError as error:
-        raise UserError(
-            f"--sheet {path} cannot be written: {error.strerror}.", key="--sheet", remedy="Choose another path."
-        ) from error
+    sheet.save(path, format="png")

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
-from PIL import Image
 from starlette.requests import ClientDisconnect
 
 from mnist_exp.errors import UserError
-from mnist_exp.serving.classifier import Classifier
+from mnist_exp.serving.classifier import Classifier, open_picture
 
 PAGE = Path(__file__).with_name("page.html")
 MAX_REQUEST = 300_000  # bytes; the page's canvas takes some 5,000
@@ -63,7 +62,7 @@ def create_app(classifier: Classifier, port: int) -> FastAPI:
         except ClientDisconnect:  # nobody waits for the answer
             return JSONResponse({}, status_code=400)
         try:
-            predictions = classifier(_read(bytes(content)))
+            predictions = classifier(open_picture(io.BytesIO(content), formats=("PNG",), max_pixels=MAX_PIXELS))
         except UserError as error:
             return JSONResponse({"error": str(error)}, status_code=422)
         return JSONResponse(
@@ -75,17 +74,3 @@ def create_app(classifier: Classifier, port: int) -> FastAPI:
         )
 
     return app
-
-
-def _read(content: bytes) -> Image.Image:
-    """Return the picture in a PNG; raises UserError."""
-    try:
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise UserError(f"The picture has more than {MAX_PIXELS:,} pixels.")
-            picture.load()
-            return picture.copy()
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file can fail anywhere within Pillow
-        raise UserError("Expected a picture in PNG.") from error

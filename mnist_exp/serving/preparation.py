@@ -193,15 +193,12 @@ def _background(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
     height, width, channels = pixels.shape
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     plane = np.stack([np.ones_like(x), x / width, y / height], axis=2)  # (h, w, 3)
-    edge = np.zeros((height, width), dtype=bool)
-    edge[[0, -1]] = True
-    edge[:, [0, -1]] = True
-    colors = pixels[edge]  # (n, channels)
+    colors = _border(pixels)  # (n, channels)
     typical = np.median(colors, axis=0)
     near = np.abs(colors - typical).max(1) < 0.25  # without a digit that touches the border
     if near.sum() < 0.5 * len(near):
         return np.broadcast_to(typical, (height, width, channels)).astype(np.float32)
-    factors, *_ = np.linalg.lstsq(plane[edge][near], colors[near], rcond=None)
+    factors, *_ = np.linalg.lstsq(_border(plane)[near], colors[near], rcond=None)
     background: NDArray[np.float32] = (plane @ factors).astype(np.float32)
     return background
 

@@ -60,7 +60,8 @@ def test_test_images_are_found_by_their_digest(copy: Path) -> None:
     assert find_test_images("digits", None, digits.digest).equal(digits.images)
     assert find_test_images("mnist", None, test.digest) is None
     assert find_test_images("mnist", str(copy), digits.digest) is None
-    assert find_test_images("mnist", str(copy / "nothing"), test.digest) is None
+    with pytest.raises(UserError):
+        find_test_images("mnist", str(copy / "nothing"), test.digest)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "empty"])

@@ -13,7 +13,7 @@ import torch
 
 from mnist_exp.errors import UserError
 from mnist_exp.learning.data import Dataset, Split
-from mnist_exp.learning.datasets import FASHION_MNIST_FILES, MNIST_FILES, find_test_images, load_digits, load_fashion_mnist
+from mnist_exp.learning.datasets import FASHION_MNIST_FILES, MNIST_FILES, find_test_images, load_digits, load_mnist
 from mnist_exp.learning.evaluation import evaluate
 from mnist_exp.learning.training import fit, prepare_phases
 from mnist_exp.settings import build
@@ -35,7 +35,10 @@ def three_classes(channels: int = 1) -> Dataset:
 
 
 SIZES = {"train": 640, "finetune": 128, "test": 100}
-load = partial(load_fashion_mnist, root=None, default_root="/proc/nowhere", finetune_fraction=0.02, validation_size=0, seed=0)
+load = partial(
+    load_mnist, source="fashion_mnist", fallback=None,
+    root=None, default_root="/proc/nowhere", finetune_fraction=0.02, validation_size=0, seed=0,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("model", "channels"), [("se_cnn", 1), ("se_cnn_separable_small", 3)])
@@ -95,7 +98,8 @@ def test_fashion_mnist_is_read(fashion_root: Path, composed) -> None:
     assert data.splits["test"].images.flatten().tolist() == list(content[16:])
     test = data.splits["test"]
     assert find_test_images("fashion_mnist", str(fashion_root), test.digest).equal(test.images)
-    assert find_test_images("mnist", str(fashion_root), test.digest) is None
+    with pytest.raises(UserError):
+        find_test_images("mnist", str(fashion_root), test.digest)
     tuning = load(root=str(fashion_root), validation_size=100)
     assert {name: len(split) for name, split in tuning.splits.items()} == {"train": 392, "finetune": 8, "validation": 100}
     with pytest.raises(UserError) as error:
