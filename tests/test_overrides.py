@@ -25,15 +25,15 @@ HOSTILE = [
 
 @pytest.mark.parametrize("override", STORABLE)
 def test_a_store_may_contain_choices_of_a_recipe(override: str) -> None:
-    check_stored([override], "sweep.json")
+    check_stored([override], "a sweep")
 
 
 @pytest.mark.parametrize("override", HOSTILE)
 def test_a_store_may_contain_nothing_else(override: str) -> None:
     with pytest.raises(UserError) as error:
-        check_stored(["seed=1", override], "sweep.json of run 0")
+        check_stored(["seed=1", override], "recipe.json of run 0")
     assert error.value.key == override
-    assert "sweep.json of run 0" in str(error.value)
+    assert "recipe.json of run 0" in str(error.value)
 
 
 VALUES = [

@@ -149,9 +149,9 @@ def trial(template: Path, folder: Path, rng: random.Random, duration: float) -> 
         parents = MlflowClient(store_of(folder)).search_runs(["1"], "tags.sweep_jobs LIKE '%'")
         if any(run.info.status == "FINISHED" for run in parents):
             return killed  # after its end
-        if "sweep.json" not in [path.name for path in (folder / "mlartifacts").glob("*/artifacts/*")]:
+        if not parents:
             shutil.rmtree(folder)
-            return killed + trial(template, folder, rng, duration)  # killed before the sweep was defined
+            return killed + trial(template, folder, rng, duration)  # killed before the sweep was recorded
         process = start(folder, "-m", "sweep.resume=latest")
 
 
