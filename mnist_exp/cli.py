@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -164,11 +165,12 @@ def count(text: str) -> int:
     return int(text)
 
 
-def port(text: str) -> int:
-    """Return the number of a port of the command line."""
-    if not (text.isdecimal() and 0 < int(text) < 65536):
-        raise argparse.ArgumentTypeError(f"{text!r} is invalid: expected an integer from 1 to 65535")
-    return int(text)
+def listen(port: int) -> socket.socket:
+    """Return a socket that listens at a port of this machine; raises UserError."""
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except (OSError, OverflowError) as error:
+        raise UserError.invalid("--port", port, "a free port up to 65535", "Choose another one.") from error
 
 
 def file_of(*suffixes: str) -> Callable[[str], Path]:

@@ -129,7 +129,6 @@ def _hint(full_key: str, node: DictConfig) -> str:
         return f" (did you mean {prefix}{name}?)"
     content = OmegaConf.to_container(node, resolve=False)
     below = [f"{prefix}{key}" for key, _ in walk(content) if key.rpartition(".")[2] == name]
-    first = " in the first phase" if name == "lr" and not path else ""
     if below:
-        return f" (did you mean {f'{first} or '.join(below[:2])}?)"
+        return f" (did you mean {' or '.join(below[:2])}?)"
     return did_you_mean(name, [str(key) for key in node]).replace("did you mean ", f"did you mean {prefix}")

@@ -1,10 +1,8 @@
 """Command: draw digits in the browser and see the model's predictions: python -m mnist_exp.draw --model latest."""
 
 import argparse
-import socket
 
 from mnist_exp import cli
-from mnist_exp.errors import UserError
 
 SECONDS_TO_END = 2  # for requests that are still answered after Ctrl-C
 
@@ -33,21 +31,13 @@ def draw(arguments: argparse.Namespace) -> None:
     from mnist_exp.serving.classifier import load_from
     from mnist_exp.serving.page import create_app
 
-    with listen(arguments.port) as server:
+    with cli.listen(arguments.port) as server:
         classifier = load_from(cli.find_store(), arguments.model)
         port = server.getsockname()[1]
         print(f"http://127.0.0.1:{port}", flush=True)
         print(f"Model: {classifier.source.title}", flush=True)
         config = uvicorn.Config(create_app(classifier, port), log_level="warning", timeout_graceful_shutdown=SECONDS_TO_END)
         uvicorn.Server(config).run(sockets=[server])
-
-
-def listen(port: int) -> socket.socket:
-    """Return a socket that listens at a port of this machine; raises UserError."""
-    try:
-        return socket.create_server(("127.0.0.1", port))
-    except (OSError, OverflowError) as error:
-        raise UserError.invalid("--port", port, "a free port up to 65535, or 0 for any") from error
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 import re
 import shlex
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -91,12 +91,10 @@ def combinations(grid: Iterable[str]) -> list[tuple[str, ...]]:
 
 def varied_keys(jobs: Sequence[Sequence[str]]) -> list[str]:
     """Return the keys whose overrides differ between jobs, or are missing in some, in the order of the command line."""
-    values: dict[str, set[str]] = {}
-    counts = Counter(key_of(override) for job in jobs for override in job)
-    for job in jobs:
-        for override in job:
-            values.setdefault(key_of(override), set()).add(override)
-    return [key for key, seen in values.items() if len(seen) > 1 or counts[key] < len(jobs)]
+    values: dict[str, list[str]] = defaultdict(list)
+    for override in chain.from_iterable(jobs):
+        values[key_of(override)].append(override)
+    return [key for key, seen in values.items() if len(set(seen)) > 1 or len(seen) < len(jobs)]
 
 
 def is_location(override: str) -> bool:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 VIEWS = ("leaderboard", "sweeps", "cost", "curves")
-PATIENCE = 120.0  # seconds for the server to answer
 
 
 def main() -> None:
@@ -35,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     result = cli.parser("ui", "Start the MLflow UI, and print links to its pages.")
     result.add_argument("run_id", nargs="?", metavar="ID", help="open this run or sweep: its id, the start of it, or latest")
     result.add_argument("--view", choices=VIEWS, help="open this saved view; curves are those of a sweep")
-    result.add_argument("--port", type=cli.port, default=5000)
+    result.add_argument("--port", type=cli.count, default=5000)
     return result
 
 
@@ -56,17 +54,14 @@ def show(arguments: argparse.Namespace) -> None:
     elif serves(store, arguments.port):
         show_links(address, pages)
     else:
-        with socket.socket() as probe:
-            if probe.connect_ex((LOOPBACK, arguments.port)) == 0:
-                other = arguments.port + 1
-                raise UserError.invalid("--port", arguments.port, "a port that no other program uses", f"Try --port {other}.")
+        cli.listen(arguments.port).close()  # before a server is started in vain
         serve(store, arguments.port, pages)
 
 
 def serves(store: "MLflowStore", port: int) -> bool:
     """Return whether an MLflow server with the same store answers at a port of this machine."""
     query = f"http://{LOOPBACK}:{port}/api/2.0/mlflow/experiments/get?experiment_id={store.experiment_id}"
-    with suppress(OSError, ValueError, KeyError):  # nothing answers, or something else
+    with suppress(OSError, ValueError, KeyError, OverflowError):  # nothing answers, something else, or there is no such port
         with urllib.request.urlopen(query, timeout=10) as answer:
             found = json.load(answer)["experiment"]
         known = store.client.get_experiment(store.experiment_id)
@@ -90,8 +85,7 @@ def serve(store: "MLflowStore", port: int, pages: dict[str, str]) -> None:
     server = subprocess.Popen(line, env=environment, stdout=sys.stderr)  # the links alone are on stdout
     install_signal_handlers()
     try:
-        deadline = time.monotonic() + PATIENCE
-        while server.poll() is None and time.monotonic() < deadline:
+        while server.poll() is None:
             if serves(store, port):
                 show_links(f"http://{views.HOST}:{port}", pages)
                 print(

@@ -109,8 +109,6 @@ def lock_run(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=1)  # not 0: `try_lock` takes the lock for a moment
     except Timeout as error:
         raise UserError(f"Another process works on run {folder.name}. Wait until it ends, or stop it.") from error
-    except OSError as error:
-        raise disk_error(folder, error) from error
     try:
         yield
     finally:
