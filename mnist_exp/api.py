@@ -75,7 +75,8 @@ def frame(sweep: str = "latest") -> pd.DataFrame:
     """
     leave_credentials()
     store = find_store()
-    records = sorted(store.children(store.find_sweep(sweep).run_id), key=lambda record: record.job or 0)
+    children = store.children(store.find_sweep(sweep).run_id)
+    records = sorted((child for child in children if child.job is not None), key=lambda record: record.job or 0)
     overrides = [{key_of(item): text_of(item) for item in record.overrides} for record in records]
     table = pd.DataFrame(
         {"run": record.run_id, "job": record.job, "status": record.status, "arm": record.tags.get(ARM, ""), "data": record.data}

@@ -146,7 +146,6 @@ def show_run(store: "MLflowStore", settings: "Settings", arguments: argparse.Nam
     from mnist_exp.console import show_lines, show_pairs
     from mnist_exp.tracking import tables
     from mnist_exp.tracking import tags as tag
-    from mnist_exp.tracking.housekeeping import logged_models
     from mnist_exp.tracking.mlflow_store import record_of
 
     record = record_of(store.get_run(store.resolve_id(arguments.run_id)))
@@ -156,7 +155,7 @@ def show_run(store: "MLflowStore", settings: "Settings", arguments: argparse.Nam
     folder = settings.output_dir.absolute() / record.run_id
     lines = {
         "command": record.tags.get(tag.COMMAND, ""),
-        "model": " ".join(f"models:/{model.model_id}" for model in logged_models(store, record)),
+        "model": " ".join(f"models:/{model.model_id}" for model in store.logged_models(record)),
         "artifacts": record.artifacts,
         "folder": str(folder) if folder.is_dir() else "",
     }

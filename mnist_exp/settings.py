@@ -62,7 +62,7 @@ class SweepSettings(BaseModel):
 
 
 class JobContext(BaseModel):
-    """What a job knows of its sweep, which sets it by a hidden override.
+    """The context of a job, which its sweep sets by a hidden override.
 
     Args:
         sweep_id: The id of the parent.
@@ -117,18 +117,18 @@ class Settings(BaseModel):
     shape: dict[Literal["classes", "side", "in_channels"], Count] | None = None
 
     def digest(self, counted: Container[str] = ()) -> str:
-        """Return a short hash of what affects the outcome of a run, with newer keys at their defaults.
+        """Return a digest of the settings that affect the results of a run, with newer keys at their defaults.
 
         Args:
-            counted: Keys that count although they do not affect the outcome, because a sweep varies them.
+            counted: Keys that count although they do not affect the results, because a sweep varies them.
         """
         if self.rerun:  # such a run brings its own recipe
-            return _short_hash({"rerun": self.rerun})
+            return _digest_of({"rerun": self.rerun})
         recipe = _with_defaults(self.model_dump(mode="json", exclude={key for key in NEUTRAL if key not in counted}), "")
-        places = {key.removeprefix("data.") for key in LOCATIONS if key not in counted}
+        places = {key.removeprefix("data.") for key in LOCATIONS}
         recipe["data"] = {key: value for key, value in recipe["data"].items() if key not in places}
         recipe["phases"] = list(recipe["phases"].items())  # their order counts
-        return _short_hash(recipe)
+        return _digest_of(recipe)
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _with_defaults(value: Any, key: str) -> Any:
     return {name: _with_defaults(item, f"{key}.{name}") for name, item in (_defaults(value, key) | value).items()}
 
 
-def _short_hash(content: Any) -> str:
+def _digest_of(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

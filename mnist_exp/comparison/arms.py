@@ -40,12 +40,13 @@ class Source:
 
 def source_of(store: Store, sweep: Sweep) -> Source:
     """Return the runs of a sweep as a source of a comparison."""
-    records = store.children(sweep.run_id)
+    records = [record for record in store.children(sweep.run_id) if record.job is not None]
     jobs = {record.job: record.overrides for record in records if record.job is not None}
     if sweep.sweeper != "grid":  # a search records what it has proposed
         return Source(sweep.run_id, records, _values(jobs), frozenset(jobs))
     first, *later = ([list(combination) for combination in combinations(grid)] for grid in sweep.grids)
-    missing = [job for job in [*first, *itertools.chain(*later)] if job not in jobs.values()]
+    combined = map(list, dict.fromkeys(map(tuple, [*first, *itertools.chain(*later)])))
+    missing = [job for job in combined if job not in jobs.values()]
     # Combinations that compose equal configurations are one job.
     jobs |= dict(zip((number for number in range(sweep.total) if number not in jobs), missing, strict=False))
     initial = frozenset(number for number, job in jobs.items() if job in first)

@@ -54,7 +54,8 @@ def resume(settings: Settings, overrides: list[str], make_should_prune: MakeShou
             if stored_job := saved.recipe.settings.sweep_job:  # it still belongs to its sweep
                 job = stored_job.model_copy(update={"data": None, "in_search": False})
         threads = saved.software.get("threads", "")
-        stored = with_present_locations(saved.recipe, settings, resume=settings.resume, sweep_job=job)
+        rerun = saved.recipe.settings.rerun  # the digest of such a job
+        stored = with_present_locations(saved.recipe, settings, resume=settings.resume, rerun=rerun, sweep_job=job)
         threads_then = int(threads) if threads.isdecimal() else None
         options = {"threads": threads_then, "make_should_prune": make_should_prune, "quiet": in_sweep}
         return run(request(stored, checkpoint=saved, **options))

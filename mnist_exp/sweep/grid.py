@@ -14,11 +14,14 @@ from mnist_exp.console import SweepDisplay, show_lines, show_table
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import (
     check_ids,
+    choices,
     combinations,
     is_location,
     key_of,
+    quoted,
     remember_locations,
     section_of,
+    text_of,
     varied_keys,
 )
 from mnist_exp.paths import take_credentials
@@ -30,6 +33,7 @@ from mnist_exp.sweep.parent import Parent, check_output_dir, open_parent
 from mnist_exp.sweep.summary import Progress, preview
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import RunRecord, Store, Sweep, grids_text
+from mnist_exp.tracking.tags import JOB, NO_JOB
 
 
 class GridSweep:
@@ -44,7 +48,6 @@ class GridSweep:
 
     selecting_overrides: tuple[str, ...] = ()  # the overrides that select this sweeper
     name = "grid"
-    has_distinct_jobs = True  # so that its configuration identifies a job
 
     def __init__(self, context: HydraContext, task: TaskFunction, composed: DictConfig, params: dict[str, str]) -> None:
         if isinstance(uri := composed.get("tracking", {}).get("uri"), str):  # from conf/local or a preset
@@ -69,20 +72,22 @@ class GridSweep:
         store: Store = build(settings.tracking, "tracking")
         if not settings.sweep.dry_run:
             run_dir.ensure_writable_dir(settings.output_dir)
-        # The command line: locations, the sweep's own keys, and what defines its jobs.
+        # The command line: locations, the sweep's own keys, and the overrides that define its jobs.
         locations = [override for override in arguments if is_location(override)]
         apart = {*locations, *(override for override in arguments if section_of(override) == "sweep")}
         overrides = [f"{key}={value}" for key, value in self.params.items()]
-        overrides = self.composer.write_out(overrides + [override for override in arguments if override not in apart])
+        overrides += [with_whole_ids(store, override) for override in arguments if override not in apart]
+        overrides = self.composer.write_out(overrides)
         with ExitStack() as lock:
             stored = self._find_stored(store, locations, lock)
             grids = self._grids(stored, overrides)
             grids_text(grids)  # what could not be read back is refused before anything is recorded
             jobs = self.define(stored, grids)
-            children = self.match(store, stored, jobs)
+            children = self.match(store, stored, grids, jobs) if stored else []
+            total = self.total(stored, jobs)
             if settings.sweep.dry_run:
                 done = {number for child, number in children if child.is_done}
-                rows, notes = preview(jobs, done, self.total(stored, jobs))
+                rows, notes = preview(jobs, done, total)
                 show_table(rows)
                 show_lines(notes)
                 return
@@ -95,7 +100,7 @@ class GridSweep:
                     sweeper=self.name,
                     grids=grids,
                     jobs=jobs,
-                    total=self.total(stored, jobs),
+                    total=total,
                     resumed=stored.run_id if stored else None,
                     swept_keys=self.swept_keys(grids),
                     locations=locations,
@@ -104,8 +109,8 @@ class GridSweep:
             )
             for child, number in children:
                 if child.job != number:
-                    store.number_job(child.run_id, number)
-            display = SweepDisplay(self.total(stored, jobs))
+                    store.set_tags(child.run_id, {JOB: NO_JOB if number is None else str(number)})
+            display = SweepDisplay(total)
             try:
                 with display.polling(Progress(store, parent.tracker.run_id).read):
                     self.run_jobs(parent)
@@ -154,7 +159,7 @@ class GridSweep:
             raise UserError(f"sweep.extend={stored.run_id} adds nothing: expected new values, such as 'seed=range(5,20)'.")
         typed = {key_of(override): override for override in overrides}
         extended = [list(({key_of(override): override for override in grid} | typed).values()) for grid in stored.grids]
-        return stored.grids + [grid for grid in extended if grid not in stored.grids]
+        return [list(grid) for grid in dict.fromkeys(map(tuple, [*stored.grids, *extended]))]
 
     def define(self, stored: Sweep | None, grids: list[list[str]]) -> list[Job]:
         """Return all jobs that can be defined before the first starts, checked."""
@@ -170,53 +175,51 @@ class GridSweep:
         """Return the number of jobs of the sweep."""
         return len(jobs)
 
-    def match(self, store: Store, stored: Sweep | None, jobs: list[Job]) -> list[tuple[RunRecord, int | None]]:
-        """Return the runs of a stored sweep, each with the number of the job that it is, None if it is none any more.
+    def match(self, store: Store, stored: Sweep, grids: list[list[str]], jobs: list[Job]) -> list[tuple[RunRecord, int | None]]:
+        """Return the runs of a stored sweep, each with the number of the job that it is, None if it is none.
 
         Raises:
-            UserError: A finished run is none any more, or other software has computed it, unless `sweep.force` is set.
+            UserError: Other software started the sweep, or a finished run is none of the jobs, unless `sweep.force` is set.
         """
-        if stored is None:
-            return []
+        if not self.settings.sweep.force:
+            _check_unchanged(provenance.differences(stored.record.tags, provenance.software()))
         children = store.children(stored.run_id)
+        if self.name != GridSweep.name:  # several trials of a search may have the same configuration
+            return [(child, child.job) for child in children]
         recipes = store.read_recipes(children)
-        numbers = {job.digest: job.number for job in jobs}
-        varied = varied_keys([job.overrides for job in jobs])
+        numbers, varied = {job.digest: job.number for job in jobs}, self.swept_keys(grids)
         matched = []
         for child in children:
-            number, recipe = child.job, recipes.get(child.run_id)
-            if recipe and self.has_distinct_jobs:
+            number = child.job  # unless it ended before it recorded its recipe
+            if recipe := recipes.get(child.run_id):
                 number = numbers.get(recipe.settings.digest(varied))
-            if recipe and child.is_done and not self.settings.sweep.force:
-                self._check_unchanged(child, recipe.settings, number, jobs)
+                if number is None and child.status == "FINISHED" and not self.settings.sweep.force and child.job is not None:
+                    _check_unchanged(
+                        f"run {child.run_id} ({child.name}) " + self._changes(recipe.settings, child.job, jobs, varied)
+                    )
             matched.append((child, number))
         return matched
 
-    def _check_unchanged(self, child: RunRecord, then: Settings, number: int | None, jobs: list[Job]) -> None:
-        """Raise UserError if the job of a finished run would compute something else today.
+    def _changes(self, then: Settings, number: int, jobs: list[Job], varied: list[str]) -> str:
+        """Return in words how a job of the sweep differs from the settings that its run had.
 
         Args:
-            child: The run.
-            then: Its settings.
-            number: The number of the job that it is, None if it is none any more.
-            jobs: The jobs as composed today.
+            then: The settings of the run.
+            number: The number of its job.
+            jobs: The jobs as composed now.
+            varied: The keys that differ between jobs.
         """
-        changed = provenance.differences(child.tags, provenance.software())
-        if number is None and not changed:
-            changed = "no grid has its configuration"
-            for job in (job for job in jobs if job.number == child.job):
-                before, now = (
-                    dict(walk(settings.model_dump(mode="json", exclude=set(NEUTRAL))))
-                    for settings in (then, self.composer.settings(job.overrides))
-                )
-                keys = [key for key, value in before.items() if not isinstance(value, dict) and now.get(key) != value]
-                changed = "; ".join(f"{key} was {before[key]}, is {now.get(key)}" for key in keys)
-        if changed:
-            raise UserError(
-                f"The sweep differs from its start: run {child.run_id} ({child.name}) has finished, but {changed}.",
-                key="sweep.force",
-                remedy="Start a new sweep, or run the jobs that have not finished with sweep.force=true.",
+        for job in (job for job in jobs if job.number == number):
+            before, now = (
+                dict(walk(settings.model_dump(mode="json", exclude=set(NEUTRAL) - set(varied))))
+                for settings in (then, self.composer.settings(job.overrides))
             )
+            keys = [
+                key for key, value in (now | before).items() if not isinstance(value, dict) and now.get(key) != before.get(key)
+            ]
+            if keys:
+                return "; ".join(f"had {key}={before.get(key)}, is now {now.get(key)}" for key in keys)
+        return "has a configuration that no job has now"
 
     def swept_keys(self, grids: list[list[str]]) -> list[str]:
         """Return the keys that differ between jobs."""
@@ -241,6 +244,24 @@ class GridSweep:
             results = [failed(error) for _ in missing]
         parent.results |= dict(zip(missing, results, strict=True))
         parent.mark_killed(list(missing))
+
+
+def _check_unchanged(changes: str) -> None:
+    """Raise UserError if a sweep has changed since its start; changes: in words, empty without any."""
+    if changes:
+        raise UserError(
+            f"The sweep differs from its start: {changes}.",
+            key="sweep.force",
+            remedy="Start a new sweep, or run the jobs that have no finished run with sweep.force=true.",
+        )
+
+
+def with_whole_ids(store: Store, override: str) -> str:
+    """Return an override with the whole ids of the runs that it repeats, which their records have, too."""
+    if key_of(override) != "rerun":
+        return override
+    ids = [store.resolve_id(text_of(choice).strip("'")) for choice in choices(override)]
+    return f"rerun={','.join(map(quoted, ids))}"
 
 
 def _show(parent: Parent, display: SweepDisplay) -> list[dict[str, str]]:

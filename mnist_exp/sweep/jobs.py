@@ -124,7 +124,7 @@ def latest_run_per_job(children: Iterable[RunRecord]) -> dict[int, RunRecord]:
 
 def common_data(children: Iterable[RunRecord], varied: Sequence[str]) -> str | None:
     """Return the name of the data set that all finished runs have used, unless the sweep varies it."""
-    names = {child.data for child in children if child.status == "FINISHED"}
+    names = {child.data for child in children if child.status == "FINISHED" and child.job is not None}
     is_common = len(names) == 1 and not any(key.partition(".")[0] == "data" for key in varied)
     return name if is_common and re.fullmatch(r"\w+", name := names.pop()) else None
 

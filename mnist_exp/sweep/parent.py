@@ -52,7 +52,7 @@ class Parent:
     path_overrides: list[str]
     resume_command: str
     force: bool
-    in_search: bool = False
+    in_search: bool
     results: dict[int, JobReturn] = field(default_factory=dict)
 
     @property
@@ -167,11 +167,21 @@ def open_parent(
         resume_command = command("run", "-m", *selecting_overrides, f"sweep.resume={quoted(tracker.run_id)}")
         lock.enter_context(_resume_advice(resume_command))
         parent = Parent(
-            store, tracker, output_dir, grids, jobs, total, swept_keys, locations, resume_command, settings.sweep.force
+            store,
+            tracker,
+            output_dir,
+            grids,
+            jobs,
+            total,
+            swept_keys,
+            locations,
+            resume_command,
+            settings.sweep.force,
+            in_search=sweeper != "grid",
         )
         if resumed:
-            tracker.set_tags(process_tags | sweep_tags | {ANSWER: ""})  # an answer from fewer jobs no longer holds
-            tracker.flush()  # before the first job starts
+            # Before the first job starts. An answer from fewer jobs no longer holds.
+            store.set_tags(resumed, process_tags | sweep_tags | {ANSWER: ""})
         else:
             lock.enter_context(run_dir.lock_run(parent.folder))
             store.reap(output_dir)

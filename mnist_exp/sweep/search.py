@@ -45,7 +45,6 @@ class SearchSweep(GridSweep):
 
     selecting_overrides = ("hydra/sweeper=optuna",)
     name = "optuna"
-    has_distinct_jobs = False  # several trials may have the same values
 
     def __init__(
         self,
@@ -97,7 +96,6 @@ class SearchSweep(GridSweep):
     def run_jobs(self, parent: Parent) -> None:
         """Propose jobs, run them, and report their results to the study, until there are n_trials jobs."""
         study = open_study(parent.folder, self.settings.seed)
-        parent.in_search = True
         jobs = list(parent.jobs)
         while True:
             self.launch_missing(parent, jobs)

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Annotated, Self
 from uuid import uuid4
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from mnist_exp.errors import ResumableError, UserError
 from mnist_exp.overrides import check_stored
@@ -185,7 +185,7 @@ def read_sweep(record: RunRecord) -> Sweep:
         UserError: Another version recorded it, or it contains overrides that a store must not contain.
     """
     try:
-        grids = TypeAdapter(list[list[str]]).validate_json(record.tags.get(GRIDS, ""))
+        grids = TypeAdapter(Annotated[list[list[str]], Field(min_length=1)]).validate_json(record.tags.get(GRIDS, ""))
         int(record.tags[SWEEP_JOBS])
     except (ValidationError, ValueError) as error:
         raise UserError(
@@ -294,7 +294,12 @@ class Store:
         return Tracker(run_id or uuid4().hex)
 
     def children(self, sweep_id: str, ended_after: int = 0) -> list[RunRecord]:
-        """Return the runs of a sweep; ended_after: milliseconds since 1970, limits them to ended runs."""
+        """Return the runs of a sweep, also those that are none of its jobs any more.
+
+        Args:
+            sweep_id: The id of the parent.
+            ended_after: Milliseconds since 1970: only runs that ended later; 0 for all runs.
+        """
         return []
 
     def delete(self, run_id: str) -> None:
@@ -327,8 +332,8 @@ class Store:
         """Return a run with its recipe; raises UserError if the store lacks a part."""
         raise UserError("tracking=none stores no runs: set MLFLOW_TRACKING_URI to the store that does.")
 
-    def number_job(self, run_id: str, number: int | None) -> None:
-        """Record which job of its sweep a run is, None if it is none any more."""
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Record tags of a run; raises StoreLostError if they cannot be recorded."""
 
     def read_recipes(self, records: Sequence[RunRecord]) -> dict[str, Recipe]:
         """Return the recipes of runs by id; a run that ended early may have none.

@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import mlflow
-from mlflow.entities import LoggedModel
 
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import EVALUATION, metric_of
@@ -138,8 +137,6 @@ def delete(store: MLflowStore, group: Group, output_dir: Path) -> None:
     for run in reversed(group):  # the sweep last: what is left of an interrupted deletion can be deleted again
         with _locked(store, run, output_dir):
             run_dir.remove_folder(output_dir / run.run_id)
-            for model in logged_models(store, run):
-                store.client.delete_logged_model(model.model_id)
             store.delete(run.run_id)
 
 
@@ -163,8 +160,3 @@ def gc_command(store: MLflowStore) -> str:
     uri = shlex.quote(store.uri)
     database = "DATABASE   (on the server)" if store.uri.startswith("http") else uri
     return f"MLFLOW_TRACKING_URI={uri} mlflow gc --backend-store-uri {database}"
-
-
-def logged_models(store: MLflowStore, record: RunRecord) -> list[LoggedModel]:
-    """Return the models that a run has recorded."""
-    return list(store.client.search_logged_models([record.experiment_id], f"source_run_id='{record.run_id}'"))

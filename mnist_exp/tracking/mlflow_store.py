@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
-from mlflow.entities import Metric, Run, RunTag
+from mlflow.entities import LoggedModel, Metric, Run, RunTag
 from mlflow.exceptions import MlflowException
 from pydantic import Field
 from sqlalchemy.exc import SQLAlchemyError
@@ -119,6 +119,8 @@ class MLflowStore(Store):
                 f"There is no run {run_id} in {self.uri}: set MLFLOW_TRACKING_URI or tracking.uri to its store, or use "
                 "tracking=none for a run that was started with it."
             ) from error
+        if run.info.run_id != run_id:  # it becomes the name of a folder
+            raise UserError(f"{self.uri} answers with another run than {run_id}.")
         if run.info.lifecycle_stage == "deleted":
             restore = restore_command(self.client, self.uri, run.info.experiment_id, run_id)
             raise UserError(f"Run {run_id} was deleted in {self.uri}.", remedy=f"Restore it with `{restore}`.")
@@ -142,11 +144,20 @@ class MLflowStore(Store):
 
     def children(self, sweep_id: str, ended_after: int = 0) -> list[RunRecord]:
         ended = f" and attributes.end_time > {ended_after}" if ended_after else ""
-        found = self._retry(lambda: self.runs(f"tags.{tag.SWEEP} = '{sweep_id}'{ended}"))
-        return [record for record in found if record.job is not None]
+        return self._retry(lambda: self.runs(f"tags.{tag.SWEEP} = '{sweep_id}'{ended}"))
 
     def delete(self, run_id: str) -> None:
-        self._retry(lambda: self.client.delete_run(run_id))
+        def delete() -> None:
+            for model in self.logged_models(record_of(self.client.get_run(run_id))):
+                self.client.delete_logged_model(model.model_id)
+            self.client.delete_run(run_id)  # last: what is left of an interrupted deletion can be deleted again
+
+        self._retry(delete)
+
+    def logged_models(self, record: RunRecord) -> list[LoggedModel]:
+        """Return the models that a run has recorded."""
+        self.open()
+        return list(self.client.search_logged_models([record.experiment_id], f"source_run_id='{record.run_id}'"))
 
     def mark_killed(self, run_id: str, reason: str) -> bool:
         def mark() -> bool:
@@ -212,9 +223,8 @@ class MLflowStore(Store):
         self.experiment_id = record.experiment_id
         return read_sweep(record)
 
-    def number_job(self, run_id: str, number: int | None) -> None:
-        value = tag.NO_JOB if number is None else str(number)
-        self._retry(lambda: self.client.set_tag(run_id, tag.JOB, value))
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        self._retry(lambda: self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()]))
 
     def read_recipes(self, records: Sequence[RunRecord]) -> dict[str, Recipe]:
         self.open()
@@ -223,7 +233,7 @@ class MLflowStore(Store):
             try:
                 return self._recipe(record.run_id)
             except UserError:
-                if record.is_done:
+                if RECIPE in [file.path for file in self.client.list_artifacts(record.run_id)]:
                     raise
                 return None  # it ended before it recorded its recipe
 

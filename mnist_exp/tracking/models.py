@@ -29,7 +29,6 @@ from mnist_exp.storage.checkpoint import read_archive
 from mnist_exp.storage.run_dir import disk_error, remove_folder
 from mnist_exp.tracking.base import RunRecord
 from mnist_exp.tracking.connection import first_line
-from mnist_exp.tracking.housekeeping import logged_models
 from mnist_exp.tracking.mlflow_store import MLflowStore, record_of
 from mnist_exp.tracking.tables import METRICS
 from mnist_exp.tracking.views import run_path
@@ -179,7 +178,7 @@ def _of_run(store: MLflowStore, text: str) -> ModelSource:
         records = [record_of(store.get_run(store.resolve_id(text)))]
         problem = "the run has no model"
     for record in records:
-        if models := logged_models(store, record):
+        if models := store.logged_models(record):
             title = f"run {record.run_id[:8]}, {record.name}" + (f" on {record.data}" if record.data else "")
             return ModelSource(f"models:/{models[0].model_id}", title, models[0].model_id, record.run_id)
     remedy = f"Train one with `{command('run')}`, set MLFLOW_TRACKING_URI to its store, or name its experiment with --experiment."

@@ -83,19 +83,24 @@ def changed_files(checkout: Path | None = CHECKOUT) -> list[str]:
 
 
 def software() -> dict[str, str]:
-    """Return the versions that affect a run's outcome: the digest of the code, and torch's version.
+    """Return the versions that affect a run's results: the digest of the code, and torch's version.
 
-    The code is this package and what the files of conf/ name as targets outside of site-packages.
+    The code is this package and the modules outside of site-packages that files of options name as targets.
     """
+    return {"code": _code(tuple(config_dirs())), "torch": importlib.metadata.version("torch")}
+
+
+@cache  # this process keeps the code that it has imported
+def _code(folders: tuple[Path, ...]) -> str:
     digest = hashlib.sha256()
-    for path in _sources():
+    for path in _sources(folders):
         digest.update(path.read_bytes())
-    return {"code": digest.hexdigest()[:12], "torch": importlib.metadata.version("torch")}
+    return digest.hexdigest()[:12]
 
 
-def _sources() -> Iterator[Path]:
+def _sources(folders: tuple[Path, ...]) -> Iterator[Path]:
     yield from sorted(PACKAGE.rglob("*.py"))
-    named = {found[0] for _, target in targets(tuple(config_dirs())) if (found := re.match(r"\w+(?=\.)", target))}
+    named = {found[0] for _, target in targets(folders) if (found := re.match(r"\w+(?=\.)", target))}
     for module in sorted(named - {NAME, "__main__"} - sys.stdlib_module_names):
         spec = find_spec(module)  # imports nothing
         places = (spec.submodule_search_locations or [spec.origin or module]) if spec else []

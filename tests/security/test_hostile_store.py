@@ -29,6 +29,7 @@ from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking.base import RunInfo
 from mnist_exp.tracking.mlflow_store import MLflowStore
+from mnist_exp.tracking.provenance import software
 
 SHORT = ("data=digits", "~phases.train", "phases.finetune.epochs=1")
 
@@ -178,7 +179,7 @@ def sweep(store: str, tmp_path: Path) -> Callable[..., str]:
 
     def store_sweep(*overrides: str, output_dir: Path = tmp_path / "outputs", sweeper: str = "grid") -> str:
         tags = {"sweep_jobs": "2", "sweeper": sweeper, "grids": json.dumps([overrides]), "output_dir": str(output_dir)}
-        tracker = MLflowStore(store, "mnist_exp").start(RunInfo("sweep", "", tags))
+        tracker = MLflowStore(store, "mnist_exp").start(RunInfo("sweep", "", tags | software()))
         tracker.client.set_terminated(tracker.run_id, "KILLED")
         return tracker.run_id
 
@@ -189,6 +190,17 @@ def check_refused(done: Any) -> None:
     assert done.returncode == 1, done.stderr
     assert done.stderr.strip()
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_answers_for_another(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its id would become the name of a folder, which `runs delete` removes."""
+    opened = MLflowStore(store, "mnist_exp")
+    run_id = opened.start(RunInfo("run", "")).run_id
+    forged = opened.client.get_run(run_id)
+    monkeypatch.setattr(type(forged.info), "run_id", "../../bait")
+    monkeypatch.setattr(opened.client, "get_run", lambda _: forged)
+    with pytest.raises(UserError):
+        opened.get_run(run_id)
 
 
 @pytest.mark.parametrize("override", ["output_dir={}", "data.root={}", "model={}/evil", "hydra.searchpath=[file://{}]"])

@@ -20,6 +20,7 @@ from mnist_exp.tracking.provenance import software
 
 BASE = ("data=digits", "~phases.train")
 Store = Callable[..., str]
+Change = Callable[[Settings], Settings]
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def sweep(store: str, tmp_path: Any) -> Store:
             "grids": json.dumps(grids),
             "output_dir": str(tmp_path / "outputs"),
         }
-        parent = opened.start(RunInfo("sweep", "", recorded | tags))
+        parent = opened.start(RunInfo("sweep", "", recorded | software() | tags))
         for number, overrides, change, ended in children:
             recipe = compose_recipe(*overrides)
             info = {"sweep_id": parent.run_id, "job_num": str(number), "overrides": " ".join(overrides), **software()}
@@ -57,10 +58,6 @@ def without_subset(settings: Settings) -> Settings:
     return settings.model_copy(update={"data": {key: value for key, value in settings.data.items() if key != "subset"}})
 
 
-def with_another_batch_size(settings: Settings) -> Settings:
-    return settings.model_copy(update={"batch_size": 64})
-
-
 def planned(in_process: CommandLine, *overrides: str) -> list[str]:
     """What a dry run says of each job."""
     done = in_process("-m", *overrides, "sweep.dry_run=true")
@@ -77,22 +74,57 @@ def test_a_job_is_its_configuration_whatever_its_number(sweep: Store, in_process
     assert planned(in_process, "sweep.extend=latest", "seed=1,2") == ["run", "skip", "run", "run", "run", "run"]
 
 
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (lambda settings: settings.model_copy(update={"batch_size": 64}), "batch_size=64"),
+        (lambda settings: settings.model_copy(update={"data": settings.data | {"subset": 100}}), "data.subset=100"),
+        (lambda settings: settings.model_copy(update={"rerun": "a" * 32}), "sweep.force"),
+    ],
+)
 def test_a_finished_run_of_another_configuration_is_not_lost(
-    sweep: Store, in_process: CommandLine, store: str, monkeypatch: pytest.MonkeyPatch
+    sweep: Store, in_process: CommandLine, store: str, change: Change, key: str
 ) -> None:
     grid = (*BASE, "phases.finetune.batch_size=64,128")
-    sweep(grid, children=[(0, (*BASE, "phases.finetune.batch_size=64"), with_another_batch_size, "FINISHED")])
+    sweep(grid, children=[(0, (*BASE, "phases.finetune.batch_size=64"), change, "FINISHED")])
     refused = in_process("-m", "sweep.resume=latest", "sweep.dry_run=true")
     assert refused.returncode == 1
-    assert "batch_size was 64, is 512" in refused.stderr
+    assert key in refused.stderr
     assert planned(in_process, "sweep.resume=latest", "sweep.force=true") == ["run", "run"]
+    (child,) = MLflowStore(store, "mnist_exp").runs("tags.job_num = '0'")
+    MlflowClient(store).set_tag(child.run_id, "job_num", "none")
+    assert planned(in_process, "sweep.resume=latest") == ["run", "run"], "it is kept apart already"
+
+
+def test_a_run_that_was_kept_apart_is_a_job_again_with_its_configuration(
+    sweep: Store, in_process: CommandLine, store: str
+) -> None:
+    sweep((*BASE, "save_every=5,6"), children=[(0, (*BASE, "save_every=6"), same, "FINISHED")])
+    (child,) = MLflowStore(store, "mnist_exp").runs("tags.job_num = '0'")
+    MlflowClient(store).set_tag(child.run_id, "job_num", "none")
+    assert planned(in_process, "sweep.resume=latest") == ["run", "skip"]
+
+
+def test_extensions_add_each_grid_once(sweep: Store, in_process: CommandLine, store: str) -> None:
+    seeds = [(*BASE, "seed=0"), (*BASE, "seed=1")]
+    sweep(*seeds)
+    done = in_process("-m", "sweep.extend=latest", "seed=2", "sweep.dry_run=true")
+    assert done.returncode == 0, done.stderr
+    assert planned(in_process, "sweep.extend=latest", "seed=2") == ["run"] * 3
+
+
+def test_a_rerun_is_the_same_job_however_its_id_is_typed(sweep: Store, in_process: CommandLine, store: str) -> None:
+    sweep(BASE, children=[(0, BASE, same, "FINISHED")], status="FINISHED")
+    (run,) = MLflowStore(store, "mnist_exp").runs("tags.job_num = '0'")
+    child = (0, BASE, lambda settings: settings.model_copy(update={"rerun": run.run_id}), "FINISHED")
+    again = sweep((f"rerun={run.run_id}",), children=[child])
+    assert planned(in_process, f"sweep.resume={again}", f"rerun='{run.run_id[:8]}'") == ["skip"]
 
 
 @pytest.mark.parametrize("name", ["code", "torch"])
 def test_other_software_is_refused(sweep: Store, in_process: CommandLine, store: str, name: str) -> None:
-    sweep(BASE, children=[(0, BASE, same, "FINISHED")])
-    (child,) = MLflowStore(store, "mnist_exp").runs("tags.job_num = '0'")
-    MlflowClient(store).set_tag(child.run_id, name, "other")
+    parent = sweep(BASE, children=[(0, BASE, same, "KILLED")])
+    MlflowClient(store).set_tag(parent, name, "other")
     for key in ("sweep.resume=latest", "sweep.extend=latest"):
         refused = in_process("-m", key, *(["seed=5"] if "extend" in key else []), "sweep.dry_run=true")
         assert refused.returncode == 1
