@@ -34,7 +34,7 @@ def calibration_error(logits: Tensor, labels: Tensor) -> float:
 
 
 # The metrics of an evaluation: functions of logits (n, classes) float32 and labels (n,) int64. `metrics.py` has their formats.
-EVALUATED = (accuracy, loss, calibration_error)
+EVALUATED = [accuracy, loss, calibration_error]
 
 
 @dataclass(frozen=True)
