@@ -1,6 +1,5 @@
 """Evaluation of a model on a split. Values are returned, never logged."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,30 +9,19 @@ from torch import Tensor, nn
 from mnist_exp.errors import UserError
 from mnist_exp.learning.data import Split
 
-Function = Callable[[Tensor, Tensor], float]
-EVALUATED: dict[str, Function] = {}  # the metrics of an evaluation, by name
 BATCH_SIZE = 250  # larger batches exceed the CPU's cache and take twice as long
 
 
-def metric(function: Function) -> Function:
-    """Register a function of logits (n, classes) float32 and labels (n,) int64 as a metric; `metrics.py` has its format."""
-    EVALUATED[function.__name__] = function
-    return function
-
-
-@metric
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Return the fraction of correct predictions, 0 to 1."""
     return int((logits.argmax(1) == labels).sum()) / len(labels)
 
 
-@metric
 def loss(logits: Tensor, labels: Tensor) -> float:
     """Return the mean cross-entropy, in nats."""
     return F.cross_entropy(logits, labels).item()
 
 
-@metric
 def calibration_error(logits: Tensor, labels: Tensor) -> float:
     """Return the expected calibration error, 0 to 1: the mean gap between confidence and accuracy in 15 equal-width bins.
 
@@ -45,6 +33,10 @@ def calibration_error(logits: Tensor, labels: Tensor) -> float:
     return float(torch.zeros(15, dtype=torch.double).index_add_(0, bins.clamp(0, 14), gaps).abs().sum()) / len(labels)
 
 
+# The metrics of an evaluation: functions of logits (n, classes) float32 and labels (n,) int64. `metrics.py` has their formats.
+EVALUATED = [accuracy, loss, calibration_error]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A model's logits (n, classes) float32 on a split, and the labels (n,) int64, both on the CPU."""
@@ -54,8 +46,8 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The value of each of `EVALUATED`, by name."""
-        return {name: function(self.logits, self.labels) for name, function in EVALUATED.items()}
+        """The value of each of `EVALUATED`, by its name."""
+        return {function.__name__: function(self.logits, self.labels) for function in EVALUATED}
 
     @property
     def predictions(self) -> Tensor:

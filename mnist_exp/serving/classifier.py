@@ -157,11 +157,7 @@ def open_picture(file: Path | BinaryIO, formats: tuple[str, ...] = FORMATS, max_
                 return picture.copy()
     except UserError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"the picture is too large: more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:
         raise UserError(f"no picture: expected {', '.join(formats)}") from error
-    except FileNotFoundError as error:
-        raise UserError("no such file") from error
     except Exception as error:  # a damaged file can fail anywhere within Pillow
         raise UserError(f"the picture cannot be read: {error}") from error

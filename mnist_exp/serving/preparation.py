@@ -84,7 +84,7 @@ def _pixels(picture: Image.Image) -> NDArray[np.float32]:
 
 def _foreground(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return how much each pixel belongs to the digit: 0 to 1, float32 (h, w)."""
-    difference = (pixels - _background(pixels)).astype(np.float32)
+    difference = (pixels - np.median(_border(pixels), axis=0)).astype(np.float32)
     if _is_uneven(difference):
         return _foreground_of_photo(pixels)
     foreground = _foreground_on_plane(difference)
@@ -92,7 +92,7 @@ def _foreground(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _foreground_on_plane(difference: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return how much each pixel differs from a background of smooth color, toward the color of the digit."""
+    """Return how much each pixel differs from a background of one color, toward the color of the digit."""
     strength = np.abs(difference).max(2)
     contrast = float(np.quantile(strength, 0.995)) if strength.size > 1000 else float(strength.max())
     contrast = max(contrast, float(strength.max()) * 0.5)
@@ -186,21 +186,6 @@ def _edge_components(components: NDArray[np.int32]) -> set[int]:
         numbers, counts = np.unique(side[side > 0], return_counts=True)
         at_edge |= {int(number) for number, count in zip(numbers, counts, strict=True) if count > 0.5 * len(side)}
     return at_edge
-
-
-def _background(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the background, a plane through the colors of the border, so that a shadow across the page is none of the digit."""
-    height, width, channels = pixels.shape
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    plane = np.stack([np.ones_like(x), x / width, y / height], axis=2)  # (h, w, 3)
-    colors = _border(pixels)  # (n, channels)
-    typical = np.median(colors, axis=0)
-    near = np.abs(colors - typical).max(1) < 0.25  # without a digit that touches the border
-    if near.sum() < 0.5 * len(near):
-        return np.broadcast_to(typical, (height, width, channels)).astype(np.float32)
-    factors, *_ = np.linalg.lstsq(_border(plane)[near], colors[near], rcond=None)
-    background: NDArray[np.float32] = (plane @ factors).astype(np.float32)
-    return background
 
 
 def _without_dirt(foreground: NDArray[np.float32]) -> NDArray[np.float32]:
