@@ -1,5 +1,6 @@
 """Grids: every combination of the choices on the command line, once."""
 
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from importlib.util import find_spec
@@ -25,7 +26,7 @@ from mnist_exp.overrides import (
     varied_keys,
 )
 from mnist_exp.paths import take_credentials
-from mnist_exp.settings import NEUTRAL, Settings, build, walk
+from mnist_exp.settings import ID, NEUTRAL, Settings, build, walk
 from mnist_exp.signals import install_signal_handlers
 from mnist_exp.storage import run_dir
 from mnist_exp.sweep.jobs import Composer, Job, failed
@@ -260,8 +261,8 @@ def with_whole_ids(store: Store, override: str) -> str:
     """Return an override with the whole ids of the runs that it repeats, which their records have, too."""
     if key_of(override) != "rerun":
         return override
-    ids = [store.resolve_id(text_of(choice).strip("'")) for choice in choices(override)]
-    return f"rerun={','.join(map(quoted, ids))}"
+    ids = [text_of(choice).strip("'") for choice in choices(override)]
+    return f"rerun={','.join(quoted(store.resolve_id(text)) if re.fullmatch(ID, text) else text for text in ids)}"
 
 
 def _show(parent: Parent, display: SweepDisplay) -> list[dict[str, str]]:

@@ -87,11 +87,12 @@ def software() -> dict[str, str]:
 
     The code is this package and the modules outside of site-packages that files of options name as targets.
     """
-    return {"code": _code(tuple(config_dirs())), "torch": importlib.metadata.version("torch")}
+    return {"code": code_digest(tuple(config_dirs())), "torch": importlib.metadata.version("torch")}
 
 
 @cache  # this process keeps the code that it has imported
-def _code(folders: tuple[Path, ...]) -> str:
+def code_digest(folders: tuple[Path, ...]) -> str:
+    """Return the digest of the code, given the folders with files of options."""
     digest = hashlib.sha256()
     for path in _sources(folders):
         digest.update(path.read_bytes())

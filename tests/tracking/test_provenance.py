@@ -102,4 +102,5 @@ def test_the_digest_of_the_code_counts_modules_of_ones_own_that_targets_name(
     source.write_text("first\n")
     before = software()
     source.write_text("second\n")
+    code_digest.cache_clear()
     assert (software() != before) == (before != alone) == counts
