@@ -455,7 +455,7 @@ class Trial:
             keys = {part: part if str(node[part]) == shared[part] else f"phases.{name}.{part}" for part in PARTS}
             phase = self._once(_try_phase, node, f"phases.{name}", keys)
             if data:
-                check_split(name, phase.split, phase.batch_size, {split: part.epoch_size for split, part in data.splits.items()})
+                check_split(name, phase, data)
 
     def _once(self, function: Callable[..., Any], *arguments: Any) -> Any:
         text = json.dumps([function.__name__, *arguments], sort_keys=True)

@@ -146,9 +146,8 @@ def prepare_phases(model: nn.Module, phases: Mapping[str, PhaseConfig], data: Da
     """
     prepared: list[Phase] = []
     trained_on: set[str] = set()
-    sizes = {split: part.epoch_size for split, part in data.splits.items()}
     for name, config in phases.items():
-        check_split(name, config.split, config.batch_size, sizes)
+        check_split(name, config, data)
         steps_per_epoch = data.splits[config.split].steps(config.batch_size)
         total_steps = config.epochs * steps_per_epoch
         try:
@@ -168,15 +167,15 @@ def prepare_phases(model: nn.Module, phases: Mapping[str, PhaseConfig], data: Da
     return prepared
 
 
-def check_split(name: str, split: str, batch_size: int, sizes: Mapping[str, int]) -> None:
-    """Raise UserError unless the phase `name` can train on a split; sizes: the images of an epoch of each split."""
-    if split not in sizes or split == "test":
-        allowed = " or ".join(known for known in sizes if known != "test")
-        raise UserError.invalid(f"phases.{name}.split", split, f"{allowed} with this data")
-    if batch_size > sizes[split]:
-        expected = f"at most {sizes[split]}, the size of an epoch of the split {split}"
+def check_split(name: str, config: PhaseConfig, data: Dataset) -> None:
+    """Raise UserError unless the phase `name` can train on its split of the data."""
+    if config.split not in data.splits or config.split == "test":
+        allowed = " or ".join(known for known in data.splits if known != "test")
+        raise UserError.invalid(f"phases.{name}.split", config.split, f"{allowed} with this data")
+    if config.batch_size > (size := data.splits[config.split].epoch_size):
+        expected = f"at most {size}, the size of an epoch of the split {config.split}"
         remedy = f"Lower phases.{name}.batch_size, or change data.finetune_fraction."
-        raise UserError.invalid(f"phases.{name}.batch_size", batch_size, expected, remedy)
+        raise UserError.invalid(f"phases.{name}.batch_size", config.batch_size, expected, remedy)
 
 
 def fit(

@@ -19,7 +19,7 @@ from mlflow.entities import Run
 from PIL import Image
 from processes import SECRET, SHORT, assert_nowhere
 
-from mnist_exp import draw, predict, runs, ui
+from mnist_exp import cli, draw, predict, runs, ui
 from mnist_exp.api import load
 from mnist_exp.learning.datasets import load_digits
 from mnist_exp.learning.evaluation import evaluate
@@ -169,7 +169,7 @@ def test_every_printed_command_works_when_copied(finished, call: Call, tmp_path:
     """Although the store and the experiment were typed on the command line of the run."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/nowhere.db")
     monkeypatch.setattr(ui, "serves", lambda *_: True)
-    monkeypatch.setattr(draw, "listen", lambda _: socket.socket())
+    monkeypatch.setattr(cli, "listen", lambda _: socket.socket())
     monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
     Image.fromarray(load_digits(0.02, seed=0).splits["test"].images[0, 0].numpy()).save(tmp_path / "digit.png")
     run_id, printed = finished[0].info.run_id, re.findall(r"python -m mnist_exp\.(\w+) (.*)", finished[2])
