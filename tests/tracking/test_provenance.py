@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mnist_exp import paths
-from mnist_exp.tracking.provenance import MAX_PATCH, changed_files, git_tags, software, uncommitted
+from mnist_exp.tracking.provenance import MAX_PATCH, changed_files, code_digest, git_tags, software, uncommitted
 from mnist_exp.tracking.tags import DIRTY
 
 SECRET = "hunter2hunter2"
