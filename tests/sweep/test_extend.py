@@ -21,7 +21,8 @@ def finished(store: str) -> tuple[str, list[RunRecord]]:
     """The id and the jobs, in order, of the only sweep."""
     opened = MLflowStore(store, "mnist_exp")
     sweep = opened.find_sweep("latest")
-    children = sorted(opened.children(sweep.run_id), key=lambda child: child.job or 0)
+    children = [child for child in opened.children(sweep.run_id) if child.job is not None]
+    children.sort(key=lambda child: child.job or 0)
     assert [child.job for child in children] == list(range(sweep.total))
     assert [child.status for child in children] == ["FINISHED"] * len(children)
     assert sweep.record.status == "FINISHED"
