@@ -77,8 +77,8 @@ class SearchSweep(GridSweep):
 
     def define(self, stored: Sweep | None, grids: list[list[str]]) -> list[Job]:
         """Return the trials of a stored search; Optuna proposes others while it runs."""
-        self.check(self.settings)
         if stored is None:
+            self.check(self.settings)
             return []
         folder = self.settings.output_dir / stored.run_id
         if not (folder / DATABASE).exists():
