@@ -84,7 +84,8 @@ class GridSweep:
             grids = self._grids(stored, overrides)
             grids_text(grids)  # what could not be read back is refused before anything is recorded
             jobs = self.define(stored, grids)
-            children = self.match(store, stored, grids, jobs) if stored else []
+            swept_keys = self.swept_keys(grids)
+            children = self.match(store, stored, jobs, swept_keys) if stored else []
             total = self.total(stored, jobs)
             if settings.sweep.dry_run:
                 done = {number for child, number in children if child.is_done}
@@ -103,7 +104,7 @@ class GridSweep:
                     jobs=jobs,
                     total=total,
                     resumed=stored.run_id if stored else None,
-                    swept_keys=self.swept_keys(grids),
+                    swept_keys=swept_keys,
                     locations=locations,
                     selecting_overrides=(*self.selecting_overrides, *launching),
                 )
@@ -176,7 +177,7 @@ class GridSweep:
         """Return the number of jobs of the sweep."""
         return len(jobs)
 
-    def match(self, store: Store, stored: Sweep, grids: list[list[str]], jobs: list[Job]) -> list[tuple[RunRecord, int | None]]:
+    def match(self, store: Store, stored: Sweep, jobs: list[Job], varied: list[str]) -> list[tuple[RunRecord, int | None]]:
         """Return the runs of a stored sweep, each with the number of the job that it is, None if it is none.
 
         Raises:
@@ -188,7 +189,7 @@ class GridSweep:
         if self.name != GridSweep.name:  # several trials of a search may have the same configuration
             return [(child, child.job) for child in children]
         recipes = store.read_recipes(children)
-        numbers, varied = {job.digest: job.number for job in jobs}, self.swept_keys(grids)
+        numbers = {job.digest: job.number for job in jobs}
         matched = []
         for child in children:
             number = child.job  # unless it ended before it recorded its recipe
