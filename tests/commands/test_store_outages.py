@@ -89,11 +89,11 @@ def test_a_sweep_that_the_server_cannot_read_is_not_said_to_be_missing(
 ) -> None:
     with broken_server(with_experiment=True) as (server, _):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
-        output_dir = f"output_dir={tmp_path}/outputs"
+        locations = (f"output_dir={tmp_path}/outputs", "tracking.patience=0")
         for done in (
             call(compare.main, *arguments),
-            call(run.main, "-m", f"sweep.extend='{arguments[0]}'", "seed=range(5,20)", output_dir),
-            call(run.main, "-m", f"sweep.resume='{arguments[0]}'", output_dir),
+            call(run.main, "-m", f"sweep.extend='{arguments[0]}'", "seed=range(5,20)", *locations),
+            call(run.main, "-m", f"sweep.resume='{arguments[0]}'", *locations),
         ):
             assert done.returncode == 1
             assert "500" in done.stderr
