@@ -91,13 +91,12 @@ def record(
     from mnist_exp.experiment.summary import dataset_info
     from mnist_exp.tracking import provenance
     from mnist_exp.tracking.base import RunInfo
-    from mnist_exp.tracking.mlflow_store import record_of
     from mnist_exp.tracking.tags import DATA, MODEL, TRAINED_BY
 
     trained = None
     if source.run_id:
         with suppress(UserError):  # the run was deleted, its model was not
-            trained = record_of(store.get_run(source.run_id))
+            trained = store.get_run(source.run_id)
     split, warnings, results = data.eval_split, caveats(trained, data), measures(evaluation)
     tags = provenance.git_tags() | provenance.software() | provenance.process_tags(output_dir)
     tags |= {DATA: data.name, MODEL: source.address} | ({TRAINED_BY: source.run_id} if source.run_id else {})

@@ -50,6 +50,7 @@ METRICS = {
 }
 OTHER = Metric("other", ".4g")
 OBJECTIVE = "val/accuracy"  # decides searches, rankings and promotions; never a metric of the test set
+MAIN_METRICS = (OBJECTIVE, "test/accuracy")  # in tables of runs and descriptions of models
 EVALUATION = "evaluate/"  # begins the names of metrics of stored models: no command selects runs by them
 
 

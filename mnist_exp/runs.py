@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mnist_exp import cli
 from mnist_exp.errors import UserError
-from mnist_exp.metrics import OBJECTIVE, format_metric
+from mnist_exp.metrics import MAIN_METRICS, OBJECTIVE, format_metric
 from mnist_exp.overrides import command
 from mnist_exp.paths import NAME
 
@@ -136,9 +136,9 @@ def list_runs(store: "MLflowStore", settings: "Settings", arguments: argparse.Na
         )
     chosen = tables.filter_runs(records, arguments.data, arguments.since, arguments.last)
     if arguments.sort:
-        show_table(tables.ranking(chosen, arguments.sort), optional=tables.METRICS)
+        show_table(tables.ranking(chosen, arguments.sort), optional=MAIN_METRICS)
     else:
-        show_table(tables.run_tree(records, chosen, with_jobs=arguments.jobs), optional=tables.METRICS[:1])
+        show_table(tables.run_tree(records, chosen, with_jobs=arguments.jobs), optional=MAIN_METRICS[:1])
 
 
 def show_run(store: "MLflowStore", settings: "Settings", arguments: argparse.Namespace) -> None:
@@ -146,9 +146,8 @@ def show_run(store: "MLflowStore", settings: "Settings", arguments: argparse.Nam
     from mnist_exp.console import show_lines, show_pairs
     from mnist_exp.tracking import tables
     from mnist_exp.tracking import tags as tag
-    from mnist_exp.tracking.mlflow_store import record_of
 
-    record = record_of(store.get_run(store.resolve_id(arguments.run_id)))
+    record = store.get_run(store.resolve_id(arguments.run_id))
     show_pairs("Run", tables.run_details(record))
     show_pairs("Settings", dict(sorted(record.params.items())))
     show_pairs("Metrics", {name: format_metric(name, value) for name, value in sorted(record.metrics.items())})
@@ -204,10 +203,9 @@ def promote_model(store: "MLflowStore", settings: "Settings", arguments: argpars
     from mnist_exp.comparison.promotion import decide_by_sweep
     from mnist_exp.console import show_lines
     from mnist_exp.tracking import models
-    from mnist_exp.tracking.mlflow_store import record_of
 
     if arguments.run_id:
-        record = record_of(store.get_run(store.resolve_id(arguments.run_id, finished=True)))
+        record = store.get_run(store.resolve_id(arguments.run_id, finished=True))
         reason, tags = "Promoted by hand.", {}
     else:
         champion = models.find_champion(store, arguments.name, arguments.alias)
@@ -238,7 +236,7 @@ def prune_runs(store: "MLflowStore", settings: "Settings", arguments: argparse.N
     reap(store, settings.output_dir)
     groups, kept = plan_pruning(store, settings.output_dir, arguments.older_than, arguments.keep_best, arguments.by)
     if groups:
-        show_table([tables.run_row(tables.group_name(group), group[0]) for group in groups], optional=tables.METRICS)
+        show_table([tables.run_row(tables.group_name(group), group[0]) for group in groups], optional=MAIN_METRICS)
     show_lines([f"Kept: {'; '.join(f'{reason} ({count})' for reason, count in kept.items()) or 'none'}."])
     if arguments.yes:
         delete_groups(store, groups, settings.output_dir)

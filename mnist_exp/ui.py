@@ -118,14 +118,14 @@ def list_pages(store: "MLflowStore", run_id: str | None, view: str | None) -> di
     if run_id is None:
         return saved
     run = store.get_run(store.resolve_id(run_id))
-    store.experiment_id = run.info.experiment_id
-    if SWEEP_JOBS in run.data.tags:
-        finished = sum(record.status == "FINISHED" for record in store.children(run.info.run_id))
-        if curves := store.link_curves(run.info.run_id, finished):
+    store.experiment_id = run.experiment_id
+    if SWEEP_JOBS in run.tags:
+        finished = sum(record.status == "FINISHED" for record in store.children(run.run_id))
+        if curves := store.link_curves(run.run_id, finished):
             saved = {"Curves by arm": f"/{curves}"} | saved
     elif view == views.CURVES:
-        raise UserError.invalid("--view", view, f"a sweep with it: run {run.info.run_id} is a single run")
-    page = {run.info.run_name: views.run_path(run.info.experiment_id, run.info.run_id)}
+        raise UserError.invalid("--view", view, f"a sweep with it: run {run.run_id} is a single run")
+    page = {run.name: views.run_path(run.experiment_id, run.run_id)}
     return saved | page if view == views.CURVES else page | saved
 
 

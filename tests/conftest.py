@@ -26,7 +26,6 @@ from mnist_exp.signals import SIGNALS
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.tracking.base import RunInfo
 from mnist_exp.tracking.mlflow_store import MLflowStore
-from mnist_exp.tracking.models import save_model
 
 Compose = Callable[..., Settings]
 CommandLine = Callable[..., subprocess.CompletedProcess[str]]
@@ -125,11 +124,10 @@ def composed() -> Compose:
 def stored_run(store: str, tmp_path: Path, composed: Compose) -> str:
     """The id of a finished run whose network has not learned anything."""
     settings = composed().model_copy(update={"shape": MNIST_SHAPE})
-    save_model(tmp_path / "model", build(settings.model, "model", **MNIST_SHAPE), settings)
     opened = MLflowStore(store, "mnist_exp")
     opened.open()
     with opened.start(RunInfo("se_cnn", "python -m mnist_exp.run", {"data": "mnist"})) as tracker:
-        tracker.log_model(tmp_path / "model", "se_cnn-mnist")
+        tracker.log_model("se_cnn-mnist", build(settings.model, "model", **MNIST_SHAPE), settings, tmp_path / "model")
     return str(tracker.run_id)
 
 

@@ -19,7 +19,6 @@ from mnist_exp.overrides import command, quoted
 from mnist_exp.signals import Interrupted, defer_signals
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
-from mnist_exp.tracking import models
 from mnist_exp.tracking.base import OUTCOME, RECIPE, DatasetInfo, RunInfo, Store, Tracker
 from mnist_exp.tracking.provenance import ORIGIN, PATCH, Origin, uncommitted
 
@@ -97,9 +96,7 @@ class Recorder:
     def log_model(self, model: nn.Module, name: str) -> None:
         """Record the last checkpoint and the model."""
         self.tracker.log_file(self.folder / run_dir.CHECKPOINT)
-        if self.tracker.is_recording:
-            models.save_model(self.folder / "model", model, self._initial.recipe.settings)
-            self.tracker.log_model(self.folder / "model", name)
+        self.tracker.log_model(name, model, self._initial.recipe.settings, self.folder / "model")
 
     def finish(self, results: dict[str, float], description: str) -> None:
         """Record the results of the whole run, and that it has finished."""

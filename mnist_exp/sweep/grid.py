@@ -30,7 +30,7 @@ from mnist_exp.settings import ID, NEUTRAL, Settings, build, walk
 from mnist_exp.signals import install_signal_handlers
 from mnist_exp.storage import run_dir
 from mnist_exp.sweep.jobs import Composer, Job, failed
-from mnist_exp.sweep.parent import Parent, check_output_dir, open_parent
+from mnist_exp.sweep.parent import Parent, Plan, check_output_dir, open_parent
 from mnist_exp.sweep.summary import Progress, preview
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import RunRecord, Store, Sweep, grids_text
@@ -95,20 +95,10 @@ class GridSweep:
                 return
             getattr(self.launcher, "warm_up", lambda: None)()  # now that nothing can be refused any more
             launching = [override for override in hydra.overrides.hydra if "launcher" in override]
-            parent = lock.enter_context(
-                open_parent(
-                    store,
-                    settings,
-                    sweeper=self.name,
-                    grids=grids,
-                    jobs=jobs,
-                    total=total,
-                    resumed=stored.run_id if stored else None,
-                    swept_keys=swept_keys,
-                    locations=locations,
-                    selecting_overrides=(*self.selecting_overrides, *launching),
-                )
+            plan = Plan(
+                self.name, grids, jobs, total, swept_keys, locations, selecting_overrides=[*self.selecting_overrides, *launching]
             )
+            parent = lock.enter_context(open_parent(store, settings, plan, stored.run_id if stored else None))
             for child, number in children:
                 if child.job != number:
                     store.set_tags(child.run_id, {JOB: NO_JOB if number is None else str(number)})
@@ -229,11 +219,11 @@ class GridSweep:
 
     def run_jobs(self, parent: Parent) -> None:
         """Run all jobs."""
-        self.launch_missing(parent, parent.jobs)
+        self.launch_missing(parent, parent.plan.jobs)
 
     def launch_missing(self, parent: Parent, jobs: Sequence[Job]) -> None:
         """Run those of `jobs` that have not finished."""
-        if not parent.force:
+        if not self.settings.sweep.force:
             parent.wait_for_running_jobs()
         missing = parent.missing(jobs)
         if not missing:

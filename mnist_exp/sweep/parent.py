@@ -24,41 +24,55 @@ ORPHAN_PATIENCE = 60.0  # seconds for the jobs of a killed parent to end
 
 
 @dataclass
+class Plan:
+    """The jobs of a sweep, and the overrides that define them.
+
+    Args:
+        sweeper: The name of what proposes the jobs.
+        grids: The overrides of each grid.
+        jobs: The jobs that are known so far; a search appends those that it proposes.
+        total: The number of jobs, including those that a search has not proposed yet.
+        swept_keys: The keys that differ between jobs.
+        locations: The overrides of locations on the command line, which every job receives.
+        selecting_overrides: The overrides that select the sweeper and the launcher.
+    """
+
+    sweeper: str
+    grids: list[list[str]]
+    jobs: list[Job]
+    total: int
+    swept_keys: list[str]
+    locations: list[str]
+    selecting_overrides: list[str]
+
+
+@dataclass
 class Parent:
     """The parent of a sweep that is running.
 
     Args:
         store: Holds the runs of the jobs.
+        settings: The settings of the command line.
+        plan: The jobs.
         tracker: Of the parent's own run.
-        output_dir: The folder of all runs.
-        grids: The overrides of each grid.
-        jobs: The jobs; a search appends those that it proposes.
-        total: The number of jobs, including those that a search has not proposed yet.
-        swept_keys: The keys that differ between jobs.
-        path_overrides: The overrides of locations on the command line, which every job receives.
-        resume_command: The command that resumes the sweep.
-        force: Whether to skip the checks for changes and for running jobs.
-        in_search: Whether a search proposes the jobs.
         results: The reports of the launcher, by job.
     """
 
     store: Store
+    settings: Settings
+    plan: Plan
     tracker: Tracker
-    output_dir: Path
-    grids: list[list[str]]
-    jobs: list[Job]
-    total: int
-    swept_keys: list[str]
-    path_overrides: list[str]
-    resume_command: str
-    force: bool
-    in_search: bool
     results: dict[int, JobReturn] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
         """The sweep's own folder."""
-        return self.output_dir / self.tracker.run_id
+        return self.settings.output_dir / self.tracker.run_id
+
+    @property
+    def resume_command(self) -> str:
+        """The command that resumes the sweep."""
+        return command("run", "-m", *self.plan.selecting_overrides, f"sweep.resume={quoted(self.tracker.run_id)}")
 
     def children(self) -> list[RunRecord]:
         """Return the runs of the jobs."""
@@ -66,16 +80,16 @@ class Parent:
 
     def missing(self, jobs: Sequence[Job]) -> dict[int, list[str]]:
         """Return the overrides of those of `jobs` that have not finished; each resumes its last checkpoint if it has one."""
-        children = self.children()
-        runs, colors = latest_run_per_job(children), job_colors(self.jobs)
-        data = None if self.force else common_data(children, self.swept_keys)
+        plan, children = self.plan, self.children()
+        runs, colors = latest_run_per_job(children), job_colors(plan.jobs)
+        data = None if self.settings.sweep.force else common_data(children, plan.swept_keys)
         missing = {}
         for job in jobs:
             child, result = runs.get(job.number), self.results.get(job.number)
             if child.is_done if child else result and result.status == JobStatus.COMPLETED:
                 continue
             overrides = job.overrides
-            if child and run_dir.has_checkpoint(self.output_dir / child.run_id):
+            if child and run_dir.has_checkpoint(self.settings.output_dir / child.run_id):
                 overrides = [f"resume={quoted(child.run_id)}"]
             elif child:
                 self.store.delete(child.run_id)
@@ -83,11 +97,11 @@ class Parent:
                 sweep_id=self.tracker.run_id,
                 number=job.number,
                 color=colors[job.number],
-                varied=self.swept_keys,
+                varied=plan.swept_keys,
                 data=data,
-                in_search=self.in_search,
+                in_search=plan.sweeper != "grid",
             )
-            missing[job.number] = [*overrides, *self.path_overrides, context.as_override()]
+            missing[job.number] = [*overrides, *plan.locations, context.as_override()]
         return missing
 
     def mark_killed(self, numbers: Sequence[int]) -> None:
@@ -100,7 +114,7 @@ class Parent:
         """Wait for jobs of a killed parent, which end by themselves; raises UserError if one does not."""
         deadline = time.monotonic() + ORPHAN_PATIENCE
         while True:
-            self.store.reap(self.output_dir)
+            self.store.reap(self.settings.output_dir)
             alive = [child for child in self.children() if child.status == "RUNNING"]
             if not alive:
                 return
@@ -114,71 +128,32 @@ class Parent:
 
     def finalize(self) -> list[dict[str, str]]:
         """Record the results of all jobs; return them as the rows of a table."""
-        self.store.reap(self.output_dir)
+        self.store.reap(self.settings.output_dir)
         children = self.children()
-        rows = job_table(self.jobs, children, self.results)
+        rows = job_table(self.plan.jobs, children, self.results)
         if rows:
-            self.tracker.log_text(results_csv(self.jobs, children, self.results), "results.csv")
+            self.tracker.log_text(results_csv(self.plan.jobs, children, self.results), "results.csv")
             self.tracker.log_results(sweep_metrics(rows, children))
             self.tracker.set_description(
-                describe_sweep(rows, children, self.store, self.tracker.run_id, self.resume_command, self.grids)
+                describe_sweep(rows, children, self.store, self.tracker.run_id, self.resume_command, self.plan.grids)
             )
         return rows
 
 
 @contextmanager
-def open_parent(
-    store: Store,
-    settings: Settings,
-    *,
-    sweeper: str,
-    grids: list[list[str]],
-    jobs: list[Job],
-    total: int,
-    resumed: str | None,
-    swept_keys: list[str],
-    locations: list[str],
-    selecting_overrides: Sequence[str],
-) -> Iterator[Parent]:
-    """Start the parent's run, or resume the run `resumed`, whose folder the caller has locked.
-
-    Args:
-        store: The store.
-        settings: The settings of the command line.
-        sweeper: The name of what proposes the jobs.
-        grids: The overrides of each grid.
-        jobs: The jobs that are known so far.
-        total: The number of jobs, including those that a search has not proposed yet.
-        resumed: The id of a sweep to resume or to extend.
-        swept_keys: The keys that differ between jobs.
-        locations: The overrides of locations on the command line.
-        selecting_overrides: The overrides that select the sweeper and the launcher.
-    """
-    output_dir = run_dir.ensure_writable_dir(settings.output_dir)
+def open_parent(store: Store, settings: Settings, plan: Plan, resumed: str | None) -> Iterator[Parent]:
+    """Start the parent's run, or resume the run `resumed`, whose folder the caller has locked."""
+    output_dir, first = run_dir.ensure_writable_dir(settings.output_dir), plan.grids[0]
     process_tags = provenance.process_tags(output_dir)
-    sweep_tags = {GRIDS: grids_text(grids), SWEEPER: sweeper, SWEEP_JOBS: str(total)}
-    tags = provenance.git_tags() | provenance.software() | process_tags | sweep_tags | {OVERRIDES: shlex.join(grids[0])}
-    name = f"sweep {' by '.join(swept_keys) or 'of one'}"
-    info = RunInfo(name, command("run", "-m", *selecting_overrides, *grids[0]), tags)
+    sweep_tags = {GRIDS: grids_text(plan.grids), SWEEPER: plan.sweeper, SWEEP_JOBS: str(plan.total)}
+    tags = provenance.git_tags() | provenance.software() | process_tags | sweep_tags | {OVERRIDES: shlex.join(first)}
+    name = f"sweep {' by '.join(plan.swept_keys) or 'of one'}"
+    info = RunInfo(name, command("run", "-m", *plan.selecting_overrides, *first), tags)
     with ExitStack() as lock, ExitStack() as running:  # the lock outlasts the final status
         store.open()  # may take long and be interrupted
         with defer_signals():  # a sweep that has started must get a final status
-            tracker = running.enter_context(store.start(info, resumed))
-        resume_command = command("run", "-m", *selecting_overrides, f"sweep.resume={quoted(tracker.run_id)}")
-        lock.enter_context(_resume_advice(resume_command))
-        parent = Parent(
-            store,
-            tracker,
-            output_dir,
-            grids,
-            jobs,
-            total,
-            swept_keys,
-            locations,
-            resume_command,
-            settings.sweep.force,
-            in_search=sweeper != "grid",
-        )
+            parent = Parent(store, settings, plan, running.enter_context(store.start(info, resumed)))
+        lock.enter_context(_resume_advice(parent.resume_command))
         if resumed:
             # Before the first job starts. An answer from fewer jobs no longer holds.
             store.set_tags(resumed, process_tags | sweep_tags | {ANSWER: ""})

@@ -96,15 +96,16 @@ class SearchSweep(GridSweep):
     def run_jobs(self, parent: Parent) -> None:
         """Propose jobs, run them, and report their results to the study, until there are n_trials jobs."""
         study = open_study(parent.folder, self.settings.seed)
-        jobs = list(parent.jobs)
+        plan = parent.plan
+        jobs = list(plan.jobs)
         while True:
             self.launch_missing(parent, jobs)
             tell_study(study, parent)
-            missing = min(self.n_parallel or cores(), parent.total - len(parent.jobs))
+            missing = min(self.n_parallel or cores(), plan.total - len(plan.jobs))
             if missing <= 0:
                 return
-            jobs = [self._job(study.ask(), parent.grids) for _ in range(missing)]
-            parent.jobs.extend(jobs)
+            jobs = [self._job(study.ask(), plan.grids) for _ in range(missing)]
+            plan.jobs.extend(jobs)
 
     def _job(self, trial: "BaseTrial", grids: list[list[str]]) -> Job:
         """Return the job of a trial, which gets a value for each searched key that has none."""

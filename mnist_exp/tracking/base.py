@@ -13,11 +13,12 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from mnist_exp.errors import ResumableError, UserError
 from mnist_exp.overrides import check_stored
-from mnist_exp.settings import Recipe
+from mnist_exp.settings import Recipe, Settings
 from mnist_exp.tracking.tags import COMMIT, DATA, GRIDS, JOB, OVERRIDES, PRUNED, SWEEP_JOBS, SWEEPER
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import nn
 
 # The colors of arms in charts and figures, which color-blind people can distinguish (Okabe and Ito, 2008).
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -276,8 +277,8 @@ class Tracker:
     def log_dataset(self, dataset: DatasetInfo) -> None:
         """Record a split; its first context counts."""
 
-    def log_model(self, folder: Path, name: str) -> None:
-        """Record a model that `models.save_model` has written to `folder`."""
+    def log_model(self, name: str, model: "nn.Module", settings: Settings, folder: Path) -> None:
+        """Record a model, which is written to `folder`, with the settings of its run."""
 
     def ui_command(self) -> str | None:
         """Return the command or address that opens the run in the UI."""

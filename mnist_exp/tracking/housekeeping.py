@@ -16,7 +16,7 @@ from mnist_exp.settings import ID
 from mnist_exp.storage import run_dir
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import RunRecord
-from mnist_exp.tracking.mlflow_store import MLflowStore, record_of
+from mnist_exp.tracking.mlflow_store import MLflowStore
 from mnist_exp.tracking.tables import Group, group_by_sweep
 
 
@@ -105,7 +105,7 @@ def find_groups(store: MLflowStore, names: Sequence[str]) -> list[Group]:
     found: dict[str, RunRecord] = {}
     for run_id in map(store.resolve_id, names):
         jobs = store.runs(f"tags.{tag.SWEEP} = '{run_id}'", everywhere=True)
-        found |= {run.run_id: run for run in (record_of(store.get_run(run_id)), *jobs)}
+        found |= {run.run_id: run for run in (store.get_run(run_id), *jobs)}
     for run_id, version in registered_models(store).items():
         if run_id in found:
             remedy = "Delete that version first, for example on its page in the MLflow UI."
@@ -145,7 +145,7 @@ def _locked(store: MLflowStore, run: RunRecord, output_dir: Path) -> Iterator[No
     """Lock a run for the block; raises UserError if a process works on it, or has since `run` was read."""
     folder = output_dir / run.run_id
     with run_dir.try_lock(folder) if folder.is_dir() and not folder.is_symlink() else nullcontext(True) as is_free:
-        if not is_free or store.get_run(run.run_id).info.status not in {run.status} - {"RUNNING"}:
+        if not is_free or store.get_run(run.run_id).status not in {run.status} - {"RUNNING"}:
             raise UserError(
                 f"Run {run.run_id} cannot be deleted: a process works on it.",
                 key="id",

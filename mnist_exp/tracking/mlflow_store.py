@@ -99,16 +99,19 @@ class MLflowStore(Store):
         return retry(operation, self.uri, self.patience)
 
     def _reopen(self, run_id: str) -> Run:
-        run = self.get_run(run_id)
+        run = self._stored_run(run_id)
         self.experiment_id = run.info.experiment_id
         for key in {tag.ERROR, tag.PRUNED} & run.data.tags.keys():  # they describe an end that no longer holds
             self.client.delete_tag(run_id, key)
         self.client.update_run(run_id, status="RUNNING")
         return run
 
+    def get_run(self, run_id: str) -> RunRecord:
+        """Return a run; raises UserError if the store has none of that id."""
+        return record_of(self._stored_run(run_id))
+
     @defer_signals()
-    def get_run(self, run_id: str) -> Run:
-        """Return a run in MLflow's form; raises UserError if the store has none of that id."""
+    def _stored_run(self, run_id: str) -> Run:
         self.open()
         try:
             run = self.client.get_run(run_id)
@@ -181,13 +184,13 @@ class MLflowStore(Store):
         return reaped
 
     def read(self, run_id: str) -> StoredRun:
-        run = self.get_run(run_id)
-        if tag.SWEEP_JOBS in run.data.tags:
+        record = self.get_run(run_id)
+        if tag.SWEEP_JOBS in record.tags:
             raise UserError(f"Run {run_id} is a sweep: choose one of its jobs, which `{command('runs', 'list')}` shows.")
         recipe = self._recipe(run_id)
-        histories = {key: self.client.get_metric_history(run_id, key) for key in run.data.metrics}
+        histories = {key: self.client.get_metric_history(run_id, key) for key in record.metrics}
         points = {key: {point.step: point.value for point in history} for key, history in histories.items()}
-        return StoredRun(record_of(run), recipe, points)
+        return StoredRun(record, recipe, points)
 
     def resolve_id(self, text: str, *, finished: bool = False) -> str:
         if RUN_ID.fullmatch(text):
@@ -205,7 +208,7 @@ class MLflowStore(Store):
 
     def find_sweep(self, sweep: str, *, unfinished: bool = False) -> Sweep:
         if sweep != "latest":
-            record = record_of(self.get_run(self.resolve_id(sweep)))
+            record = self.get_run(self.resolve_id(sweep))
             if tag.SWEEP_JOBS not in record.tags:
                 raise UserError.invalid("sweep", sweep, "the id of a sweep", f"`{command('runs', 'list')}` lists them.")
         else:

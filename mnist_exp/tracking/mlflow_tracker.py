@@ -17,14 +17,17 @@ from mlflow.types import Schema, TensorSpec
 
 from mnist_exp.errors import PrunedError
 from mnist_exp.overrides import command
+from mnist_exp.settings import Settings
 from mnist_exp.signals import defer_signals
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import DatasetInfo, StoreLostError, Tracker
 from mnist_exp.tracking.connection import is_refusal, restore_command, retry
+from mnist_exp.tracking.models import save_model
 from mnist_exp.tracking.views import model_name, run_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import nn
 
 # The context of the data set that metrics are measured on, by the first part of their names.
 MEASURED_ON = {"test": "test", "val": "validation", "evaluate": "evaluate"}
@@ -181,7 +184,8 @@ class MLflowTracker(Tracker):
         )
         self._send("log_inputs", [entities.DatasetInput(entity, [entities.InputTag(tag.DATASET_CONTEXT, dataset.context)])])
 
-    def log_model(self, folder: Path, name: str) -> None:
+    def log_model(self, name: str, model: "nn.Module", settings: Settings, folder: Path) -> None:
+        save_model(folder, model, settings)
         self._outbox.add(lambda: self._log_model(folder, model_name(name)))
 
     def _log_model(self, folder: Path, name: str) -> None:

@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlflow
 import numpy as np
@@ -22,16 +23,17 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mnist_exp.errors import UserError
-from mnist_exp.metrics import format_metric
+from mnist_exp.metrics import MAIN_METRICS, format_metric
 from mnist_exp.overrides import command
 from mnist_exp.settings import Settings, build, stored_node
 from mnist_exp.storage.checkpoint import read_archive
 from mnist_exp.storage.run_dir import disk_error, remove_folder
 from mnist_exp.tracking.base import RunRecord
 from mnist_exp.tracking.connection import first_line
-from mnist_exp.tracking.mlflow_store import MLflowStore, record_of
-from mnist_exp.tracking.tables import METRICS
 from mnist_exp.tracking.views import run_path
+
+if TYPE_CHECKING:
+    from mnist_exp.tracking.mlflow_store import MLflowStore
 
 WEIGHTS, SETTINGS, MLMODEL = "weights.pt", "settings.json", "MLmodel"  # the last is MLflow's name
 FILES = {WEIGHTS, SETTINGS, MLMODEL}
@@ -135,7 +137,7 @@ class ModelSource:
     run_id: str | None = None
 
 
-def find_model(store: MLflowStore, text: str) -> ModelSource:
+def find_model(store: "MLflowStore", text: str) -> ModelSource:
     """Return a model that a user names: a folder, a run's id or prefix, `latest`, `models:/NAME@ALIAS`, or `models:/ID`.
 
     Raises:
@@ -168,14 +170,14 @@ def find_model(store: MLflowStore, text: str) -> ModelSource:
     return ModelSource(text, f"{version.name}, version {version.version}", logged[1] if logged else None, version.run_id)
 
 
-def _of_run(store: MLflowStore, text: str) -> ModelSource:
+def _of_run(store: "MLflowStore", text: str) -> ModelSource:
     """Return the model of a run, or of the newest run that has one: a single run, or without any a job of a sweep."""
     if text == "latest":
         finished = store.runs("attributes.status = 'FINISHED'")
         records = sorted(finished, key=lambda record: record.job is not None)  # keeps the order by time
         problem = f"experiment {store.experiment} of {store.uri} has no finished run with a model"
     else:
-        records = [record_of(store.get_run(store.resolve_id(text)))]
+        records = [store.get_run(store.resolve_id(text))]
         problem = "the run has no model"
     for record in records:
         if models := store.logged_models(record):
@@ -185,7 +187,7 @@ def _of_run(store: MLflowStore, text: str) -> ModelSource:
     raise UserError(f"model {text}: {problem}.", key="model", value=text, remedy=remedy)
 
 
-def find_champion(store: MLflowStore, name: str, alias: str) -> str | None:
+def find_champion(store: "MLflowStore", name: str, alias: str) -> str | None:
     """Return the id of the run whose model an alias points to, empty if unknown; None without such a model."""
     store.open()
     try:
@@ -196,7 +198,7 @@ def find_champion(store: MLflowStore, name: str, alias: str) -> str | None:
         raise UserError(f"{name}@{alias} cannot be read from {store.uri}: {first_line(error)}") from error
 
 
-def register(store: MLflowStore, record: RunRecord, name: str, alias: str, reason: str, tags: dict[str, str]) -> str:
+def register(store: "MLflowStore", record: RunRecord, name: str, alias: str, reason: str, tags: dict[str, str]) -> str:
     """Register the model of a run and point an alias to it, which comes last; return the number of the new version.
 
     Args:
@@ -213,7 +215,7 @@ def register(store: MLflowStore, record: RunRecord, name: str, alias: str, reaso
     source = _of_run(store, record.run_id)
     _check_written_by_us(_download(source.address))
     link = f"[Run {record.run_id[:8]}]({run_path(record.experiment_id, record.run_id)[1:]})"
-    results = [f"{metric} {format_metric(metric, record.metrics[metric])}" for metric in METRICS if metric in record.metrics]
+    results = [f"{metric} {format_metric(metric, record.metrics[metric])}" for metric in MAIN_METRICS if metric in record.metrics]
     description = f"{reason}\n\n{', '.join([f'{link} on {record.data}', *results])}."
     try:
         version = mlflow.register_model(source.address, name, tags=tags)  # also links the logged model to the version

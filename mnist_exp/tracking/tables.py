@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pydantic import ValidationError
 
 from mnist_exp.errors import UserError
-from mnist_exp.metrics import OBJECTIVE, format_metric, metric_of
+from mnist_exp.metrics import MAIN_METRICS, format_metric, metric_of
 from mnist_exp.overrides import JOB_KEY
 from mnist_exp.settings import did_you_mean, walk
 from mnist_exp.tracking import tags as tag
@@ -17,7 +17,6 @@ from mnist_exp.tracking.base import RunRecord, StoredRun
 from mnist_exp.tracking.mlflow_store import MLflowStore, download
 from mnist_exp.tracking.provenance import ORIGIN, PATCH, Origin
 
-METRICS = (OBJECTIVE, "test/accuracy")
 CODE = {tag.COMMIT: "commit", tag.BRANCH: "branch", tag.DIRTY: "uncommitted changes", "code": "digest of the code"}
 
 Group = list[RunRecord]  # a single run, or a sweep followed by its jobs
@@ -85,10 +84,10 @@ def ranking(records: Sequence[RunRecord], metric: str) -> list[dict[str, str]]:
         raise UserError.invalid("--sort", metric, f"one of {', '.join(sorted(known))}{did_you_mean(metric, known)}")
     found = [record for record in records if metric in record.metrics]
     found.sort(key=lambda record: record.metrics[metric], reverse=metric_of(metric).higher_is_better is not False)
-    return [run_row(record.name, record, (metric, *(other for other in METRICS if other != metric))) for record in found]
+    return [run_row(record.name, record, (metric, *(other for other in MAIN_METRICS if other != metric))) for record in found]
 
 
-def run_row(name: str, record: RunRecord, metrics: Sequence[str] = METRICS) -> dict[str, str]:
+def run_row(name: str, record: RunRecord, metrics: Sequence[str] = MAIN_METRICS) -> dict[str, str]:
     """Return a run as the row of a table.
 
     Args:

@@ -33,8 +33,8 @@ from mnist_exp.composing import compose_recipe
 from mnist_exp.learning.datasets import MNIST_SHAPE
 from mnist_exp.settings import build
 from mnist_exp.tracking.base import RunInfo
-from mnist_exp.tracking.mlflow_store import MLflowStore, record_of
-from mnist_exp.tracking.models import register, save_model
+from mnist_exp.tracking.mlflow_store import MLflowStore
+from mnist_exp.tracking.models import register
 
 CLIENTS, SIZES = (1, 8), (1, 100)
 AIM = 100  # ms from a stroke to its answer
@@ -44,13 +44,11 @@ def promote_model(folder: Path) -> None:
     """Register an untrained network as mnist@champion in a new store, which the commands then use."""
     os.environ["MLFLOW_TRACKING_URI"] = uri = f"sqlite:///{folder / 'mlflow.db'}"
     settings = compose_recipe().settings.model_copy(update={"shape": MNIST_SHAPE})
-    save_model(folder / "model", build(settings.model, "model", **MNIST_SHAPE), settings)
     store = MLflowStore(uri, "mnist_exp")
     store.open()
     with store.start(RunInfo("se_cnn", "", {})) as tracker:
-        tracker.log_model(folder / "model", "se_cnn")
-    record = record_of(store.get_run(tracker.run_id))
-    register(store, record, "mnist", "champion", "For the benchmark.", {})
+        tracker.log_model("se_cnn", build(settings.model, "model", **MNIST_SHAPE), settings, folder / "model")
+    register(store, store.get_run(tracker.run_id), "mnist", "champion", "For the benchmark.", {})
 
 
 @contextmanager

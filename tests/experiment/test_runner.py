@@ -74,7 +74,7 @@ def test_a_run_records_its_origin_its_progress_and_its_results_in_plain_data(pre
         ("finetune", "validation"),
         ("test", "test"),
     ]
-    assert [values[0] for name, values in calls if name == "log_model"] == [tmp_path / RUN_ID / "model"]
+    assert [values[-1] for name, values in calls if name == "log_model"] == [tmp_path / RUN_ID / "model"]
     assert calls[-2][0] == "set_description"
     assert calls[-1] == ("end", None)
     assert result.metrics["test/accuracy"] == calls[-3][1][0]["test/accuracy"]

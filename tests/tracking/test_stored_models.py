@@ -22,7 +22,7 @@ from mnist_exp.learning.datasets import MNIST_SHAPE
 from mnist_exp.paths import CONF
 from mnist_exp.settings import build
 from mnist_exp.tracking import models
-from mnist_exp.tracking.mlflow_store import MLflowStore, record_of
+from mnist_exp.tracking.mlflow_store import MLflowStore
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_only_a_model_as_we_write_it_can_be_promoted(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     opened = MLflowStore(store, "mnist_exp")
-    record = record_of(opened.get_run(stored_run))
+    record = opened.get_run(stored_run)
     (model,) = MlflowClient(store).search_logged_models(["1"])
     folder = Path(model.artifact_location.removeprefix("file://"))
     mlflow.pyfunc.load_model(f"models:/{model.model_id}")  # leaves a file of MLflow's own there

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Compose
 from mlflow import MlflowClient
 from mlflow.data import from_numpy
+from torch import nn
 
 from mnist_exp.errors import UserError
+from mnist_exp.learning.datasets import MNIST_SHAPE
 from mnist_exp.tracking.base import DatasetInfo, RunInfo
 from mnist_exp.tracking.connection import connect
 from mnist_exp.tracking.mlflow_store import MLflowStore
@@ -77,17 +80,16 @@ def test_an_experiment_gets_its_views_its_description_and_its_kind(store: str) -
     assert client.get_experiment(experiment_id).tags[DESCRIPTION] == "mine"
 
 
-def test_final_metrics_are_linked_to_the_model_and_recorded_once(store: str, tmp_path: Path) -> None:
+def test_final_metrics_are_linked_to_the_model_and_recorded_once(store: str, tmp_path: Path, composed: Compose) -> None:
     data = DatasetInfo("mnist", "test", "test", "ab12", "here", 10, 10, (1, 28, 28))
     held_out = replace(data, split="finetune", context="validation", digest="cd34")
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "MLmodel").write_text("{}")
+    settings = composed().model_copy(update={"shape": MNIST_SHAPE})
     with MLflowStore(store, "test").start(RunInfo("name", "")) as tracker:
         tracker.log_dataset(held_out)
         tracker.log_dataset(data)
         for step in (10, 20):
             tracker.log_metrics({"val/accuracy": step / 100, "train/loss": 1.0}, step)
-        tracker.log_model(tmp_path / "model", "my/cnn: 1-mnist")
+        tracker.log_model("my/cnn: 1-mnist", nn.Identity(), settings, tmp_path / "model")
         tracker.log_results({"test/accuracy": 0.5, "model/parameters": 7})
     client = MlflowClient(store)
     (model,) = client.search_logged_models([tracker.experiment_id])
