@@ -40,7 +40,7 @@ class SearchSweep(GridSweep):
         composed: As for `GridSweep`.
         params: As for `GridSweep`.
         n_trials: The number of jobs.
-        n_parallel: The number of jobs that are proposed together and then run in parallel; None: one for each core.
+        at_once: The number of jobs that are proposed together and then run in parallel; None: one for each core.
     """
 
     selecting_overrides = ("hydra/sweeper=optuna",)
@@ -53,16 +53,16 @@ class SearchSweep(GridSweep):
         composed: DictConfig,
         params: dict[str, str],
         n_trials: int,
-        n_parallel: int | None,
+        at_once: int | None,
     ) -> None:
         if find_spec("optuna") is None:
             raise UserError.invalid(
                 "hydra/sweeper", "optuna", "an installed package", "Install it with: pip install -e '.[search]'"
             )
-        for key, value in {"n_trials": n_trials, "at_once": n_parallel}.items():
+        for key, value in {"n_trials": n_trials, "at_once": at_once}.items():
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise UserError.invalid(f"hydra.sweeper.{key}", value, "an integer >= 1")
-        self.n_trials, self.n_parallel = n_trials, n_parallel
+        self.n_trials, self.at_once = n_trials, at_once
         super().__init__(context, task, composed, params)
 
     def total(self, stored: Sweep | None, jobs: list[Job]) -> int:
@@ -101,7 +101,7 @@ class SearchSweep(GridSweep):
         while True:
             self.launch_missing(parent, jobs)
             tell_study(study, parent)
-            missing = min(self.n_parallel or cores(), plan.total - len(plan.jobs))
+            missing = min(self.at_once or cores(), plan.total - len(plan.jobs))
             if missing <= 0:
                 return
             jobs = [self._job(study.ask(), plan.grids) for _ in range(missing)]

@@ -65,6 +65,20 @@ def planned(in_process: CommandLine, *overrides: str) -> list[str]:
     return re.findall(r"^│ +\d+ │ (\w+)", done.stdout, re.MULTILINE)
 
 
+def test_a_sweep_that_has_finished_is_left_as_it_is(sweep: Store, store: str, in_process: CommandLine) -> None:
+    """Among the rest its answer: no job runs that could change it."""
+    grid = (*BASE, "seed=0,1")
+    children = [(number, (*BASE, f"seed={number}"), same, "FINISHED") for number in (0, 1)]
+    tags = {"answer": "plain_cnn is lower", "mlflow.note.content": "the answer"}
+    parent = sweep(grid, children=children, status="FINISHED", **tags)
+    done = in_process("-m", f"sweep.resume='{parent}'")
+    assert done.returncode == 0, done.stderr
+    assert parent in done.stdout
+    run = MlflowClient(store).get_run(parent)
+    assert run.info.status == "FINISHED"
+    assert tags.items() <= run.data.tags.items()
+
+
 def test_a_job_is_its_configuration_whatever_its_number(sweep: Store, in_process: CommandLine) -> None:
     grid = (*BASE, "phases.finetune.batch_size=64,128", "seed=0,1")
     done = [(7, (*BASE, "seed=1", "phases.finetune.batch_size=64"), without_subset, "FINISHED")]
