@@ -65,7 +65,7 @@ def compare(arguments: argparse.Namespace) -> None:
     from mnist_exp.comparison import arms, outcomes, report, tables, wording
     from mnist_exp.console import show_comparison, show_lines
     from mnist_exp.learning.datasets import find_test_images
-    from mnist_exp.tracking.base import Answer
+    from mnist_exp.tracking.base import OUTCOME, Answer
 
     settings = cli.default_settings()
     sweeps: list[Sweep] = []
@@ -85,7 +85,8 @@ def compare(arguments: argparse.Namespace) -> None:
     show_comparison(wording.table(rows), headline, wording.notes(compared, rows, levels))
     if not sweeps:  # a table has neither histories nor a run to publish in
         return
-    parsed = {record.run_id: outcomes.parse_outcome(content) for record, content in store.outcomes(compared.records)}
+    found = store.read_artifacts(compared.records, OUTCOME)
+    parsed = {record.run_id: outcomes.parse_outcome(found.get(record.run_id, b"")) for record in compared.records}
     repeated = commands(sweeps, compared, arguments)
     images, record = None, compared.records[0]
     with suppress(UserError):  # a damaged file

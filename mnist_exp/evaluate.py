@@ -88,7 +88,6 @@ def record(
     """
     from mnist_exp.console import show_lines, show_pairs
     from mnist_exp.experiment.figures import confusion_matrix
-    from mnist_exp.experiment.summary import dataset_info
     from mnist_exp.tracking import provenance
     from mnist_exp.tracking.base import RunInfo
     from mnist_exp.tracking.tags import DATA, MODEL, TRAINED_BY
@@ -105,7 +104,7 @@ def record(
     }
     name = f"evaluate {trained.params.get('model', trained.name) if trained else source.title} on {data.name}"
     with store.start(RunInfo(name, repeat, tags)) as tracker:
-        tracker.log_dataset(dataset_info(data, split, "evaluate"))
+        tracker.log_dataset(data, split, "evaluate")
         if source.model_id:
             tracker.use_model(source.model_id)
         tracker.log_results(results)

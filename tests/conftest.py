@@ -17,7 +17,7 @@ import torch
 
 from mnist_exp import paths
 from mnist_exp.composing import compose_recipe
-from mnist_exp.learning.data import Dataset
+from mnist_exp.learning.data import Dataset, Split
 from mnist_exp.learning.datasets import MNIST_FILES, MNIST_SHAPE, load_digits
 from mnist_exp.paths import HOME
 from mnist_exp.run import main
@@ -112,6 +112,12 @@ def short_digits(digits: Dataset) -> Dataset:
     """Digits with epochs of one pass, or of a batch of fine-tuning: enough to take steps, not to learn."""
     sizes = {name: max(128, len(split)) for name, split in digits.splits.items()}
     return replace(digits, splits={name: replace(split, epoch_size=sizes[name]) for name, split in digits.splits.items()})
+
+
+def one_split(name: str = "mnist", split: str = "test", digest: str = "ab12", shape: tuple[int, ...] = (1, 28, 28)) -> Dataset:
+    """A data set of ten black images."""
+    images, labels = torch.zeros(10, *shape, dtype=torch.uint8), torch.zeros(10, dtype=torch.int64)
+    return Dataset(name, "somewhere", 10, {split: Split(images, labels, 10, digest)}, validation=split)
 
 
 @pytest.fixture

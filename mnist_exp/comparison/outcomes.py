@@ -35,10 +35,10 @@ class Outcome:
 Outcomes = Mapping[str, Outcome | None]  # by run id, None without a readable outcome.json
 
 
-def parse_outcome(content: Any) -> Outcome | None:
+def parse_outcome(content: bytes) -> Outcome | None:
     """Return the outcome in the content of a file, None if it is not one."""
     try:
-        return TypeAdapter(Outcome).validate_python(content)
+        return TypeAdapter(Outcome).validate_json(content)
     except ValidationError:
         return None
 

@@ -14,12 +14,13 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from mnist_exp.errors import PrunedError, ResumableError
+from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.training import NonFiniteLossError, Report
 from mnist_exp.overrides import command, quoted
 from mnist_exp.signals import Interrupted, defer_signals
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
-from mnist_exp.tracking.base import OUTCOME, RECIPE, DatasetInfo, RunInfo, Store, Tracker
+from mnist_exp.tracking.base import OUTCOME, RECIPE, RunInfo, Store, Tracker
 from mnist_exp.tracking.provenance import ORIGIN, PATCH, Origin, uncommitted
 
 
@@ -46,14 +47,14 @@ class Recorder:
         """Seconds of the whole run."""
         return time.perf_counter() - self._started
 
-    def log_setup(self, params: Mapping[str, object], datasets: Iterable[DatasetInfo]) -> None:
-        """Record the configuration, the data, and the history of a resumed run."""
+    def log_setup(self, params: Mapping[str, object], data: Dataset, uses: Iterable[tuple[str, str]]) -> None:
+        """Record the configuration, the data with its uses as (split, context), and the history of a resumed run."""
         recipe = self._initial.recipe
         self.tracker.log_params(params)
         self.tracker.log_text(yaml.safe_dump(recipe.settings.model_dump(mode="json"), sort_keys=False), "config.yaml")
         self.tracker.log_text(recipe.as_json(), RECIPE)
-        for dataset in datasets:
-            self.tracker.log_dataset(dataset)
+        for split, context in uses:
+            self.tracker.log_dataset(data, split, context)
         for examples_seen, metrics in self.history:
             self.tracker.log_metrics(metrics, examples_seen)
 
@@ -118,7 +119,8 @@ def recording(store: Store, info: RunInfo, initial: Checkpoint, started: float) 
             is resumed.
         started: As in `Recorder`.
     """
-    in_sweep, output_dir = bool(info.parent), initial.recipe.settings.output_dir
+    settings = initial.recipe.settings
+    in_sweep, output_dir = settings.sweep_job is not None, settings.output_dir
     with ExitStack() as lock, ExitStack() as run_context:  # the lock outlasts the final status
         store.open(wait=in_sweep)  # may take long and be interrupted
         with defer_signals():  # a run that has started must get a final status

@@ -16,7 +16,7 @@ from mnist_exp.console import Display
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.figures import run_figures
 from mnist_exp.experiment.recorder import Recorder, recording
-from mnist_exp.experiment.summary import dataset_info, describe_run, parameters, result_rows, run_name, short_override
+from mnist_exp.experiment.summary import describe_run, parameters, result_rows, run_name, short_override
 from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.evaluation import Evaluation, evaluate
 from mnist_exp.learning.models import create_model
@@ -27,7 +27,7 @@ from mnist_exp.storage import run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import RunInfo, Store
-from mnist_exp.tracking.tags import ARM, DATA, JOB, OVERRIDES, RERUN_OF, RESUMED, SWEEP
+from mnist_exp.tracking.tags import ARM, COLOR, DATA, JOB, OVERRIDES, PARENT, RERUN_OF, RESUMED, SWEEP
 from mnist_exp.tracking.views import artifact_path
 
 ShouldPrune = Callable[[int, Mapping[str, float]], bool]  # called with examples seen and metrics
@@ -204,10 +204,11 @@ def _run_info(request: RunRequest, prepared: Prepared) -> RunInfo:
         shown = [override for override in shown if key_of(override) in job.varied]
         arm = " ".join(short_override(override, choices) for override in shown if key_of(override) != "seed")
         tags |= {SWEEP: job.sweep_id, JOB: str(job.number), ARM: arm or choices["model"]}
+        tags |= {PARENT: job.sweep_id, COLOR: job.color}
     if settings.rerun:
         tags[RERUN_OF] = settings.rerun
     name = run_name(choices, shown, prepared.data.name)
-    return RunInfo(name, request.command, tags, job.sweep_id if job else None, job.color if job else None)
+    return RunInfo(name, request.command, tags)
 
 
 def train(request: RunRequest, prepared: Prepared, recorder: Recorder) -> None:
@@ -215,7 +216,7 @@ def train(request: RunRequest, prepared: Prepared, recorder: Recorder) -> None:
     settings, saved, data = request.settings, request.checkpoint, prepared.data
     uses = [(phase.config.split, phase.name) for phase in prepared.phases] + [(data.validation, "validation")]
     actual = {"precision": str(prepared.precision).removeprefix("torch."), "device": prepared.device.type, "data": data.name}
-    recorder.log_setup(parameters(request.recipe) | actual, [dataset_info(data, *use) for use in uses])
+    recorder.log_setup(parameters(request.recipe) | actual, data, uses)
     if saved:
         note = f"at {request.examples_seen:,} examples" + (f"; {prepared.changed}" if prepared.changed else "")
         recorder.tracker.set_tags(provenance.process_tags(settings.output_dir) | {RESUMED: note})
@@ -251,7 +252,7 @@ def finalize(request: RunRequest, prepared: Prepared, recorder: Recorder, evalua
     results = {f"time/{phase}_seconds": seconds for phase, seconds in recorder.seconds.items()}
     results["model/parameters"] = prepared.parameter_count
     if split == "test":
-        recorder.tracker.log_dataset(dataset_info(data, "test", "test"))
+        recorder.tracker.log_dataset(data, "test", "test")
         results |= {f"test/{name}": value for name, value in evaluation.metrics.items()}
     results["time/total_seconds"] = recorder.elapsed
     result = RunResult(recorder.tracker.run_id, [*recorder.history, (0, results)], prepared.model, data.warning)

@@ -6,7 +6,6 @@ from mnist_exp.learning.data import Dataset
 from mnist_exp.metrics import METRICS, format_metric, metric_of
 from mnist_exp.overrides import PARTS, command, key_of, text_of
 from mnist_exp.settings import Recipe, walk
-from mnist_exp.tracking.base import DatasetInfo
 
 CLASS_KEY = re.compile(rf"\w+\.({'|'.join(PARTS)})\._target_|model\..+\._target_")
 
@@ -42,13 +41,6 @@ def parameters(recipe: Recipe) -> dict[str, object]:
         **{key.removesuffix("._target_"): value.rpartition(".")[2] for key, value in walk(parts) if CLASS_KEY.fullmatch(key)},
         **{key: value for key, value in walk(parts) if not isinstance(value, dict) and not re.search(r"\._|\.\d", key)},
     }
-
-
-def dataset_info(data: Dataset, split: str, context: str) -> DatasetInfo:
-    """Return what is recorded of a split that is used in a context, such as a phase or test."""
-    part = data.splits[split]
-    shape = (data.channels, data.side, data.side)
-    return DatasetInfo(data.name, split, context, part.digest, data.source, len(part), part.epoch_size, shape)
 
 
 def result_rows(results: dict[str, float], data: Dataset) -> dict[str, str]:

@@ -26,14 +26,14 @@ from mnist_exp.overrides import (
     varied_keys,
 )
 from mnist_exp.paths import take_credentials
-from mnist_exp.settings import ID, NEUTRAL, Settings, build, walk
+from mnist_exp.settings import ID, NEUTRAL, Settings, build, read_recipe, walk
 from mnist_exp.signals import install_signal_handlers
 from mnist_exp.storage import run_dir
 from mnist_exp.sweep.jobs import Composer, Job, failed
 from mnist_exp.sweep.parent import Parent, Plan, check_output_dir, open_parent
 from mnist_exp.sweep.summary import Progress, preview
 from mnist_exp.tracking import provenance
-from mnist_exp.tracking.base import RunRecord, Store, Sweep, grids_text
+from mnist_exp.tracking.base import RECIPE, RunRecord, Store, Sweep, grids_text
 from mnist_exp.tracking.tags import JOB, NO_JOB
 
 
@@ -182,17 +182,16 @@ class GridSweep:
         children = store.children(stored.run_id)
         if self.name != GridSweep.name:  # several trials of a search may have the same configuration
             return [(child, child.job) for child in children]
-        recipes = store.read_recipes(children)
+        recipes = store.read_artifacts(children, RECIPE)
         numbers = {job.digest: job.number for job in jobs}
         matched = []
         for child in children:
             number = child.job  # unless it ended before it recorded its recipe
-            if recipe := recipes.get(child.run_id):
-                number = numbers.get(recipe.settings.digest(varied))
+            if content := recipes.get(child.run_id):
+                then = read_recipe(content, f"{RECIPE} of run {child.run_id}").settings
+                number = numbers.get(then.digest(varied))
                 if number is None and child.status == "FINISHED" and not self.settings.sweep.force and child.job is not None:
-                    _check_unchanged(
-                        f"run {child.run_id} ({child.name}) " + self._changes(recipe.settings, child.job, jobs, varied)
-                    )
+                    _check_unchanged(f"run {child.run_id} ({child.name}) " + self._changes(then, child.job, jobs, varied))
             matched.append((child, number))
         return matched
 

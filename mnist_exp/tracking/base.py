@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
+    from mnist_exp.learning.data import Dataset
+
 # The colors of arms in charts and figures, which color-blind people can distinguish (Okabe and Ito, 2008).
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 RECIPE = "recipe.json"  # the artifact with the recipe of a run
@@ -43,41 +45,12 @@ class RunInfo:
     Args:
         name: The name in lists and charts.
         command: The shell command that repeats the run.
-        tags: Further tags.
-        parent: The id of the sweep that the run belongs to.
-        color: The color in charts, `#RRGGBB`.
+        tags: The tags.
     """
 
     name: str
     command: str
     tags: Mapping[str, str] = field(default_factory=dict)
-    parent: str | None = None
-    color: str | None = None
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """One split of a data set as a run uses it.
-
-    Args:
-        name: The name of the data set.
-        split: The name of the split.
-        context: The purpose: the name of a phase, `validation` or `test`.
-        digest: A hexadecimal digest of the content.
-        source: A path or an import path.
-        size: The number of images.
-        epoch_size: The number of images in an epoch.
-        shape: Channels, height and width of an image.
-    """
-
-    name: str
-    split: str
-    context: str
-    digest: str
-    source: str
-    size: int
-    epoch_size: int
-    shape: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -274,8 +247,8 @@ class Tracker:
     def log_figure(self, figure: "Figure", path: str) -> None:
         """Record a figure as the artifact `path`, a PNG file."""
 
-    def log_dataset(self, dataset: DatasetInfo) -> None:
-        """Record a split; its first context counts."""
+    def log_dataset(self, data: "Dataset", split: str, context: str) -> None:
+        """Record a split of the data with its purpose: the name of a phase, validation or test. The first one counts."""
 
     def log_model(self, name: str, model: "nn.Module", settings: Settings, folder: Path) -> None:
         """Record a model, which is written to `folder`, with the settings of its run."""
@@ -336,11 +309,11 @@ class Store:
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Record tags of a run; raises StoreLostError if they cannot be recorded."""
 
-    def read_recipes(self, records: Sequence[RunRecord]) -> dict[str, Recipe]:
-        """Return the recipes of runs by id; a run that ended early may have none.
+    def read_artifacts(self, records: Sequence[RunRecord], path: str) -> dict[str, bytes]:
+        """Return the artifact `path` of each run that has it, by the id of the run.
 
         Raises:
-            UserError: The recipe of a finished run cannot be read.
+            UserError: One cannot be read.
         """
         return {}
 

@@ -1,6 +1,5 @@
 """Opens an MLflow store, starts runs, and reads and corrects those that are stored."""
 
-import json
 import os
 import platform
 import re
@@ -10,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import unquote, urlsplit
 
 from mlflow import MlflowClient
@@ -22,12 +21,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from mnist_exp.errors import NonNegative, UserError
 from mnist_exp.overrides import command
-from mnist_exp.settings import ID, Recipe, read_recipe
+from mnist_exp.settings import ID, read_recipe
 from mnist_exp.signals import defer_signals
 from mnist_exp.storage import run_dir
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import (
-    OUTCOME,
     PROCESS_DIED,
     RECIPE,
     Answer,
@@ -79,8 +77,6 @@ class MLflowStore(Store):
             return self._retry(lambda: MLflowTracker(self.client, self.uri, self._reopen(run_id), self.patience))
         # The UI cuts the source of a LOCAL run at its last slash. It shows that of a JOB whole.
         tags = {**info.tags, tag.COMMAND_TYPE: "JOB", tag.COMMAND: info.command}
-        tags |= {tag.PARENT: info.parent} if info.parent else {}
-        tags |= {tag.COLOR: info.color} if info.color else {}
         try:
             run = _project_run(self.client, self.experiment_id, info.name, tags)
             run = run or self.client.create_run(self.experiment_id, run_name=info.name, tags=tags)
@@ -187,7 +183,10 @@ class MLflowStore(Store):
         record = self.get_run(run_id)
         if tag.SWEEP_JOBS in record.tags:
             raise UserError(f"Run {run_id} is a sweep: choose one of its jobs, which `{command('runs', 'list')}` shows.")
-        recipe = self._recipe(run_id)
+        try:
+            recipe = read_recipe(download(record, RECIPE), f"{RECIPE} of run {run_id}")
+        except OSError as error:
+            raise UserError(f"Run {run_id} has no readable {RECIPE}: {first_line(error)}") from error
         histories = {key: self.client.get_metric_history(run_id, key) for key in record.metrics}
         points = {key: {point.step: point.value for point in history} for key, history in histories.items()}
         return StoredRun(record, recipe, points)
@@ -229,31 +228,20 @@ class MLflowStore(Store):
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         self._retry(lambda: self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()]))
 
-    def read_recipes(self, records: Sequence[RunRecord]) -> dict[str, Recipe]:
+    def read_artifacts(self, records: Sequence[RunRecord], path: str) -> dict[str, bytes]:
         self.open()
 
-        def read(record: RunRecord) -> Recipe | None:
+        def read(record: RunRecord) -> bytes | None:
             try:
-                return self._recipe(record.run_id)
-            except UserError:
-                if RECIPE in [file.path for file in self.client.list_artifacts(record.run_id)]:
-                    raise
-                return None  # it ended before it recorded its recipe
+                return download(record, path)
+            except OSError as error:
+                if path in [file.path for file in self.client.list_artifacts(record.run_id)]:
+                    raise UserError(f"{path} of run {record.run_id} cannot be read: {first_line(error)}") from error
+                return None  # it ended before it recorded one
 
         with ThreadPoolExecutor(8) as pool:  # over a network, most of the time is waiting
             found = zip(records, pool.map(read, records), strict=True)
-            return {record.run_id: recipe for record, recipe in found if recipe}
-
-    def _recipe(self, run_id: str) -> Recipe:
-        try:
-            content = download(self.client, run_id, RECIPE)
-        except OSError as error:
-            raise UserError(f"Run {run_id} has no readable {RECIPE}: {first_line(error)}") from error
-        return read_recipe(content, f"{RECIPE} of run {run_id}")
-
-    def outcomes(self, records: list[RunRecord]) -> list[tuple[RunRecord, Any]]:
-        with ThreadPoolExecutor(8) as pool:
-            return list(zip(records, pool.map(_outcome, records), strict=True))
+            return {record.run_id: content for record, content in found if content is not None}
 
     def publish(self, run_id: str, answer: Answer) -> str:
         name = answer.report.name
@@ -283,11 +271,11 @@ class MLflowStore(Store):
         return view_path(self.experiment_id, key).removeprefix("/")
 
 
-def download(client: MlflowClient, run_id: str, path: str) -> bytes:
-    """Return the content of an artifact; raises OSError if it cannot be read."""
+def download(record: RunRecord, path: str) -> bytes:
+    """Return the content of an artifact of a run; raises OSError if it cannot be read."""
     try:
         with TemporaryDirectory() as folder:
-            return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
+            return Path(download_artifacts(f"{record.artifacts}/{path}", dst_path=folder)).read_bytes()
     except MlflowException as error:
         raise OSError(str(error)) from error
 
@@ -347,14 +335,6 @@ def _unresolved(text: str, uri: str, found: list[RunRecord]) -> UserError:
         value=text,
         remedy=f"`{command('runs', 'list')}` lists the runs; set MLFLOW_TRACKING_URI to their store.",
     )
-
-
-def _outcome(record: RunRecord) -> Any:
-    with TemporaryDirectory() as folder:
-        try:
-            return json.loads(Path(download_artifacts(f"{record.artifacts}/{OUTCOME}", dst_path=folder)).read_text())
-        except Exception:  # a run that ended early has none; a server or a disk may refuse it
-            return None
 
 
 @contextmanager

@@ -20,14 +20,15 @@ from mnist_exp.overrides import command
 from mnist_exp.settings import Settings
 from mnist_exp.signals import defer_signals
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.base import DatasetInfo, StoreLostError, Tracker
+from mnist_exp.tracking.base import StoreLostError, Tracker
 from mnist_exp.tracking.connection import is_refusal, restore_command, retry
-from mnist_exp.tracking.models import save_model
 from mnist_exp.tracking.views import model_name, run_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
+
+    from mnist_exp.learning.data import Dataset
 
 # The context of the data set that metrics are measured on, by the first part of their names.
 MEASURED_ON = {"test": "test", "val": "validation", "evaluate": "evaluate"}
@@ -166,25 +167,27 @@ class MLflowTracker(Tracker):
         # Stronger compression takes longer than drawing.
         self._send("log_figure", figure, path, save_kwargs={"dpi": 80, "pil_kwargs": {"compress_level": 1}})
 
-    def log_dataset(self, dataset: DatasetInfo) -> None:
-        name = f"{dataset.name}-{dataset.split}"
-        self._contexts[dataset.context] = name, dataset.digest
+    def log_dataset(self, data: "Dataset", split: str, context: str) -> None:
+        name, part = f"{data.name}-{split}", data.splits[split]
+        self._contexts[context] = name, part.digest
         if name in self._datasets:  # MLflow may refuse to record one twice
             return
         self._datasets.add(name)
-        images = Schema([TensorSpec(np.dtype(np.uint8), (-1, *dataset.shape))])
+        images = Schema([TensorSpec(np.dtype(np.uint8), (-1, *part.images.shape[1:]))])
         labels = Schema([TensorSpec(np.dtype(np.int64), (-1,))])
         entity = entities.Dataset(
             name=name,
-            digest=dataset.digest,
+            digest=part.digest,
             source_type="local",
-            source=json.dumps({"uri": dataset.source}),
+            source=json.dumps({"uri": data.source}),
             schema=json.dumps(TensorDatasetSchema(images, labels).to_dict()),
-            profile=json.dumps({"num_rows": dataset.size, "epoch_size": dataset.epoch_size}),
+            profile=json.dumps({"num_rows": len(part), "epoch_size": part.epoch_size}),
         )
-        self._send("log_inputs", [entities.DatasetInput(entity, [entities.InputTag(tag.DATASET_CONTEXT, dataset.context)])])
+        self._send("log_inputs", [entities.DatasetInput(entity, [entities.InputTag(tag.DATASET_CONTEXT, context)])])
 
     def log_model(self, name: str, model: "nn.Module", settings: Settings, folder: Path) -> None:
+        from mnist_exp.tracking.models import save_model  # with torch, which commands that only read runs do not need
+
         save_model(folder, model, settings)
         self._outbox.add(lambda: self._log_model(folder, model_name(name)))
 

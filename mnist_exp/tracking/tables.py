@@ -127,17 +127,17 @@ def run_differences(store: MLflowStore, first_id: str, second_id: str) -> dict[s
         UserError: A run does not exist, is a sweep, or has no readable recipe.
     """
     runs = [store.read(run_id) for run_id in (first_id, second_id)]
-    first, second = (_comparable(store, run) for run in runs)
+    first, second = map(_comparable, runs)
     return {section: _differing(first[section], second[section]) for section in first}
 
 
-def _comparable(store: MLflowStore, run: StoredRun) -> dict[str, dict[str, str]]:
+def _comparable(run: StoredRun) -> dict[str, dict[str, str]]:
     record, tags = run.record, run.record.tags
-    origin = _origin(store, run)
+    origin = _origin(run)
     config = walk(run.recipe.settings.model_dump(mode="json", exclude={JOB_KEY}))
     return {
         "configuration": {key: str(value) for key, value in config if not isinstance(value, dict | list)},
-        "code": {name: tags[key] for key, name in CODE.items() if key in tags} | _changed_files(_text(store, run, PATCH)),
+        "code": {name: tags[key] for key, name in CODE.items() if key in tags} | _changed_files(_text(run, PATCH)),
         "packages": origin.packages,
         "machine": origin.machine,
         "data": {"name": record.data} | {f"digest of {split}": digest for split, digest in record.digests.items()},
@@ -145,17 +145,17 @@ def _comparable(store: MLflowStore, run: StoredRun) -> dict[str, dict[str, str]]
     }
 
 
-def _origin(store: MLflowStore, run: StoredRun) -> Origin:
+def _origin(run: StoredRun) -> Origin:
     try:
-        return Origin.model_validate_json(_text(store, run, ORIGIN))
+        return Origin.model_validate_json(_text(run, ORIGIN))
     except ValidationError:  # the run ended before it recorded one
         return Origin()
 
 
-def _text(store: MLflowStore, run: StoredRun, path: str) -> str:
+def _text(run: StoredRun, path: str) -> str:
     """Return a text file of a run, empty if it has none."""
     try:
-        return download(store.client, run.record.run_id, path).decode(errors="replace")
+        return download(run.record, path).decode(errors="replace")
     except OSError:
         return ""
 

@@ -23,8 +23,8 @@ from mnist_exp.learning.datasets import load_digits
 from mnist_exp.overrides import command
 from mnist_exp.sweep.jobs import Job
 from mnist_exp.sweep.summary import describe_sweep, job_table, sweep_metrics
-from mnist_exp.tracking.base import DatasetInfo, RunInfo
-from mnist_exp.tracking.mlflow_store import OUTCOME, MLflowStore
+from mnist_exp.tracking.base import OUTCOME, RunInfo
+from mnist_exp.tracking.mlflow_store import MLflowStore
 
 
 def make_sweep(uri: str, arms: Sequence[str], seeds: int, factor: str = "model", better: float = 0.001) -> str:
@@ -39,9 +39,6 @@ def make_sweep(uri: str, arms: Sequence[str], seeds: int, factor: str = "model",
     """
     store = MLflowStore(uri, "mnist_exp")
     data = load_digits(0.02, seed=0)
-    test = data.splits["test"]
-    shape = (data.channels, data.side, data.side)
-    dataset = DatasetInfo(data.name, "test", "test", test.digest, data.source, len(test), test.epoch_size, shape)
     grid = [f"{factor}={','.join(arms)}", f"seed=range(0,{seeds})"]
     tags = {"sweep_jobs": str(len(arms) * seeds), "sweeper": "grid", "grids": json.dumps([grid])}
     info = RunInfo(f"sweep {factor} by seed", command("run", "-m", *grid), tags)
@@ -56,11 +53,12 @@ def make_sweep(uri: str, arms: Sequence[str], seeds: int, factor: str = "model",
             "overrides": shlex.join(overrides),
             "data": "digits",
             "arm": arm,
+            "mlflow.parentRunId": parent.run_id,
         }
-        with store.start(RunInfo(f"{arm} seed={seed}", command("run", *overrides), tags, parent.run_id)) as child:
+        with store.start(RunInfo(f"{arm} seed={seed}", command("run", *overrides), tags)) as child:
             settings = {f"train.setting{number}": number for number in range(40)}
             child.log_params({"model": arm, "seed": seed, "precision": "float32"} | settings)
-            child.log_dataset(dataset)
+            child.log_dataset(data, "test", "test")
             accuracy = 0.98 + random.Random(seed).gauss(0, 0.001) + arms.index(arm) * better + noise.gauss(0, 0.0005)
             history = [(3000 * (step + 1), report(step, accuracy)) for step in range(40)]
             for examples_seen, metrics in history:

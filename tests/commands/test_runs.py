@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import exit_status
+from conftest import exit_status, one_split
 from mlflow.store.entities import PagedList
 from processes import shell
 
@@ -16,7 +16,7 @@ from mnist_exp import runs
 from mnist_exp.composing import compose_recipe
 from mnist_exp.errors import UserError
 from mnist_exp.storage import run_dir
-from mnist_exp.tracking.base import DatasetInfo, RunInfo
+from mnist_exp.tracking.base import RunInfo
 from mnist_exp.tracking.housekeeping import delete, gc_command, plan_pruning
 from mnist_exp.tracking.mlflow_store import MLflowStore
 from mnist_exp.tracking.provenance import ORIGIN, Origin
@@ -73,7 +73,7 @@ def record(
         tracker.log_text(recipe(*overrides), "recipe.json")
         origin = Origin(machine={"cpu": "fast", "memory": torch}, packages={"torch": torch, "rich": "1"})
         tracker.log_text(origin.model_dump_json(), ORIGIN)
-        tracker.log_dataset(DatasetInfo(tags["data"], "test", "test", "abc", "somewhere", 10, 10, (1, 28, 28)))
+        tracker.log_dataset(one_split(tags["data"]), "test", "test")
         if accuracy is not None:
             tracker.log_metrics({"val/accuracy": accuracy, "test/accuracy": accuracy, "test/loss": 1 - accuracy}, 1)
     folder = run_dir.ensure_writable_dir(output_dir / tracker.run_id)

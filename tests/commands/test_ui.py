@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 from benchmarks.compare import make_sweep
-from conftest import CommandLine, chromium, free_port, wait_for_server
+from conftest import CommandLine, chromium, free_port, one_split, wait_for_server
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from mnist_exp.api import frame
 from mnist_exp.experiment.summary import describe_run
-from mnist_exp.tracking.base import DatasetInfo, RunInfo
+from mnist_exp.tracking.base import RunInfo
 from mnist_exp.tracking.mlflow_store import MLflowStore
 from mnist_exp.tracking.views import VERSION
 
@@ -85,11 +85,10 @@ def ui(store: str) -> Iterator[Ui]:
 @pytest.fixture
 def single(store: str) -> str:
     """The id of a single run with pictures, whose description contains HTML."""
-    data = DatasetInfo("mnist", "test", "test", "ab12", "somewhere", 10_000, 10_000, (1, 28, 28))
     tags = {"overrides": "seed=7", "data": "mnist"}
     with MLflowStore(store, "mnist_exp").start(RunInfo("se_cnn mnist seed=7", COMMAND, tags)) as tracker:
         tracker.log_params({"model": "se_cnn", "seed": 7})
-        tracker.log_dataset(data)
+        tracker.log_dataset(one_split(), "test", "test")
         tracker.log_figure(Figure(), "pictures/worst_mistakes.png")
         tracker.set_description(describe_run({}, [f"output_dir={HOSTILE}"], HOSTILE, "x"))
         for step in range(3):

@@ -64,12 +64,12 @@ def test_a_run_records_its_origin_its_progress_and_its_results_in_plain_data(pre
     with start_run(request, parts) as recorder:
         train(request, parts, recorder)
         result = finalize(request, parts, recorder, evaluate(parts.model, parts.data.splits["test"]))
-    assert (store.info.name, store.info.command, store.info.parent) == ("se_cnn digits", "the command", None)
+    assert (store.info.name, store.info.command) == ("se_cnn digits", "the command")
     assert store.info.tags["data"] == "digits"
     calls = store.tracker.calls
     texts = [values[1] for name, values in calls if name == "log_text"]
     assert {"config.yaml", "recipe.json", "provenance.json", "outcome.json"} <= set(texts)
-    assert [(info.split, info.context) for info in store.tracker.names("log_dataset")] == [
+    assert [values[1:] for name, values in calls if name == "log_dataset"] == [
         ("finetune", "finetune"),
         ("finetune", "validation"),
         ("test", "test"),

@@ -335,8 +335,8 @@ def test_the_name_of_the_data_of_a_finished_job(
     """It is passed on to the other jobs, in whose configuration a resolver could read the environment."""
     monkeypatch.setenv("INNOCENT", "value-of-the-environment")
     parent = sweep(*SHORT)
-    tags = {"sweep_id": parent, "job_num": "5", "data": "${oc.env:INNOCENT}"}
-    with MLflowStore(store, "mnist_exp").start(RunInfo("hostile", "", tags, parent=parent)):
+    tags = {"sweep_id": parent, "job_num": "5", "data": "${oc.env:INNOCENT}", "mlflow.parentRunId": parent}
+    with MLflowStore(store, "mnist_exp").start(RunInfo("hostile", "", tags)):
         pass
     done = in_process("-m", f"sweep.resume='{parent}'")
     assert "value-of-the-environment" not in done.stdout + done.stderr

@@ -18,8 +18,9 @@ from mlflow.entities import Run
 
 from mnist_exp import compare
 from mnist_exp.run import main
+from mnist_exp.settings import read_recipe
 from mnist_exp.signals import SIGNALS
-from mnist_exp.tracking.base import RunRecord
+from mnist_exp.tracking.base import RECIPE, RunRecord
 from mnist_exp.tracking.mlflow_store import MLflowStore
 
 SHORT = ("-m", "data=digits", "~phases.train", "phases.finetune.epochs=1")
@@ -78,8 +79,8 @@ def test_a_sweep_has_a_parent_and_a_child_for_every_job(swept: Swept) -> None:
         assert child.tags["mlflow.parentRunId"] == child.tags["sweep_id"] == parent.info.run_id
         assert child.job == number
         assert child.overrides[-1] == f"seed={number % 2}"
-    recipes = MLflowStore(swept.store, "mnist_exp").read_recipes(children)
-    assert len({recipe.settings.digest() for recipe in recipes.values()}) == 6
+    recipes = MLflowStore(swept.store, "mnist_exp").read_artifacts(children, RECIPE)
+    assert len({read_recipe(content, "").settings.digest() for content in recipes.values()}) == 6
 
 
 def test_jobs_that_differ_in_the_seed_alone_share_a_color(swept: Swept) -> None:

@@ -2,19 +2,18 @@ import json
 import os
 import sqlite3
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Compose
+from conftest import Compose, one_split
 from mlflow import MlflowClient
 from mlflow.data import from_numpy
 from torch import nn
 
 from mnist_exp.errors import UserError
 from mnist_exp.learning.datasets import MNIST_SHAPE
-from mnist_exp.tracking.base import DatasetInfo, RunInfo
+from mnist_exp.tracking.base import RunInfo
 from mnist_exp.tracking.connection import connect
 from mnist_exp.tracking.mlflow_store import MLflowStore
 from mnist_exp.tracking.mlflow_tracker import MLflowTracker
@@ -81,12 +80,10 @@ def test_an_experiment_gets_its_views_its_description_and_its_kind(store: str) -
 
 
 def test_final_metrics_are_linked_to_the_model_and_recorded_once(store: str, tmp_path: Path, composed: Compose) -> None:
-    data = DatasetInfo("mnist", "test", "test", "ab12", "here", 10, 10, (1, 28, 28))
-    held_out = replace(data, split="finetune", context="validation", digest="cd34")
     settings = composed().model_copy(update={"shape": MNIST_SHAPE})
     with MLflowStore(store, "test").start(RunInfo("name", "")) as tracker:
-        tracker.log_dataset(held_out)
-        tracker.log_dataset(data)
+        tracker.log_dataset(one_split(split="finetune", digest="cd34"), "finetune", "validation")
+        tracker.log_dataset(one_split(), "test", "test")
         for step in (10, 20):
             tracker.log_metrics({"val/accuracy": step / 100, "train/loss": 1.0}, step)
         tracker.log_model("my/cnn: 1-mnist", nn.Identity(), settings, tmp_path / "model")
@@ -106,7 +103,7 @@ def test_final_metrics_are_linked_to_the_model_and_recorded_once(store: str, tmp
 
 def test_a_data_set_has_the_schema_of_an_array(store: str) -> None:
     with MLflowStore(store, "test").start(RunInfo("name", "")) as tracker:
-        tracker.log_dataset(DatasetInfo("colors", "test", "test", "ab12", "here", 10, 10, (3, 8, 8)))
+        tracker.log_dataset(one_split(shape=(3, 8, 8)), "test", "test")
     (stored,) = MlflowClient(store).get_run(tracker.run_id).inputs.dataset_inputs
     images, labels = np.zeros((2, 3, 8, 8), np.uint8), np.zeros(2, np.int64)
     assert json.loads(stored.dataset.schema) == from_numpy(images, targets=labels).schema.to_dict()
