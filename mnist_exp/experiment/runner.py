@@ -203,8 +203,7 @@ def _run_info(request: RunRequest, prepared: Prepared) -> RunInfo:
     if job:
         shown = [override for override in shown if key_of(override) in job.varied]
         arm = " ".join(short_override(override, choices) for override in shown if key_of(override) != "seed")
-        tags |= {SWEEP: job.sweep_id, JOB: str(job.number), ARM: arm or choices["model"]}
-        tags |= {PARENT: job.sweep_id, COLOR: job.color}
+        tags |= {SWEEP: job.sweep_id, PARENT: job.sweep_id, JOB: str(job.number), ARM: arm or choices["model"], COLOR: job.color}
     if settings.rerun:
         tags[RERUN_OF] = settings.rerun
     name = run_name(choices, shown, prepared.data.name)

@@ -87,18 +87,16 @@ class GridSweep:
             swept_keys = self.swept_keys(grids)
             children = self.match(store, stored, jobs, swept_keys) if stored else []
             total = self.total(stored, jobs)
-            ended = {number for child, number in children if child.is_done}
-            done = {job.number for job in jobs} & ended
+            done = {number for child, number in children if child.is_done}
             if settings.sweep.dry_run:
                 rows, notes = preview(jobs, done, total)
                 show_table(rows)
                 show_lines(notes)
                 return
-            for child, number in children:
-                if child.job != number:
-                    store.set_tags(child.run_id, {JOB: NO_JOB if number is None else str(number)})
-            if stored and stored.record.status == "FINISHED" and len(done) == total:
-                show_lines([f"All {total} jobs of sweep {stored.run_id} have finished: nothing is left to run."])
+            renumbered = [(child, number) for child, number in children if child.job != number]
+            has_all = total == len(jobs) and all(job.number in done for job in jobs)
+            if stored and stored.record.status == "FINISHED" and stored.total == total and has_all and not renumbered:
+                show_lines([f"Sweep {stored.run_id} has finished: nothing is left to run."])
                 return
             getattr(self.launcher, "warm_up", lambda: None)()  # now that nothing can be refused any more
             launching = [override for override in hydra.overrides.hydra if "launcher" in override]
@@ -106,6 +104,8 @@ class GridSweep:
                 self.name, grids, jobs, total, swept_keys, locations, selecting_overrides=[*self.selecting_overrides, *launching]
             )
             parent = lock.enter_context(open_parent(store, settings, plan, stored.run_id if stored else None))
+            for child, number in renumbered:
+                store.set_tags(child.run_id, {JOB: NO_JOB if number is None else str(number)})
             display = SweepDisplay(total)
             try:
                 with display.polling(Progress(store, parent.tracker.run_id).read):
@@ -182,7 +182,7 @@ class GridSweep:
         children = store.children(stored.run_id)
         if self.name != GridSweep.name:  # several trials of a search may have the same configuration
             return [(child, child.job) for child in children]
-        recipes = store.read_artifacts(children, RECIPE)
+        recipes = store.read_artifacts(children, RECIPE, strict=True)
         numbers = {job.digest: job.number for job in jobs}
         matched = []
         for child in children:

@@ -68,7 +68,7 @@ class SearchSweep(GridSweep):
     def total(self, stored: Sweep | None, jobs: list[Job]) -> int:
         """Return the number of trials; the command line of a resumed search may change it."""
         changed = any(override.startswith("hydra.sweeper.n_trials=") for override in self.composed.hydra.overrides.hydra)
-        return stored.total if stored and not changed else self.n_trials
+        return max(len(jobs), stored.total if stored and not changed else self.n_trials)
 
     def check(self, settings: Settings) -> None:
         """Raise UserError if the search could see the test set."""

@@ -48,7 +48,7 @@ class Progress:
         return statuses["FINISHED"], statuses["FAILED"] + statuses["KILLED"], shown
 
 
-def preview(jobs: Sequence[Job], done: Container[int], total: int) -> tuple[list[dict[str, str]], list[str]]:
+def preview(jobs: Sequence[Job], done: Container[int | None], total: int) -> tuple[list[dict[str, str]], list[str]]:
     """Return the jobs of a sweep that has not started, as the rows of a table, and notes.
 
     Args:

@@ -45,7 +45,7 @@ class RunInfo:
     Args:
         name: The name in lists and charts.
         command: The shell command that repeats the run.
-        tags: The tags.
+        tags: The tags, by MLflow's names or those of `tags.py`.
     """
 
     name: str
@@ -248,10 +248,17 @@ class Tracker:
         """Record a figure as the artifact `path`, a PNG file."""
 
     def log_dataset(self, data: "Dataset", split: str, context: str) -> None:
-        """Record a split of the data with its purpose: the name of a phase, validation or test. The first one counts."""
+        """Record a split of the data with its purpose: the name of a phase, validation, test or evaluate.
+
+        The UI shows the first purpose of a split.
+        """
 
     def log_model(self, name: str, model: "nn.Module", settings: Settings, folder: Path) -> None:
-        """Record a model, which is written to `folder`, with the settings of its run."""
+        """Record a model with the settings of its run, which hold the `shape` of the data.
+
+        Raises:
+            UserError: `folder`, which the model replaces, cannot be written.
+        """
 
     def ui_command(self) -> str | None:
         """Return the command or address that opens the run in the UI."""
@@ -309,11 +316,16 @@ class Store:
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Record tags of a run; raises StoreLostError if they cannot be recorded."""
 
-    def read_artifacts(self, records: Sequence[RunRecord], path: str) -> dict[str, bytes]:
-        """Return the artifact `path` of each run that has it, by the id of the run.
+    def read_artifacts(self, records: Sequence[RunRecord], path: str, *, strict: bool = False) -> dict[str, bytes]:
+        """Return the artifact `path`, a file in no folder, of each run that has it, by the id of the run.
+
+        Args:
+            records: The runs.
+            path: The name of the file.
+            strict: Whether a file that exists but cannot be read is an error; otherwise it is left out.
 
         Raises:
-            UserError: One cannot be read.
+            UserError: Such a file cannot be read.
         """
         return {}
 

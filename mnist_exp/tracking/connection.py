@@ -120,6 +120,12 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+def terminate(client: MlflowClient, run_id: str, status: str) -> None:
+    """Set the final status of a run, not before its start: clocks can be set back."""
+    started = client.get_run(run_id).info.start_time
+    client.set_terminated(run_id, status, max(started, int(time.time() * 1000)))
+
+
 def restore_command(client: MlflowClient, uri: str, experiment_id: str, run_id: str) -> str:
     """Return the command that restores a deleted run, or its experiment if that was deleted."""
     with suppress(MlflowException):

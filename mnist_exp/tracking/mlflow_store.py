@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import unquote, urlsplit
 
 from mlflow import MlflowClient
@@ -37,9 +37,11 @@ from mnist_exp.tracking.base import (
     Sweep,
     read_sweep,
 )
-from mnist_exp.tracking.connection import Result, check_uri, connect, first_line, is_refusal, restore_command, retry
-from mnist_exp.tracking.mlflow_tracker import MLflowTracker, terminate
+from mnist_exp.tracking.connection import Result, check_uri, connect, first_line, is_refusal, restore_command, retry, terminate
 from mnist_exp.tracking.views import CURVES, VIEW_PREFIX, artifact_path, curves_tag, run_path, surplus_curves, view_path
+
+if TYPE_CHECKING:
+    from mnist_exp.tracking.mlflow_tracker import MLflowTracker
 
 RUN_ID = re.compile("[0-9a-f]{32}")
 PROCESS_LEFT = "the process released its lock"
@@ -71,7 +73,9 @@ class MLflowStore(Store):
                     raise
                 time.sleep(1)
 
-    def start(self, info: RunInfo, run_id: str | None = None) -> MLflowTracker:
+    def start(self, info: RunInfo, run_id: str | None = None) -> "MLflowTracker":
+        from mnist_exp.tracking.mlflow_tracker import MLflowTracker  # with torch, which commands that only read do not need
+
         self.open()
         if run_id:
             return self._retry(lambda: MLflowTracker(self.client, self.uri, self._reopen(run_id), self.patience))
@@ -184,7 +188,7 @@ class MLflowStore(Store):
         if tag.SWEEP_JOBS in record.tags:
             raise UserError(f"Run {run_id} is a sweep: choose one of its jobs, which `{command('runs', 'list')}` shows.")
         try:
-            recipe = read_recipe(download(record, RECIPE), f"{RECIPE} of run {run_id}")
+            recipe = read_recipe(self.download(record, RECIPE), f"{RECIPE} of run {run_id}")
         except OSError as error:
             raise UserError(f"Run {run_id} has no readable {RECIPE}: {first_line(error)}") from error
         histories = {key: self.client.get_metric_history(run_id, key) for key in record.metrics}
@@ -228,20 +232,29 @@ class MLflowStore(Store):
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         self._retry(lambda: self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()]))
 
-    def read_artifacts(self, records: Sequence[RunRecord], path: str) -> dict[str, bytes]:
+    def read_artifacts(self, records: Sequence[RunRecord], path: str, *, strict: bool = False) -> dict[str, bytes]:
         self.open()
 
         def read(record: RunRecord) -> bytes | None:
             try:
-                return download(record, path)
+                return self.download(record, path)
             except OSError as error:
-                if path in [file.path for file in self.client.list_artifacts(record.run_id)]:
-                    raise UserError(f"{path} of run {record.run_id} cannot be read: {first_line(error)}") from error
-                return None  # it ended before it recorded one
+                if strict and path in [file.path for file in self.client.list_artifacts(record.run_id)]:
+                    raise UserError(f"{path} of run {record.run_id} cannot be read: {error}") from error
+                return None  # most such runs ended before they recorded one
 
         with ThreadPoolExecutor(8) as pool:  # over a network, most of the time is waiting
             found = zip(records, pool.map(read, records), strict=True)
             return {record.run_id: content for record, content in found if content is not None}
+
+    def download(self, record: RunRecord, path: str) -> bytes:
+        """Return the content of an artifact of a run; raises OSError if it cannot be read."""
+        try:
+            with TemporaryDirectory() as folder:
+                address = f"{record.artifacts}/{path}"
+                return Path(download_artifacts(address, dst_path=folder, tracking_uri=self.uri)).read_bytes()
+        except Exception as error:  # stores raise exceptions of their own
+            raise OSError(str(error)) from error
 
     def publish(self, run_id: str, answer: Answer) -> str:
         name = answer.report.name
@@ -269,15 +282,6 @@ class MLflowStore(Store):
         except MlflowException:  # the sweep has its results without a view
             return ""
         return view_path(self.experiment_id, key).removeprefix("/")
-
-
-def download(record: RunRecord, path: str) -> bytes:
-    """Return the content of an artifact of a run; raises OSError if it cannot be read."""
-    try:
-        with TemporaryDirectory() as folder:
-            return Path(download_artifacts(f"{record.artifacts}/{path}", dst_path=folder)).read_bytes()
-    except MlflowException as error:
-        raise OSError(str(error)) from error
 
 
 def _publish(client: MlflowClient, run_id: str, answer: Answer) -> str:

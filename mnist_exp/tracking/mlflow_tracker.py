@@ -14,21 +14,21 @@ import numpy as np
 from mlflow import MlflowClient, entities
 from mlflow.data.schema import TensorDatasetSchema
 from mlflow.types import Schema, TensorSpec
+from torch import nn
 
 from mnist_exp.errors import PrunedError
+from mnist_exp.learning.data import Dataset
 from mnist_exp.overrides import command
 from mnist_exp.settings import Settings
 from mnist_exp.signals import defer_signals
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import StoreLostError, Tracker
-from mnist_exp.tracking.connection import is_refusal, restore_command, retry
+from mnist_exp.tracking.connection import is_refusal, restore_command, retry, terminate
+from mnist_exp.tracking.models import save_model
 from mnist_exp.tracking.views import model_name, run_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from torch import nn
-
-    from mnist_exp.learning.data import Dataset
 
 # The context of the data set that metrics are measured on, by the first part of their names.
 MEASURED_ON = {"test": "test", "val": "validation", "evaluate": "evaluate"}
@@ -167,7 +167,7 @@ class MLflowTracker(Tracker):
         # Stronger compression takes longer than drawing.
         self._send("log_figure", figure, path, save_kwargs={"dpi": 80, "pil_kwargs": {"compress_level": 1}})
 
-    def log_dataset(self, data: "Dataset", split: str, context: str) -> None:
+    def log_dataset(self, data: Dataset, split: str, context: str) -> None:
         name, part = f"{data.name}-{split}", data.splits[split]
         self._contexts[context] = name, part.digest
         if name in self._datasets:  # MLflow may refuse to record one twice
@@ -185,9 +185,7 @@ class MLflowTracker(Tracker):
         )
         self._send("log_inputs", [entities.DatasetInput(entity, [entities.InputTag(tag.DATASET_CONTEXT, context)])])
 
-    def log_model(self, name: str, model: "nn.Module", settings: Settings, folder: Path) -> None:
-        from mnist_exp.tracking.models import save_model  # with torch, which commands that only read runs do not need
-
+    def log_model(self, name: str, model: nn.Module, settings: Settings, folder: Path) -> None:
         save_model(folder, model, settings)
         self._outbox.add(lambda: self._log_model(folder, model_name(name)))
 
@@ -210,9 +208,3 @@ class MLflowTracker(Tracker):
         if self.uri.startswith("http"):
             return f"{self.uri}{run_path(self.experiment_id, self.run_id)}"
         return command("ui", self.run_id)
-
-
-def terminate(client: MlflowClient, run_id: str, status: str) -> None:
-    """Set the final status of a run, not before its start: clocks can be set back."""
-    started = client.get_run(run_id).info.start_time
-    client.set_terminated(run_id, status, max(started, int(time.time() * 1000)))

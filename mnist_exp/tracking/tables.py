@@ -14,7 +14,7 @@ from mnist_exp.overrides import JOB_KEY
 from mnist_exp.settings import did_you_mean, walk
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import RunRecord, StoredRun
-from mnist_exp.tracking.mlflow_store import MLflowStore, download
+from mnist_exp.tracking.mlflow_store import MLflowStore
 from mnist_exp.tracking.provenance import ORIGIN, PATCH, Origin
 
 CODE = {tag.COMMIT: "commit", tag.BRANCH: "branch", tag.DIRTY: "uncommitted changes", "code": "digest of the code"}
@@ -127,17 +127,17 @@ def run_differences(store: MLflowStore, first_id: str, second_id: str) -> dict[s
         UserError: A run does not exist, is a sweep, or has no readable recipe.
     """
     runs = [store.read(run_id) for run_id in (first_id, second_id)]
-    first, second = map(_comparable, runs)
+    first, second = (_comparable(store, run) for run in runs)
     return {section: _differing(first[section], second[section]) for section in first}
 
 
-def _comparable(run: StoredRun) -> dict[str, dict[str, str]]:
+def _comparable(store: MLflowStore, run: StoredRun) -> dict[str, dict[str, str]]:
     record, tags = run.record, run.record.tags
-    origin = _origin(run)
+    origin = _origin(store, run)
     config = walk(run.recipe.settings.model_dump(mode="json", exclude={JOB_KEY}))
     return {
         "configuration": {key: str(value) for key, value in config if not isinstance(value, dict | list)},
-        "code": {name: tags[key] for key, name in CODE.items() if key in tags} | _changed_files(_text(run, PATCH)),
+        "code": {name: tags[key] for key, name in CODE.items() if key in tags} | _changed_files(_text(store, run, PATCH)),
         "packages": origin.packages,
         "machine": origin.machine,
         "data": {"name": record.data} | {f"digest of {split}": digest for split, digest in record.digests.items()},
@@ -145,17 +145,17 @@ def _comparable(run: StoredRun) -> dict[str, dict[str, str]]:
     }
 
 
-def _origin(run: StoredRun) -> Origin:
+def _origin(store: MLflowStore, run: StoredRun) -> Origin:
     try:
-        return Origin.model_validate_json(_text(run, ORIGIN))
+        return Origin.model_validate_json(_text(store, run, ORIGIN))
     except ValidationError:  # the run ended before it recorded one
         return Origin()
 
 
-def _text(run: StoredRun, path: str) -> str:
+def _text(store: MLflowStore, run: StoredRun, path: str) -> str:
     """Return a text file of a run, empty if it has none."""
     try:
-        return download(run.record, path).decode(errors="replace")
+        return store.download(run.record, path).decode(errors="replace")
     except OSError:
         return ""
 

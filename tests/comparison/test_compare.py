@@ -190,6 +190,9 @@ def test_foreign_and_broken_stores_get_a_message(run_compare: Compare, store: st
     files = Path(MlflowClient(store).get_run(sweep).info.artifact_uri.removeprefix("file://"))
     for child in MlflowClient(store).search_runs(["1"], f"tags.sweep_id = '{sweep}'")[:2]:
         Path(child.info.artifact_uri.removeprefix("file://"), "outcome.json").write_text('{"history": 1}')
+    unreadable = Path(child.info.artifact_uri.removeprefix("file://"), "outcome.json")
+    unreadable.unlink()
+    (unreadable / "folder").mkdir(parents=True)
     status, shown, _ = run_compare("--baseline", "[8,16]")
     assert status == 0, "an arm's name is the typed text, not a formula"
     assert "against model.name=[8,16]" in shown

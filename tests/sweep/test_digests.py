@@ -79,6 +79,18 @@ def test_a_sweep_that_has_finished_is_left_as_it_is(sweep: Store, store: str, in
     assert tags.items() <= run.data.tags.items()
 
 
+def test_a_finished_sweep_records_an_extension_that_runs_kept_apart_complete(
+    sweep: Store, store: str, in_process: CommandLine
+) -> None:
+    apart = ("none", (*BASE, "seed=1"), same, "FINISHED")
+    parent = sweep((*BASE, "seed=0"), children=[(0, (*BASE, "seed=0"), same, "FINISHED"), apart], status="FINISHED", answer="old")
+    done = in_process("-m", f"sweep.extend='{parent}'", "seed=1")
+    assert done.returncode == 0, done.stderr
+    tags = MlflowClient(store).get_run(parent).data.tags
+    assert (tags["sweep_jobs"], len(json.loads(tags["grids"])), tags["answer"]) == ("2", 2, "")
+    assert planned(in_process, f"sweep.resume='{parent}'") == ["skip", "skip"]
+
+
 def test_a_job_is_its_configuration_whatever_its_number(sweep: Store, in_process: CommandLine) -> None:
     grid = (*BASE, "phases.finetune.batch_size=64,128", "seed=0,1")
     done = [(7, (*BASE, "seed=1", "phases.finetune.batch_size=64"), without_subset, "FINISHED")]
