@@ -95,10 +95,10 @@ def explain(error: Exception) -> UserError:
         if error.options:
             options = ", ".join(sorted(error.options))
             return UserError.invalid(group, option, f"one of {options}{did_you_mean(option, list(error.options))}")
-    if ambiguous := re.match(r"Ambiguous value for argument '([^=']+)=(.*)'", text):
-        key, values = ambiguous.groups()
+    if several := re.match(r"(?:(Ambiguous) value for argument|Sweep parameters) '([^=']+)=(.*)'", text):
+        is_ambiguous, key, values = several.groups()
         other = f"write {key}=[{values}] for a list, \"{key}='{values}'\" for text"
-        other = "choose one" if key.partition("@")[0] in GROUPS else other
+        other = "choose one" if key.partition("@")[0] in GROUPS or not is_ambiguous else other
         return UserError(
             f"{key}={values} gives several values.",
             key=key,

@@ -264,7 +264,7 @@ def delete_groups(store: "MLflowStore", groups: "list[Group]", output_dir: "Path
     if deleted:
         run_id = deleted[0].run_id if len(deleted) == 1 else "ID"
         restore = restore_command(store.client, store.uri, deleted[0].experiment_id, run_id)
-        show_lines([f"Restore a record, without its checkpoint and model: {restore}"])
+        show_lines([f"Restore a record, without its folder and its model: {restore}"])
         show_lines([f"Remove the files of all deleted runs for good: {gc_command(store)}"])
     if problems:
         raise UserError("\n".join(problems))

@@ -65,6 +65,6 @@ def describe_run(rows: dict[str, str], overrides: list[str], warning: str | None
     shown_warning = f"**{warning}**\n\n" if warning else ""
     return (
         f"{shown_warning}| | |\n| --- | --- |\n{table}\n\nRepeat it: `{command('run', *overrides)}`\n\n"
-        "Pictures, configuration, checkpoint and the uncommitted changes are under Artifacts.\n\n"
+        "Pictures, configuration and checkpoint are under Artifacts.\n\n"
         f"![The worst mistakes]({picture})"
     )

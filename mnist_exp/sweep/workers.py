@@ -37,7 +37,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 # The imports of a job, which the server preloads; torch imports its dynamo with any optimizer. Preloading is only faster:
 # multiprocessing ignores a name that cannot be imported. Not run.py: a worker imports it as its main module.
 PRELOADED = ["mnist_exp.sweep.search", "mnist_exp.experiment.runner", "torch._dynamo"]
-PRELOADED_FOR_MLFLOW = ["mnist_exp.tracking.mlflow_store", "mlflow.pyfunc"]
+PRELOADED_FOR_MLFLOW = ["mnist_exp.tracking.mlflow_store", "mnist_exp.tracking.mlflow_tracker"]
 PRELOADED_FOR_MLFLOW += ["mlflow.store.tracking.sqlalchemy_store", "alembic.command", "matplotlib.backends.backend_agg"]
 
 _worker: tuple[HydraContext, DictConfig, TaskFunction]  # of a worker process

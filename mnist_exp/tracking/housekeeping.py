@@ -4,7 +4,7 @@ import re
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import mlflow
@@ -16,6 +16,7 @@ from mnist_exp.settings import ID
 from mnist_exp.storage import run_dir
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import RunRecord
+from mnist_exp.tracking.connection import terminate
 from mnist_exp.tracking.mlflow_store import MLflowStore
 from mnist_exp.tracking.tables import Group, group_by_sweep
 
@@ -124,7 +125,7 @@ def registered_models(store: MLflowStore) -> dict[str, str]:
 
 
 def delete(store: MLflowStore, group: Group, output_dir: Path) -> None:
-    """Delete a single run or a sweep and the folders, and mark the models as deleted.
+    """Delete a single run or a sweep and the folders, and mark the models as deleted. A sweep that loses a job becomes KILLED.
 
     The artifacts stay until `mlflow gc` removes them: their address comes from the store, which could name any folder.
 
@@ -138,6 +139,12 @@ def delete(store: MLflowStore, group: Group, output_dir: Path) -> None:
         with _locked(store, run, output_dir):
             run_dir.remove_folder(output_dir / run.run_id)
             store.delete(run.run_id)
+    if group[0].job is not None:
+        with suppress(UserError):  # its sweep was deleted before
+            sweep = store.get_run(group[0].tags[tag.SWEEP])
+            if sweep.status == "FINISHED":  # `sweep.resume=latest` must find it
+                store.set_tags(sweep.run_id, {tag.ERROR: f"the run of job {group[0].job} was deleted"})
+                terminate(store.client, sweep.run_id, "KILLED")
 
 
 @contextmanager

@@ -186,7 +186,9 @@ class MLflowStore(Store):
     def read(self, run_id: str) -> StoredRun:
         record = self.get_run(run_id)
         if tag.SWEEP_JOBS in record.tags:
-            raise UserError(f"Run {run_id} is a sweep: choose one of its jobs, which `{command('runs', 'list')}` shows.")
+            raise UserError(
+                f"Run {run_id} is a sweep: choose one of its jobs, which `{command('runs', 'list', '--jobs')}` shows."
+            )
         try:
             recipe = read_recipe(self.download(record, RECIPE), f"{RECIPE} of run {run_id}")
         except OSError as error:

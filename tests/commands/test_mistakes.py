@@ -31,6 +31,7 @@ WRONG = {  # overrides that the message repeats, and the values that it expects
     "optimizer=adamm": ["adam", "sgd_nesterov"],
     "model=se_cnn,plain_cnn": ["-m"],
     "seed=1,2": ["-m", "seed=[1,2]"],
+    "seed=range(0,3)": ["-m"],
     "optimizer=null": [],
     "batch_size=0": ["greater than or equal to 1"],
     "batch_size=100000": ["58800"],

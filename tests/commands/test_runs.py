@@ -295,6 +295,7 @@ def test_delete_takes_runs_and_whole_sweeps(opened: MLflowStore, command: Comman
     assert gc_command(opened) in shown
     assert {run.run_id for run in opened.runs()} == before - gone
     assert kept in before - gone
+    assert opened.find_sweep("latest", unfinished=True).run_id == other, "it lacks a job"
     assert {path.name for path in outputs.iterdir()} == before - gone - {other}
     assert not opened.client.search_logged_models([opened.experiment_id], f"model_id='{model.model_id}'")
     command("delete", first, status=1)
