@@ -10,7 +10,7 @@ from itertools import chain, product
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -114,13 +114,18 @@ def check_ids(overrides: Iterable[str]) -> None:
 
 
 def check_groups(overrides: Iterable[str]) -> None:
-    """Raise UserError on a group that is set to null: Hydra's own error does not name it."""
+    """Raise UserError on a group that is set to null or to values that are no names: Hydra's own errors do not name it."""
     for override in overrides:
         key, _, value = override.partition("=")
-        if value == "null" and key.lstrip("+").partition("@")[0] in GROUPS:
+        if key.lstrip("+").partition("@")[0] in GROUPS and (value == "null" or not _are_names(override, value)):
             raise UserError.invalid(
                 key, value, "an option of its group", f"Leave the group out with ~{key}, or choose an option."
             )
+
+
+def _are_names(override: str, value: str) -> bool:
+    items = parse(override).value() if value.startswith("[") else []
+    return not isinstance(items, list) or all(isinstance(item, str | QuotedString) for item in items)
 
 
 def remember_locations(overrides: Iterable[str], config_dir: str | None) -> None:

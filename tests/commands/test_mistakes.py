@@ -33,6 +33,8 @@ WRONG = {  # overrides that the message repeats, and the values that it expects
     "seed=1,2": ["-m", "seed=[1,2]"],
     "seed=range(0,3)": ["-m"],
     "optimizer=null": [],
+    "optimizer=[[]]": ["option"],
+    "model=[1]": ["option"],
     "batch_size=0": ["greater than or equal to 1"],
     "batch_size=100000": ["58800"],
     "optimizer.lr=inf": ["a finite number"],
