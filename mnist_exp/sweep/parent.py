@@ -143,7 +143,7 @@ class Parent:
 @contextmanager
 def open_parent(store: Store, settings: Settings, plan: Plan, resumed: str | None) -> Iterator[Parent]:
     """Start the parent's run, or resume the run `resumed`, whose folder the caller has locked."""
-    output_dir, first = run_dir.ensure_writable_dir(settings.output_dir), plan.grids[0]
+    output_dir, first = settings.output_dir, plan.grids[0]
     process_tags = provenance.process_tags(output_dir)
     sweep_tags = {GRIDS: grids_text(plan.grids), SWEEPER: plan.sweeper, SWEEP_JOBS: str(plan.total)}
     tags = provenance.git_tags() | provenance.software() | process_tags | sweep_tags | {OVERRIDES: shlex.join(first)}

@@ -286,8 +286,11 @@ class Store:
     def delete(self, run_id: str) -> None:
         """Delete a run that another one replaces."""
 
-    def mark_killed(self, run_id: str, reason: str) -> bool:
-        """Set a RUNNING run to KILLED with `reason`, unless the run recorded one itself; return whether it was RUNNING."""
+    def mark_killed(self, run_id: str, reason: str, was: str = "RUNNING") -> bool:
+        """Set a run of the status `was` to KILLED with `reason`; return whether it had that status.
+
+        In any case, `reason` replaces a recorded one that says no more than that the process has ended.
+        """
         return False
 
     def reap(self, output_dir: Path) -> list[RunRecord]:
@@ -317,11 +320,11 @@ class Store:
         """Record tags of a run; raises StoreLostError if they cannot be recorded."""
 
     def read_artifacts(self, records: Sequence[RunRecord], path: str, *, strict: bool = False) -> dict[str, bytes]:
-        """Return the artifact `path`, a file in no folder, of each run that has it, by the id of the run.
+        """Return an artifact of each run that has it, by the id of the run.
 
         Args:
             records: The runs.
-            path: The name of the file.
+            path: The name of the artifact, a file at the top level.
             strict: Whether a file that exists but cannot be read is an error; otherwise it is left out.
 
         Raises:

@@ -16,7 +16,6 @@ from mnist_exp.settings import ID
 from mnist_exp.storage import run_dir
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import RunRecord
-from mnist_exp.tracking.connection import terminate
 from mnist_exp.tracking.mlflow_store import MLflowStore
 from mnist_exp.tracking.tables import Group, group_by_sweep
 
@@ -141,10 +140,8 @@ def delete(store: MLflowStore, group: Group, output_dir: Path) -> None:
             store.delete(run.run_id)
     if group[0].job is not None:
         with suppress(UserError):  # its sweep was deleted before
-            sweep = store.get_run(group[0].tags[tag.SWEEP])
-            if sweep.status == "FINISHED":  # `sweep.resume=latest` must find it
-                store.set_tags(sweep.run_id, {tag.ERROR: f"the run of job {group[0].job} was deleted"})
-                terminate(store.client, sweep.run_id, "KILLED")
+            reason = f"the run of job {group[0].job} was deleted"
+            store.mark_killed(group[0].tags[tag.SWEEP], reason, was="FINISHED")  # so that `sweep.resume=latest` finds it
 
 
 @contextmanager

@@ -162,15 +162,15 @@ class MLflowStore(Store):
         self.open()
         return list(self.client.search_logged_models([record.experiment_id], f"source_run_id='{record.run_id}'"))
 
-    def mark_killed(self, run_id: str, reason: str) -> bool:
+    def mark_killed(self, run_id: str, reason: str, was: str = "RUNNING") -> bool:
         def mark() -> bool:
             run = self.client.get_run(run_id)
-            is_running = bool(run.info.status == "RUNNING")  # it may have ended in the meantime
-            if is_running or run.data.tags.get(tag.ERROR) in (PROCESS_DIED, PROCESS_LEFT):
+            applies = bool(run.info.status == was)  # it may have ended in the meantime
+            if applies or run.data.tags.get(tag.ERROR) in (PROCESS_DIED, PROCESS_LEFT):
                 self.client.set_tag(run_id, tag.ERROR, reason)
-            if is_running:
+            if applies:
                 terminate(self.client, run_id, "KILLED")
-            return is_running
+            return applies
 
         return self._retry(mark)
 
