@@ -13,12 +13,13 @@ from mnist_exp.composing import compose_recipe
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.repeat import request
 from mnist_exp.experiment.runner import RunResult, run
-from mnist_exp.overrides import JOB_KEY, is_location, key_of, remember_locations, section_of, text_of
+from mnist_exp.overrides import JOB_KEY, is_location, remember_locations, section_of
 from mnist_exp.paths import take_credentials
 from mnist_exp.serving import Classifier
 from mnist_exp.serving.classifier import load_from
 from mnist_exp.settings import Recipe
-from mnist_exp.tracking.tags import ARM
+from mnist_exp.tracking.frame import FIXED
+from mnist_exp.tracking.frame import frame as sweep_frame
 
 __all__ = ["frame", "load", "train"]
 
@@ -61,31 +62,24 @@ def load(model: str = "latest") -> Classifier:
 
 
 def frame(sweep: str = "latest") -> pd.DataFrame:
-    """Return the runs of a sweep, one per row.
+    """Return the jobs of a sweep, one per row.
 
     Args:
         sweep: The id of a sweep, its start, or `latest`.
 
     Returns:
-        The columns `run`, `job`, `status`, `arm` and `data`; one column for each key that the jobs set, such as `seed` or
-        `model`, with numbers where all values are; and one for each metric, as recorded. Missing values are NaN.
+        The columns of `mnist_exp.tracking.frame.frame`: among them the keys that vary, such as `model`, and `seed`, with numbers
+        where all values are, `run`, `status`, and each metric as recorded. Missing metrics are NaN.
 
     Raises:
         UserError: There is no such sweep.
     """
     leave_credentials()
     store = find_store()
-    children = store.children(store.find_sweep(sweep).run_id)
-    records = sorted((child for child in children if child.job is not None), key=lambda record: record.job or 0)
-    overrides = [{key_of(item): text_of(item) for item in record.overrides} for record in records]
-    table = pd.DataFrame(
-        {"run": record.run_id, "job": record.job, "status": record.status, "arm": record.tags.get(ARM, ""), "data": record.data}
-        | values
-        | record.metrics
-        for record, values in zip(records, overrides, strict=True)
-    )
-    for key in dict.fromkeys(key for values in overrides for key in values):
-        numbers = pd.to_numeric(table[key], errors="coerce")
-        if numbers.notna().equals(table[key].notna()):
-            table[key] = numbers
+    found = store.find_sweep(sweep)
+    table = sweep_frame([(found, store.children(found.run_id))])
+    for name in table.select_dtypes(exclude="number"):
+        numbers = pd.to_numeric(table[name], errors="coerce")
+        if name not in FIXED and numbers.notna().all():
+            table[name] = numbers
     return table

@@ -5,9 +5,11 @@ python -m mnist_exp.compare latest --factor model --baseline plain_cnn
 
 import argparse
 import math
+import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +18,11 @@ from mnist_exp.errors import UserError
 from mnist_exp.overrides import command
 
 if TYPE_CHECKING:
-    from mnist_exp.comparison.arms import Arms
-    from mnist_exp.tracking.base import Store, Sweep
+    import pandas as pd
 
-REPORT, PICTURE = "report.html", "differences.png"
+    from mnist_exp.comparison.pairs import Comparison
+    from mnist_exp.tracking.base import RunRecord, Store, Sweep
+    from mnist_exp.tracking.mlflow_store import MLflowStore
 
 
 def main() -> None:
@@ -33,10 +36,16 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     result = cli.parser("compare", "Compare the runs of sweeps, paired by seed, with an interval and a verdict.")
     result.add_argument("sweeps", nargs="*", metavar="SWEEP", help="the id of a sweep, its start, or latest (default: latest)")
-    result.add_argument("--factor", metavar="KEY", help="the key whose values are compared (default: the only one, seeds aside)")
+    result.add_argument(
+        "--factor", metavar="KEY", help="the key whose values are compared (default: each that varies, seeds aside)"
+    )
     result.add_argument("--baseline", metavar="VALUE", help="the value that the others are compared with (default: the first)")
     result.add_argument(
-        "--metric", dest="metrics", nargs="+", metavar="NAME", help="metrics; the first decides (default: accuracy, loss, times)"
+        "--metric",
+        dest="metrics",
+        nargs="+",
+        metavar="NAME",
+        help="metrics; the first is compared, of the others the means are shown (default: accuracy, loss, times)",
     )
     result.add_argument(
         "--margin",
@@ -44,7 +53,10 @@ def parser() -> argparse.ArgumentParser:
         metavar="NUMBER",
         help="the smallest difference that matters, as displayed (accuracy: 0.05)",
     )
-    result.add_argument("--results", nargs="+", type=Path, metavar="CSV", help="tables from --export, in place of sweeps")
+    result.add_argument("--pairs", choices=["all"], help="compare all pairs of values, not only with the baseline")
+    result.add_argument(
+        "--results", nargs="+", type=Path, metavar="CSV", help="tables of runs, such as those of --export, in place of sweeps"
+    )
     result.add_argument("--export", type=cli.file_of(".csv"), metavar="CSV", help="write the runs to a table")
     return result
 
@@ -61,64 +73,140 @@ def margin(text: str) -> float:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Show the answer, and publish a report in the parents of the sweeps."""
-    from mnist_exp.comparison import arms, outcomes, report, tables, wording
+    """Show an answer for each factor, and publish a report of each in the parents of the sweeps."""
+    from mnist_exp.comparison import tables, wording
     from mnist_exp.console import show_comparison, show_lines
-    from mnist_exp.learning.datasets import find_test_images
-    from mnist_exp.tracking.base import OUTCOME, Answer
+    from mnist_exp.tracking.frame import frame
 
-    settings = cli.default_settings()
     sweeps: list[Sweep] = []
+    remarks: list[str] = []
     if arguments.results:
-        sources = tables.read_tables(arguments.results)
+        runs, remarks = tables.read_tables(arguments.results, arguments.metrics or ())
     else:
-        store = cli.find_store(settings)
+        store = cli.find_store()
         sweeps = find_sweeps(store, arguments.sweeps or ["latest"])
-        sources = [arms.source_of(store, sweep) for sweep in sweeps]
+        jobs = [store.children(sweep.run_id) for sweep in sweeps]
+        runs = frame(zip(sweeps, jobs, strict=True))
     if arguments.export:
-        tables.write_table(arguments.export, sources)
-    compared = arms.arrange(sources, arguments.factor, arguments.baseline)
-    metrics = arms.choose_metrics(compared, arguments.metrics)
-    rows = arms.compare_arms(compared, metrics, arguments.margin)
-    levels = arms.compare_levels(compared, rows[0].metric)
-    headline = wording.headline(compared, rows)
-    show_comparison(wording.table(rows), headline, wording.notes(compared, rows, levels))
-    if not sweeps:  # a table has neither histories nor a run to publish in
-        return
-    found = store.read_artifacts(compared.records, OUTCOME)
-    parsed = {record.run_id: outcomes.parse_outcome(found.get(record.run_id, b"")) for record in compared.records}
-    repeated = commands(sweeps, compared, arguments)
-    images, record = None, compared.records[0]
-    with suppress(UserError):  # a damaged file
-        root = settings.data.get("root") or settings.data.get("default_root")
-        images = find_test_images(record.data, root, record.digests.get("test", ""))
-    for sweep in sweeps:
-        page = report.render(compared, rows, levels, parsed, sweep.record, repeated, images, store.page)
-        with tempfile.TemporaryDirectory() as folder:
-            answer = Answer(Path(folder) / REPORT, Path(folder) / PICTURE, headline, arms.answer_metrics(compared, rows))
-            answer.report.write_text(page, encoding="utf-8")
-            report.draw_differences(rows, answer.picture)
-            show_lines([f"Report: {store.publish(sweep.run_id, answer)}"])
+        try:
+            runs.to_csv(arguments.export, index=False)
+        except OSError as error:
+            raise UserError.invalid("--export", arguments.export, f"a file that can be written: {error}") from error
+    comparisons = compare_factors(runs, arguments)
+    notes = {comparison.factor: [*wording.notes(comparison), *remarks] for comparison in comparisons}
+    for comparison in comparisons:
+        show_comparison(
+            wording.title(comparison),
+            wording.subtitle(comparison),
+            [wording.differences_table(comparison), wording.means_table(comparison)],
+            notes[comparison.factor],
+        )
+    if sweeps:  # a table has neither histories nor a run to publish in
+        records = {run.run_id: run for run in chain(*jobs) if run.status == "FINISHED"}
+        show_lines(publish(store, sweeps, records, comparisons, notes, arguments))
+        show_lines(next_steps(store, sweeps, comparisons))
 
 
 def find_sweeps(store: "Store", ids: Sequence[str]) -> "list[Sweep]":
-    """Return sweeps, each once, in the order of their start."""
+    """Return sweeps, each once, in the order of their start; raises UserError on a search."""
     sweeps = {sweep.run_id: sweep for sweep in map(store.find_sweep, ids)}
+    for sweep in sweeps.values():
+        if sweep.sweeper != "grid":
+            rank = command("runs", "best", sweep.run_id)
+            raise UserError.invalid("sweep", sweep.run_id, "a grid: the trials of a search do not pair", f"`{rank}` ranks them.")
     return sorted(sweeps.values(), key=lambda sweep: sweep.record.started)
 
 
-def commands(sweeps: "Sequence[Sweep]", arms: "Arms", arguments: argparse.Namespace) -> list[str]:
+def compare_factors(runs: "pd.DataFrame", arguments: argparse.Namespace) -> "list[Comparison]":
+    """Return the comparison of the arms of each factor, or of the chosen one; raises UserError."""
+    from mnist_exp.comparison import pairs
+
+    metrics = pairs.choose_metrics(runs, arguments.metrics)
+    keys = pairs.varied_keys(runs, metrics)
+    if not keys:
+        raise UserError(
+            "Nothing can be compared: no key varies besides the seed.", remedy="Sweep over one: model=se_cnn,plain_cnn."
+        )
+    factors = [arguments.factor] if arguments.factor else keys
+    known = {factor: arguments.baseline for factor in factors if arguments.baseline in set(runs.get(factor, ()))}
+    if arguments.baseline and not known and factors != [arguments.factor]:
+        raise UserError.invalid("--baseline", arguments.baseline, f"a value of {' or '.join(keys)}")
+    return [
+        pairs.compare(
+            runs,
+            factor,
+            arguments.baseline if arguments.factor else known.get(factor),
+            metrics,
+            arguments.margin,
+            all_pairs=arguments.pairs == "all",
+        )
+        for factor in factors
+    ]
+
+
+def publish(
+    store: "MLflowStore",
+    sweeps: "Sequence[Sweep]",
+    records: "Mapping[str, RunRecord]",
+    comparisons: "Sequence[Comparison]",
+    notes: Mapping[str, Sequence[str]],
+    arguments: argparse.Namespace,
+) -> list[str]:
+    """Add a report of each comparison to the parents of the sweeps; return a line for each."""
+    from mnist_exp.comparison import history, report, wording
+    from mnist_exp.learning.datasets import find_test_images
+    from mnist_exp.tracking.base import OUTCOME, Answer
+
+    found = store.read_artifacts(list(records.values()), OUTCOME)
+    histories = {run_id: history.parse_history(found.get(run_id, b"")) for run_id in records}
+    images, settings = None, cli.default_settings()
+    with suppress(UserError, StopIteration):  # a damaged file, or no finished run
+        run = next(iter(records.values()))
+        root = settings.data.get("root") or settings.data.get("default_root")
+        images = find_test_images(run.data, root, run.digests.get("test", ""))
+    lines = []
+    for comparison, sweep in product(comparisons, sweeps):
+        shown = notes[comparison.factor]
+        repeated = commands(sweeps, comparison, arguments)
+        page = report.render(comparison, shown, records, histories, sweep.record, repeated, images, store.page)
+        with tempfile.TemporaryDirectory() as folder:
+            factor = re.sub(r"[^-.\w]", "_", comparison.factor)  # a name for files and tags
+            report_file, picture = (Path(folder, f"compare-{factor}.{suffix}") for suffix in ("html", "png"))
+            answer = Answer(factor, wording.title(comparison), shown, report_file, picture)
+            answer.report.write_text(page, encoding="utf-8")
+            report.draw_differences(comparison, answer.picture)
+            lines.append(f"Report: {store.publish(sweep.run_id, answer)}")
+    return lines
+
+
+def next_steps(store: "MLflowStore", sweeps: "Sequence[Sweep]", comparisons: "Sequence[Comparison]") -> list[str]:
+    """Return the commands that are the next step: more seeds, and the UI."""
+    from mnist_exp.comparison.wording import seeds_needed
+    from mnist_exp.tracking.frame import SEED
+
+    sweep = sweeps[-1].run_id
+    lines = [f"Look: {store.page(sweep) or command('ui', sweep)}"]
+    needed = [found[0] for comparison in comparisons if (found := seeds_needed(comparison))]
+    seeds = {int(seed or 0) for seed in comparisons[0].runs[SEED] if not seed or seed.isdecimal()}
+    more = max((number for number in needed if number), default=0) - len(seeds)
+    if len(sweeps) == 1 and seeds and more > 0 and None not in needed:
+        first = max(seeds) + 1
+        lines.append(f"More seeds: {command('run', '-m', f'sweep.extend={sweep}', f'seed=range({first},{first + more})')}")
+    return lines
+
+
+def commands(sweeps: "Iterable[Sweep]", comparison: "Comparison", arguments: argparse.Namespace) -> list[str]:
     """Return the shell commands that repeat the sweeps, their extensions, and the comparison."""
     repeated = []
     for sweep in sweeps:
-        search = ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={sweep.total}"] if sweep.sweeper == "optuna" else []
         first, *added = sweep.grids
-        repeated.append(command("run", "-m", *search, *first))
+        repeated.append(command("run", "-m", *first))
         repeated += [command("run", "-m", "sweep.extend=latest", *grid) for grid in added]
     options = ["--metric", *arguments.metrics] if arguments.metrics else []
     options += ["--margin", str(arguments.margin)] if arguments.margin else []
+    options += ["--pairs", "all"] if arguments.pairs else []
     ids = [sweep.run_id for sweep in sweeps]
-    return [*repeated, command("compare", *ids, "--factor", arms.factor, "--baseline", arms.baseline, *options)]
+    return [*repeated, command("compare", *ids, "--factor", comparison.factor, "--baseline", comparison.baseline, *options)]
 
 
 if __name__ == "__main__":

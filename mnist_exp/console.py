@@ -256,18 +256,15 @@ def show_lines(lines: Sequence[str], *, stderr: bool = False) -> None:
         console.print(plain(line), soft_wrap=True)
 
 
-def show_comparison(rows: list[dict[str, str]], headline: str, notes: list[str]) -> None:
-    """Show the numbers of a comparison, its headline, and notes on its validity."""
-    lines = []
-    for row in rows:  # the name of a metric has a line of its own above its arms
-        if row["metric"]:
-            lines.append(dict.fromkeys(row, "") | {"arm": row["metric"]})
-        lines.append(row | {"metric": "", "arm": f"  {row['arm']}"})
-    show_table(lines, ("effect", "p"))
+def show_comparison(title: str, subtitle: str, tables: Sequence[list[dict[str, str]]], notes: Sequence[str]) -> None:
+    """Show the answer of a comparison, its numbers, and notes on its validity."""
     console = Console()
-    console.print(plain(headline), style="bold")
+    console.print(plain(f"\n{title}"), style="bold")
+    console.print(plain(subtitle))
+    for rows in tables:
+        show_table(rows, ("p",))
     for note in notes:
-        console.print(plain(f"- {note}"))
+        console.print(plain(f"- {note}"), soft_wrap=True)  # it may contain a command
 
 
 @contextmanager

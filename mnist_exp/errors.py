@@ -42,5 +42,9 @@ class ResumableError(UserError):
     """A problem outside the run, such as a disk or a store: the run can be resumed once it is fixed."""
 
 
+class DivergedError(UserError):
+    """The loss, the weights or the outputs of the network became NaN or infinite."""
+
+
 class PrunedError(UserError):
     """A search stopped this run early because others perform better."""

@@ -16,6 +16,7 @@ class Metric:
         scale: The factor from recorded to displayed values.
         higher_is_better: The direction, None if there is none.
         is_measured_time: Whether the value depends on the speed of the machine, so that it differs when a run is repeated.
+        is_exact: Whether the value follows from the configuration alone.
         margin: The smallest difference that matters, as displayed; None if that depends on the question.
     """
 
@@ -26,6 +27,7 @@ class Metric:
     scale: float = 1.0
     higher_is_better: bool | None = None
     is_measured_time: bool = False
+    is_exact: bool = False
     margin: float | None = None
 
     @property
@@ -40,7 +42,7 @@ METRICS = {
         Metric("accuracy", ".2f", "%", "points", 100.0, higher_is_better=True, margin=0.05),
         Metric("loss", ".4f", higher_is_better=False),
         Metric("calibration_error", ".2f", "%", "points", 100.0, higher_is_better=False),
-        Metric("parameters", ",.0f", higher_is_better=False),
+        Metric("parameters", ",.0f", higher_is_better=False, is_exact=True),
         Metric("epoch", ".2f"),
         Metric("lr", ".3g"),
         Metric("grad_norm", ".3g"),

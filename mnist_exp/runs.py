@@ -199,10 +199,10 @@ def best_arm(store: "MLflowStore", settings: "Settings", arguments: argparse.Nam
 
 def promote_model(store: "MLflowStore", settings: "Settings", arguments: argparse.Namespace) -> None:
     """Register a model and point the alias to it, or say why the champion stays."""
-    from mnist_exp.comparison.arms import source_of
     from mnist_exp.comparison.promotion import decide_by_sweep
     from mnist_exp.console import show_lines
     from mnist_exp.tracking import models
+    from mnist_exp.tracking.frame import frame
 
     if arguments.run_id:
         record = store.get_run(store.resolve_id(arguments.run_id, finished=True))
@@ -210,11 +210,11 @@ def promote_model(store: "MLflowStore", settings: "Settings", arguments: argpars
     else:
         champion = models.find_champion(store, arguments.name, arguments.alias)
         sweep = store.find_sweep(arguments.sweep)
-        decision = decide_by_sweep(source_of(store, sweep), champion)
-        if decision.run is None:
+        decision = decide_by_sweep(frame([(sweep, store.children(sweep.run_id))]), champion)
+        if decision.run_id is None:
             show_lines([decision.reason])
             return
-        record, reason, tags = decision.run, decision.reason, decision.tags | {"sweep": sweep.run_id}
+        record, reason, tags = store.get_run(decision.run_id), decision.reason, decision.tags | {"sweep": sweep.run_id}
     version = models.register(store, record, arguments.name, arguments.alias, reason, tags)
     show_lines([reason, f"models:/{arguments.name}@{arguments.alias} is version {version}, of run {record.run_id}."])
 

@@ -1,33 +1,44 @@
-"""The figures of the report, drawn by matplotlib from arms, rows and outcomes; nothing is saved here."""
+"""The figures of the report, drawn by matplotlib from a comparison and the histories of its runs; nothing is saved here."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+from scipy import stats
 
-from mnist_exp.comparison.arms import Arms, Block, Row
-from mnist_exp.comparison.outcomes import Curve, Outcomes, curve, mean_mistakes
+from mnist_exp.comparison.history import Curve, Histories, mean_confusions
+from mnist_exp.comparison.pairs import VALUE, Comparison
 from mnist_exp.metrics import metric_of
-from mnist_exp.tracking.base import COLORS, RunRecord
+from mnist_exp.tracking.base import COLORS
+from mnist_exp.tracking.frame import SEED
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")
 POINT = "run:"  # the scheme of addresses that stand for runs
-WIDTH = 5.6  # inches: natural size on a desktop, fits a phone
+WIDTH = 5.8  # inches, of every figure, so that their text has one size
+GRAY = (0.5, 0.5, 0.5, 0.25)  # on a light and on a dark ground
+MAX_LABEL = 28  # characters
+MAX_CONFUSIONS = 10
+MIN_CURVE = 3  # values of a numeric factor
 
 
-def _styles(arms: Arms) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield each arm with its color, marker and line style, the same in every figure."""
-    for position, arm in enumerate(arms.runs):
-        color, marker, line = (options[position % len(options)] for options in (COLORS, MARKERS, LINES))
-        yield arm, {"color": color, "marker": marker, "linestyle": line}
+def _style(position: int) -> dict[str, str]:
+    """Return color, marker and line of an arm, the same in every figure; the color is that of its runs in MLflow."""
+    color, marker, line = (options[position % len(options)] for options in (COLORS, MARKERS, LINES))
+    return {"color": color, "marker": marker, "linestyle": line}
 
 
-def _scaled(metric: str, value: Any) -> Any:
+def styles(comparison: Comparison) -> dict[str, dict[str, str]]:
+    """Return the style of each arm."""
+    return {arm: _style(position) for position, arm in enumerate(comparison.arms)}
+
+
+def _shown(metric: str, value: Any) -> Any:
     """Return recorded values as displayed."""
     return value * metric_of(metric).scale
 
@@ -36,80 +47,130 @@ def _axis_label(metric: str) -> str:
     return f"{metric}{metric_of(metric).axis_unit}"
 
 
-def point_of(arm: str, record: RunRecord) -> str:
-    """Return what a point of a figure stands for, as an address that `report` turns into a tooltip and a link."""
-    seed = f", seed {record.params['seed']}" if "seed" in record.params else ""
-    return f"{POINT}{record.run_id}/{quote(f'{arm}{seed}, run {record.run_id[:8]}', safe='')}"
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_LABEL else f"{text[: MAX_LABEL - 1]}…"
 
 
-def differences(rows: Sequence[Row]) -> Figure:
-    """Draw the difference of each arm in the first metric and its interval, a line at 0, and the margin as a band."""
-    first = [row for row in rows if row.metric == rows[0].metric]
-    figure = Figure(figsize=(WIDTH, 1 + 0.4 * len(first)))
-    unit = metric_of(rows[0].metric).difference_unit
-    in_unit = f" ({unit})" if unit else ""
-    axes = figure.add_subplot(xlabel=f"difference in {rows[0].metric} from {rows[0].baseline}{in_unit}, 95 % interval")
-    axes.axvline(0, color="0.5", linewidth=1)
-    if rows[0].margin is not None:  # differences inside of it do not matter
-        margin = _scaled(rows[0].metric, rows[0].margin)
-        axes.axvspan(-margin, margin, color="0.9", zorder=0)
-    for height, row in enumerate(reversed(first)):
-        interval = row.values.interval
-        low, middle, high = (_scaled(row.metric, value) for value in (interval.low, row.values.difference, interval.high))
-        if interval.is_finite:
-            axes.plot([low, high], [height, height], color="black", linewidth=2)
-        axes.plot(middle, height, "o", color="black", mfc="black" if row.is_detected else "white")
-    axes.set_yticks(range(len(first)), [row.arm for row in reversed(first)])
-    axes.set_ylim(-0.6, len(first) - 0.4)
+def _row_label(arm: str, level: str) -> str:
+    return "\n".join(map(_cut, filter(None, (arm, level))))
+
+
+def _figure(height: float, **options: Any) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.add_subplot(**options)
+
+
+def _rows(axes: Axes, labels: Sequence[str]) -> None:
+    """Make the axes a list of rows, the first on top."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(axis="x", alpha=0.3)
+
+
+def _height(labels: Sequence[str]) -> float:
+    return 0.7 + 0.25 * sum(1 + label.count("\n") for label in labels)
+
+
+def differences(comparison: Comparison) -> Figure:
+    """Draw the difference of each row and its interval, a line at 0, and the margin as a band."""
+    rows, metric, drawn = comparison.rows, comparison.metric, styles(comparison)
+    labels = [_row_label(row.arm, row.level) for row in rows]
+    unit = metric_of(metric).difference_unit
+    several = len({row.baseline for row in rows}) > 1
+    against = "the second arm" if several else comparison.baseline
+    labels = [f"{text}\nagainst {_cut(row.baseline)}" for text, row in zip(labels, rows, strict=True)] if several else labels
+    figure, axes = _figure(_height(labels), xlabel=f"difference in {metric} from {against}" + (f" ({unit})" if unit else ""))
+    axes.axvline(0, color="0.5", linewidth=1)
+    if margin := rows[0].margin:  # differences inside of it do not matter
+        axes.axvspan(*_shown(metric, np.array([-margin, margin])), color=GRAY, linewidth=0, zorder=0)
+    for height, row in enumerate(rows):
+        style = drawn[row.arm]
+        ends = _shown(metric, np.array(row.ends))
+        if np.isfinite(ends).all():
+            axes.plot(ends, [height, height], color=style["color"], linewidth=2)
+        fill = style["color"] if row.verdict in ("higher", "lower") else "none"
+        axes.plot(_shown(metric, row.estimate.difference), height, style["marker"], color=style["color"], mfc=fill)
+    _rows(axes, labels)
     return figure
 
 
-def every_run(arms: Arms, metric: str) -> Figure:
-    """Draw every run as a point, each arm's mean as a bar, and lines between the pairs of the first two arms."""
-    figure = Figure(figsize=(WIDTH, 3.2))
-    axes = figure.add_subplot(ylabel=_axis_label(metric))
-    points: list[dict[Block, tuple[float, float]]] = []
-    for position, (arm, style) in enumerate(_styles(arms)):
-        spread = np.linspace(-0.1, 0.1, len(arms.runs[arm])) + position
-        runs = sorted(arms.runs[arm].items())
-        points.append({block: (x, _scaled(metric, run.metrics[metric])) for x, (block, run) in zip(spread, runs, strict=True)})
-        if runs:
-            x, y = zip(*points[-1].values(), strict=True)
-            dots = axes.scatter(x, y, s=22, c=[style["color"]] * len(x), marker=style["marker"], alpha=0.8)
-            dots.set_urls([point_of(arm, run) for _, run in runs])
-            axes.hlines(float(np.mean(y)), position - 0.25, position + 0.25, color=style["color"], linewidth=2)
-    for block in sorted(points[0].keys() & points[1].keys()):  # lines to further arms would cross the arms between
-        axes.plot(*zip(points[0][block], points[1][block], strict=True), color="0.8", linewidth=0.8, zorder=0)
-    axes.set_xticks(range(len(arms.runs)), [f"{arm}\nn = {len(runs)}" for arm, runs in arms.runs.items()])
-    axes.set_xlim(-0.5, len(arms.runs) - 0.5)
-    axes.grid(axis="y", alpha=0.3)
+def is_numeric(comparison: Comparison) -> bool:
+    """Whether the factor is drawn as a curve."""
+    numbers = pd.to_numeric(pd.Series(comparison.arms), errors="coerce")
+    return len(numbers) >= MIN_CURVE and bool(np.isfinite(numbers).all())
+
+
+def curve_of_factor(comparison: Comparison) -> Figure:
+    """Draw the mean of the metric against a numeric factor, one line for each level, with the t interval of each mean."""
+    metric = comparison.metric
+    figure, axes = _figure(3.4, xlabel=comparison.factor, ylabel=_axis_label(metric))
+    for position, (level, runs) in enumerate(comparison.levels()):
+        values = runs.assign(x=runs[comparison.factor].astype(float), **{VALUE: _shown(metric, runs[VALUE])})
+        points = values.groupby("x")[VALUE].agg(["mean", "sem", "count"]).dropna(subset="mean")
+        half = points["sem"] * stats.t.isf(0.025, (points["count"] - 1).clip(lower=1))
+        axes.errorbar(points.index, points["mean"], half.fillna(0), capsize=3, label=_cut(level), **_style(position))  # type: ignore[arg-type]
+    numbers = sorted(map(float, comparison.arms))
+    if numbers[0] > 0:
+        axes.set_xscale("log")
+    axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)
+    if comparison.keys:
+        axes.legend()
     return figure
 
 
-def learning_curves(arms: Arms, outcomes: Outcomes) -> Figure | None:
-    """Draw the mean and the range of each arm's training loss and validation accuracy; None without data."""
-    metrics = [
-        metric
-        for metric in ("train/loss", "val/accuracy")  # a run of one epoch has a single point of val/accuracy
-        if any(len(curve(outcome, metric)[0]) > 1 for outcome in outcomes.values())
+def every_run(comparison: Comparison) -> Figure:
+    """Draw every run with a value as a point, and the mean of each arm at each level as a bar."""
+    metric = comparison.metric
+    groups = [
+        (arm, level, here[(here[comparison.factor] == arm) & here[VALUE].notna()])
+        for arm in comparison.arms
+        for level, here in comparison.levels()
     ]
+    groups = [group for group in groups if len(group[2])]
+    labels = [_row_label(arm, level) for arm, level, _ in groups]
+    figure, axes = _figure(_height(labels), xlabel=_axis_label(metric))
+    for height, (arm, _, runs) in enumerate(groups):
+        style = styles(comparison)[arm]
+        values = _shown(metric, runs[VALUE])
+        spread = np.linspace(-0.15, 0.15, len(values)) + height
+        dots = axes.scatter(values, spread, s=18, c=[style["color"]] * len(values), marker=style["marker"], alpha=0.7)
+        dots.set_urls([_point(arm, run) for _, run in runs.iterrows()])
+        axes.vlines(values.mean(), height - 0.35, height + 0.35, color=style["color"], linewidth=2)
+    _rows(axes, labels)
+    return figure
+
+
+def _point(arm: str, run: "pd.Series[Any]") -> str:
+    """Return what a point stands for, as an address that `report` turns into a tooltip and a link."""
+    name = ", ".join(filter(None, (arm, run[SEED] and f"seed {run[SEED]}", run["run"] and f"run {run['run'][:8]}")))
+    return f"{POINT}{run['run']}/{quote(name, safe='')}"
+
+
+def learning_curves(comparison: Comparison, histories: Histories) -> Figure | None:
+    """Draw the mean and the range of each arm's training loss and validation accuracy; None without data."""
+    runs = [run for found in histories.values() for run in found]
+    # A run of one epoch has a single point of val/accuracy.
+    metrics = [name for name in ("train/loss", "val/accuracy") if any(len(run.curve(name)[0]) > 1 for run in runs)]
     if not metrics:
         return None
-    figure = Figure(figsize=(WIDTH, 2.5 * len(metrics)))
+    figure = Figure(figsize=(WIDTH, 2.4 * len(metrics)), layout="constrained")
     for position, metric in enumerate(metrics, start=1):
         axes = figure.add_subplot(len(metrics), 1, position, ylabel=_axis_label(metric))
-        for arm, style in _styles(arms):
-            points = [curve(outcomes.get(record.run_id), metric) for record in arms.runs[arm].values()]
-            _draw_band(axes, metric, [line for line in points if len(line[0]) > 1], {"label": arm} | style)
+        for arm, style in styles(comparison).items():
+            lines = [line for run in histories[arm] if len((line := run.curve(metric))[0]) > 1]
+            _draw_band(axes, metric, lines, {"label": _cut(arm)} | style)
         if metric.endswith("loss"):
             axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(5))
+            axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.3)
     axes.set_xlabel("examples seen")
-    figure.axes[0].legend(fontsize="small")
+    figure.axes[0].legend()
     return figure
 
 
@@ -119,60 +180,26 @@ def _draw_band(axes: Axes, metric: str, lines: list[Curve], style: dict[str, str
         return
     start, end = max(line[0][0] for line in lines), min(line[0][-1] for line in lines)
     grid = np.array([x for x in lines[0][0] if start <= x <= end])
-    heights = _scaled(metric, np.array([np.interp(grid, *line) for line in lines]))  # (runs, points)
+    heights = _shown(metric, np.array([np.interp(grid, *line) for line in lines]))  # (runs, points)
     axes.fill_between(grid, heights.min(0), heights.max(0), color=style["color"], alpha=0.15, linewidth=0)
     markers = style if len(grid) < 20 else style | {"marker": ""}
     axes.plot(grid, heights.mean(0), markersize=4, **markers)  # type: ignore[arg-type]
 
 
-def cost(arms: Arms, metric: str) -> Figure | None:
-    """Draw a metric against parameters and against training time: every run, and each arm's mean with its spread."""
-    costs = [name for name in ("model/parameters", "time/train_seconds") if all(name in r.metrics for r in arms.records)]
-    if not costs:
+def mistakes(comparison: Comparison, histories: Histories) -> Figure | None:
+    """Draw the most frequent confusions: how often an average run of each arm reads a label as another; None without any."""
+    found = {arm: mean_confusions(runs) for arm, runs in histories.items() if runs}
+    totals = {pair: sum(counts.get(pair, 0) for counts in found.values()) for counts in found.values() for pair in counts}
+    pairs = sorted(totals, key=lambda pair: (-totals[pair], pair))[:MAX_CONFUSIONS]
+    if not pairs:
         return None
-    figure = Figure(figsize=(WIDTH, 2.8))
-    for position, name in enumerate(costs, start=1):
-        axes = figure.add_subplot(1, len(costs), position, xlabel=name.replace("time/train_seconds", "seconds of training"))
-        for arm, style in _styles(arms):
-            runs = list(arms.runs[arm].values())
-            x = np.array([record.metrics[name] for record in runs])
-            y = _scaled(metric, np.array([record.metrics[metric] for record in runs]))
-            dots = axes.scatter(x, y, s=10, c=[style["color"]] * len(x), marker=style["marker"], alpha=0.4)
-            dots.set_urls([point_of(arm, run) for run in runs])
-            if runs:
-                spread = float(y.std(ddof=1)) if len(y) > 1 else 0.0
-                axes.errorbar(x.mean(), y.mean(), yerr=spread, label=arm, capsize=3, **(style | {"linestyle": ""}))  # type: ignore[arg-type]
-        axes.grid(alpha=0.3)
-        axes.margins(x=0.2)
-        axes.tick_params(axis="x", rotation=30)
-    figure.axes[0].set_ylabel(_axis_label(metric))
-    figure.subplots_adjust(wspace=0.35)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 0.92), ncols=3, fontsize="small", frameon=False)
-    return figure
-
-
-def confusion(arms: Arms, outcomes: Outcomes) -> Figure | None:
-    """Draw the mean mistakes of each arm by label and prediction."""
-    found = {arm: matrix for arm in arms.runs if (matrix := mean_mistakes(arms.runs[arm].values(), outcomes)) is not None}
-    if not found:
-        return None
-    columns = 2
-    height = -(-len(found) // columns)
-    figure = Figure(figsize=(WIDTH, 2.9 * height))
-    top = max(1.0, max(float(matrix.max()) for matrix in found.values()))
-    for position, (arm, matrix) in enumerate(found.items(), start=1):
-        axes = figure.add_subplot(height, columns, position, xticks=range(len(matrix)), yticks=range(len(matrix)))
-        axes.imshow(matrix, cmap="Greys", vmin=0, vmax=top)
-        axes.tick_params(labelsize="x-small", length=0)
-        for label, prediction in np.argwhere(matrix >= 0.5):
-            value = matrix[label, prediction]
-            color = "white" if value > 0.6 * top else "black"
-            axes.text(
-                prediction, label, f"{value:.{0 if value >= 9.95 else 1}f}", ha="center", va="center", fontsize=6, color=color
-            )
-        axes.set_title(arm, fontsize="small")
-    figure.supylabel("label", fontsize="small")
-    figure.supxlabel("prediction; number of mistakes in an average run", fontsize="small")
-    figure.tight_layout()
+    labels = [f"{label} read as {prediction}" for label, prediction in pairs]
+    figure, axes = _figure(_height(labels), xlabel="images, in an average run")
+    for arm, style in styles(comparison).items():
+        if arm in found:
+            counts = [found[arm].get(pair, 0) for pair in pairs]
+            axes.plot(counts, range(len(pairs)), label=_cut(arm), alpha=0.8, **(style | {"linestyle": ""}))  # type: ignore[arg-type]
+    axes.set_xlim(left=0)
+    _rows(axes, labels)
+    axes.legend()
     return figure

@@ -3,7 +3,7 @@
 import base64
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -16,22 +16,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mnist_exp.comparison import figures, wording
-from mnist_exp.comparison.arms import Arms, Level, Row, differing_params, processor_of
-from mnist_exp.comparison.outcomes import Outcomes, disagreements
-from mnist_exp.metrics import format_metric
+from mnist_exp.comparison.history import History, disagreements
+from mnist_exp.comparison.pairs import Comparison
 from mnist_exp.tracking.base import RunRecord
+from mnist_exp.tracking.frame import SEED
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TEMPLATE = Path(__file__).with_name("report.html")
+# Names are text, not formulas; text stays text; and the text of all figures has one size.
+STYLE: Any = {"text.parse_math": False, "svg.fonttype": "none", "font.size": 9, "legend.frameon": False}
 
 
 def render(
-    arms: Arms,
-    rows: Sequence[Row],
-    levels: Sequence[Level],
-    outcomes: Outcomes,
+    comparison: Comparison,
+    notes: Sequence[str],
+    records: Mapping[str, RunRecord],
+    histories: Mapping[str, History | None],
     parent: RunRecord,
     commands: Sequence[str],
     images: "Tensor | None",
@@ -40,62 +42,81 @@ def render(
     """Return the report as HTML with all text escaped.
 
     Args:
-        arms: The runs by arm.
-        rows: The comparisons; the figures show the first one's metric.
-        levels: The differences in the first metric by the level of other keys.
-        outcomes: The outcomes of the runs.
-        parent: The parent run of the sweep.
-        commands: The shell commands that repeat the sweep and the comparison.
-        images: The test images, uint8 (n, channels, side, side), None if they are not available.
-        page: Returns the http(s) address of a run's page, None without one.
+        comparison: The comparison.
+        notes: From `wording.notes`, and others.
+        records: The runs of the comparison, by id.
+        histories: Those of the runs, by id; None for a run without a readable one.
+        parent: The parent of the sweep.
+        commands: The commands that repeat sweep and comparison.
+        images: The images (n, 1, h, w), uint8, that the mistakes were made on; None if they are not at hand.
+        page: Returns the address of a run's page, None without one.
     """
-    # Names are text, not formulas; text stays text; and equal figures give equal bytes.
-    with mpl.rc_context({"text.parse_math": False, "svg.fonttype": "none"}):
-        drawn = {
-            "differences": figures.differences(rows),
-            "every_run": figures.every_run(arms, rows[0].metric),
-            "examples": figures.learning_curves(arms, outcomes),
-            "cost": figures.cost(arms, rows[0].metric),
-            "confusion": figures.confusion(arms, outcomes),
+    ids = comparison.runs.groupby(comparison.factor, sort=False)["run"]
+    by_arm = {arm: [history for run in own if (history := histories.get(run))] for arm, own in ids}
+    drawn = {
+        "differences": figures.curve_of_factor if figures.is_numeric(comparison) else figures.differences,
+        "every_run": figures.every_run,
+    }
+    with mpl.rc_context(STYLE):
+        found = {name: draw(comparison) for name, draw in drawn.items()} | {
+            "learning_curves": figures.learning_curves(comparison, by_arm),
+            "mistakes": figures.mistakes(comparison, by_arm),
         }
-        inline = {name: _inline_svg(name, figure, page) if figure else None for name, figure in drawn.items()}
+        inline = {name: _inline_svg(name, figure, page) if figure else None for name, figure in found.items()}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        arms=arms,
-        headline=wording.headline(arms, rows),
-        notes=wording.notes(arms, rows, levels),
-        table=wording.table(rows),
-        margin=wording.format_margin(rows[0]),
-        levels=[
-            {"arm": level.arm, "key": level.key, "level": level.level, "differs": level.differs}
-            | {"difference": format_metric(rows[0].metric, level.difference, signed=True, is_difference=True)}
-            for level in levels
-        ],
-        processors=sorted({processor_of(record) for record in arms.records}),
+        comparison=comparison,
+        title=wording.title(comparison),
+        subtitle=wording.subtitle(comparison),
+        notes=notes,
+        margin=wording.format_margin(comparison.rows[0]),
+        differences=wording.differences_table(comparison),
+        means=wording.means_table(comparison),
+        is_numeric=figures.is_numeric(comparison),
+        processors=sorted(filter(None, comparison.runs["processor"].unique())),
+        torch=", ".join(filter(None, comparison.runs["torch"].unique())),
         parent=parent,
         commands=commands,
         figures=inline,
         disagreements=[
-            item | {"picture": _png_address(images[item["index"], 0].numpy()) if images is not None else None}
-            for item in disagreements(arms, outcomes)
-            if images is None or item["index"] < len(images)
+            (item, _png_address(images[item.index, 0].numpy()) if images is not None else None)
+            for item in disagreements(by_arm, comparison.baseline)
+            if images is None or item.index < len(images)
         ],
-        params=differing_params(arms),
-        without_outcome=sum(outcome is None for outcome in outcomes.values()),
+        params=_differing_params(comparison, records),
+        without_history=sum(history is None for history in histories.values()),
     )
 
 
-def draw_differences(rows: Sequence[Row], file: Path) -> None:
-    """Draw the differences and their intervals as a PNG."""
-    with mpl.rc_context({"text.parse_math": False}):
-        figures.differences(rows).savefig(file, dpi=100, bbox_inches="tight")
+def draw_differences(comparison: Comparison, file: Path) -> None:
+    """Draw the first figure of the report as a PNG."""
+    with mpl.rc_context(STYLE):
+        draw = figures.curve_of_factor if figures.is_numeric(comparison) else figures.differences
+        draw(comparison).savefig(file, dpi=100)
+
+
+def _differing_params(comparison: Comparison, records: Mapping[str, RunRecord]) -> dict[str, dict[str, str]]:
+    """Return the parameters that differ between arms, as their values by arm."""
+    params = {
+        arm: [records[run].params for run in own if run in records]
+        for arm, own in comparison.runs.groupby(comparison.factor, sort=False)["run"]
+    }
+    table = {}
+    for key in sorted({key for own in params.values() for run in own for key in run} - {SEED}):
+        by_arm = {arm: ", ".join(sorted({run.get(key, "-") for run in own})) for arm, own in params.items()}
+        if len(set(by_arm.values())) > 1:
+            table[key] = by_arm
+    return table
 
 
 def _inline_svg(name: str, figure: Figure, page: Callable[[str], str | None]) -> Markup:
-    """Return a figure as an SVG element. Points that stand for runs get a tooltip, and a link where the run has a page."""
+    """Return a figure as an SVG element in the colors of the page.
+
+    Points that stand for runs get a tooltip, and a link where the run has a page.
+    """
     text = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}):  # ids that no other figure of the page has
-        figure.savefig(text, format="svg", metadata={"Date": None}, bbox_inches="tight")
+        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
 
     def describe(found: re.Match[str]) -> str:
         title, address = f"<title>{escape(unquote(found['title']))}</title>", page(found["run"])
@@ -103,7 +124,7 @@ def _inline_svg(name: str, figure: Figure, page: Callable[[str], str | None]) ->
             return f"<g>{title}{found['point']}</g>"
         return f'<a href="{escape(address)}" target="_blank" rel="noopener">{title}{found["point"]}</a>'
 
-    svg = text.getvalue()
+    svg = text.getvalue().replace("#000000", "currentColor")  # black lines and text are white on a dark page
     point = rf'<a xlink:href="{figures.POINT}(?P<run>[0-9a-f]*)/(?P<title>[^"]*)"[^>]*>(?P<point>.*?)</a>'
     return Markup(re.sub(point, describe, svg[svg.index("<svg") :], flags=re.DOTALL))
 

@@ -1,31 +1,41 @@
-"""A comparison in words: the headline, the notes below it, the table of numbers, and the format of each number."""
+"""A comparison in words: its title, its tables, and the notes without which they would mislead."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
-from mnist_exp.comparison.arms import Arms, Level, Row
-from mnist_exp.comparison.statistics import ALPHA, pairs_for_equivalence, pairs_needed
+from mnist_exp.comparison.pairs import MEAN, VALUE, Comparison, Row, has_diverged
+from mnist_exp.comparison.statistics import CONFIDENCE, MAX_PAIRS, POWER, pairs_for_equivalence, pairs_to_detect, upper_std
 from mnist_exp.metrics import format_metric, metric_of
+from mnist_exp.overrides import command
+from mnist_exp.tracking.frame import SEED
 
-COLUMNS = ("metric", "arm", "n", "mean (sd)", "difference (95 %)", "p", "effect", "verdict")
-MOST_PAIRS = 100_000  # nobody runs more
+MAX_NAMED = 3  # arms that a title names; more are counted
+MIN_PILOT = 5  # pairs whose spread is a basis for planning
 
 
-def _format_number(value: float, form: str = ".2g") -> str:
-    return f"{value:{form}}" if math.isfinite(value) else "-"
+def describe_verdict(row: Row) -> str:
+    """Return the verdict in words: higher by more than the margin."""
+    return f"{row.verdict} by more than the margin" if row.verdict in ("higher", "lower") and row.exceeds_margin else row.verdict
 
 
 def format_difference(row: Row) -> str:
-    """Return a difference with its interval: +0.21 points (+0.10 to +0.32)."""
-    difference = format_metric(row.metric, row.values.difference, signed=True, is_difference=True)
-    if row.values.difference_std == 0:
-        return f"{difference} ({'always' if row.is_fixed else 'in all pairs, no interval'})"
-    if not row.values.interval.is_finite:
-        return f"{difference} (too few pairs for an interval)"
-    low, high = (
-        format_metric(row.metric, end, signed=True, bare=True) for end in (row.values.interval.low, row.values.interval.high)
+    """Return a difference with its interval: +0.21 points (+0.10 to +0.32), or with the reason why it has none."""
+    found = row.estimate
+    if not found.n:
+        return "- (2 more pairs give an interval)"
+    difference = format_metric(row.metric, found.difference, signed=True, is_difference=True)
+    if row.is_exact:
+        return f"{difference} (exact)"
+    if found.n == 1:
+        return f"{difference} (1 more pair gives an interval)"
+    if found.has_interval:
+        low, high = (format_metric(row.metric, end, signed=True, bare=True) for end in (found.low, found.high))
+        return f"{difference} ({low} to {high})"
+    return (
+        f"{difference} ({'the same in all pairs: no interval' if math.isinf(found.low) else 'the looks contradict each other'})"
     )
-    return f"{difference} ({low} to {high})"
 
 
 def format_margin(row: Row) -> str:
@@ -33,104 +43,169 @@ def format_margin(row: Row) -> str:
     return "" if row.margin is None else format_metric(row.metric, row.margin, is_difference=True)
 
 
-def describe_verdict(row: Row) -> str:
-    """Return the verdict in words: higher, by less than the margin."""
-    verdict = row.verdict
-    if verdict in ("higher", "lower") and metric_of(row.metric).is_measured_time:
-        return f"{verdict} (indicative)"
-    if verdict not in ("higher", "lower") or row.margin is None or row.is_fixed:
-        return verdict
-    near, far = sorted((abs(row.values.interval.low), abs(row.values.interval.high)))
-    if near >= row.margin:
-        return f"{verdict} by more than the margin"
-    return f"{verdict}, by less than the margin" if far <= row.margin else verdict
+def label(row: Row) -> str:
+    """Return the name of a row: se_cnn, or se_cnn at batch_size=128."""
+    return f"{row.arm} at {row.level}" if row.level else row.arm
 
 
-def headline(arms: Arms, rows: Sequence[Row]) -> str:
-    """Return the result in the first metric as one sentence."""
-    first = [row for row in rows if row.metric == rows[0].metric]
-    parts = [_result(row) for row in first]
-    pairs = " and ".join(dict.fromkeys(f"{row.values.n}" for row in first))
-    mean = format_metric(first[0].metric, first[0].values.baseline_mean)
-    about = f"In {first[0].metric}, against {arms.factor}={arms.baseline} ({mean})"
-    margin = f", margin {format_margin(first[0])}" if first[0].margin is not None else ""
-    corrected = f" over {len(first)} arms" if len(first) > 1 else ""
-    return f"{about}: {'; '.join(parts)}; 95 % intervals{corrected}, n = {pairs} seeds{margin}."
+def subtitle(comparison: Comparison) -> str:
+    """Return the metric, the baseline and the margin."""
+    margin = format_margin(comparison.rows[0])
+    return f"{comparison.metric}, against {comparison.factor}={comparison.baseline}" + (f"; margin {margin}" if margin else "")
 
 
-def _result(row: Row) -> str:
-    verdict = describe_verdict(row)
-    return f"{row.arm} {'undecided' if verdict == 'undecided' else f'is {verdict}'}: {format_difference(row)}"
+def title(comparison: Comparison) -> str:
+    """Return the verdicts in one line; the mean of the levels is no part of it."""
+    rows = [row for row in comparison.rows if row.level != MEAN]
+    factor, baseline = comparison.factor, comparison.baseline
+    if not any(row.estimate.n > 1 for row in rows):
+        return f"No verdict on {factor} yet: an interval needs two seeds"
+    if {row.baseline for row in rows} != {baseline}:
+        return f"Of {len(rows)} comparisons of {factor}, {_count(rows)}"
+    if all(row.verdict == "undecided" for row in rows):
+        return f"Undecided: no {factor} is clearly better than {baseline}"
+    arms = list(dict.fromkeys(row.arm for row in rows))
+    if len(arms) > MAX_NAMED:
+        return f"Of {len(rows)} comparisons with {factor}={baseline}, {_count(rows)}"
+    return "; ".join(_of_arm([row for row in rows if row.arm == arm], comparison.keys) for arm in arms)
 
 
-def power_notes(arms: Arms, rows: Sequence[Row]) -> list[str]:
-    """Return what the number of seeds can show in the first metric, from its spread and margin.
+def _count(rows: Sequence[Row]) -> str:
+    return ", ".join(f"{count} {verdict}" for verdict, count in Counter(describe_verdict(row) for row in rows).most_common())
 
-    Nothing here depends on the observed difference: seeds chosen by it find differences where none exist more often than 5 %.
+
+def _of_arm(rows: Sequence[Row], keys: Sequence[str]) -> str:
+    """Return the verdicts on one arm: se_cnn is higher than plain_cnn at 2 of 6 batch sizes, undecided at 4."""
+    arm, baseline = rows[0].arm, rows[0].baseline
+    (first, count), *rest = Counter(map(describe_verdict, rows)).most_common()
+    than = {"equivalent": f" to {baseline}", "undecided": "", "incomplete": ""}
+    text = (
+        f"{arm} is {first}{than[first]}"
+        if first in than
+        else f"{arm} is {re.sub('(?<=er)', f' than {baseline}', first, count=1)}"
+    )
+    if not rows[0].level:
+        return text
+    levels = f"{keys[0].replace('_', ' ')}s" if len(keys) == 1 and "." not in keys[0] else "settings"
+    return ", ".join([f"{text} at {count} of {len(rows)} {levels}", *(f"{verdict} at {number}" for verdict, number in rest)])
+
+
+def differences_table(comparison: Comparison) -> list[dict[str, str]]:
+    """Return the rows of the comparison as those of a table."""
+    has_baselines = {row.baseline for row in comparison.rows} != {comparison.baseline}
+    return [
+        {
+            comparison.factor: f"{row.arm} against {row.baseline}" if has_baselines else row.arm,
+            "verdict": describe_verdict(row),
+            "level": row.level,
+            "n": str(row.estimate.n) if row.is_complete else f"{row.estimate.n} of {row.seeds} pairs",
+            "difference (95 %)": format_difference(row),
+            "p": f"{row.estimate.p:.2g}" if row.is_complete and math.isfinite(row.estimate.p) else "",
+        }
+        for row in comparison.rows
+    ]
+
+
+def means_table(comparison: Comparison) -> list[dict[str, str]]:
+    """Return the mean of each metric over the finished runs of each arm at each level, with the standard deviation."""
+    runs, metrics = comparison.runs, comparison.metrics
+    done = runs[runs["status"] == "FINISHED"]
+    lines = []
+    for names, here in done.groupby([comparison.factor, *comparison.keys], sort=False):
+        line = dict(zip([comparison.factor, *comparison.keys], names, strict=True)) | {"runs": str(len(here))}
+        for metric in metrics:
+            mean, std = here[metric].mean(), here[metric].std()
+            spread = "" if math.isnan(std) or metric_of(metric).is_exact else f" ({format_metric(metric, std, bare=True)})"
+            line[metric] = format_metric(metric, mean) + spread
+        lines.append(line)
+    return lines
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """Return the sentences without which the numbers would mislead, the most important first."""
+    found = [*_causes(comparison), *_doubts(comparison.rows)]
+    if needed := seeds_needed(comparison):
+        found.append(needed[1])
+    rows, looks = len(comparison.rows), comparison.looks
+    together = f"{rows} row{'s' * (rows > 1)} and {looks} look{'s' * (looks > 1)}"
+    if looks:
+        found.append(f"A pair (n) is two runs with the same seed. The 95 % intervals hold together, for {together}.")
+    if comparison.keys and any(row.level == MEAN for row in comparison.rows):
+        found.append(f"The {MEAN} hides how they differ: read it with the rows above it.")
+    if comparison.repeated:
+        found.append(f"{comparison.repeated} runs repeat an earlier one with the same settings and seed and do not count.")
+    if any(metric_of(name).is_measured_time for name in comparison.metrics):
+        found.append("Times were measured under load.")
+    return found
+
+
+def _causes(comparison: Comparison) -> Iterator[str]:
+    """Yield the reasons why rows are incomplete, counted in each arm."""
+    factor = comparison.factor
+    for level, here in comparison.levels():
+        rows = [row for row in comparison.rows if row.level == level and not row.is_complete]
+        arms = dict.fromkeys(arm for row in rows for arm in (row.arm, row.baseline))
+        runs = {arm: here[here[factor] == arm] for arm in arms}
+        seeds = here[here[factor].isin(list(arms))][SEED].nunique()
+        diverged = {arm: int(has_diverged(own).sum()) for arm, own in runs.items()}
+        missing = {arm: int(own[VALUE].isna().sum()) - diverged[arm] for arm, own in runs.items()}
+        without_job = {arm: seeds - len(own) for arm, own in runs.items()}
+        sweeps = dict.fromkeys(name for own in runs.values() for name in own[own[VALUE].isna()]["sweep"] if name)
+        resume = "".join(f" `{command('run', '-m', f'sweep.resume={name}')}`" for name in sweeps)
+        for verb, counts, remedy in (
+            ("diverged", diverged, ""),
+            ("did not finish", missing, resume),
+            ("have no job", without_job, " `sweep.extend` adds them."),
+        ):
+            if any(counts.values()):
+                (arm, count), *others = counts.items()
+                rest = "".join(f", {number} of {seeds} of {other}" for other, number in others)
+                at = f"At {level}, " if level else ""
+                yield f"{at}{count} of {seeds} seeds of {arm} {verb}{rest}.{remedy}"
+
+
+def _doubts(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield what is unusual about the pairs and the interval of a row."""
+    for row in rows:
+        found = row.estimate
+        if row.is_complete and found.n < row.seeds:
+            yield f"{label(row)}: {row.seeds - found.n} of {row.seeds} pairs ran on two processors and do not count."
+        if found.low > found.high:
+            yield f"{label(row)}: the intervals of the looks do not overlap: later seeds contradict earlier ones."
+        elif found.has_interval and not found.low <= found.difference <= found.high:
+            yield f"{label(row)}: the mean lies outside of the interval, which earlier looks have narrowed."
+
+
+def seeds_needed(comparison: Comparison) -> tuple[int | None, str] | None:
+    """Return the number of seeds that the undecided row with the largest spread needs, and the sentence that says so.
+
+    The number depends on the spread and the margin, never on the observed difference: seeds that are chosen by that find
+    differences where none exist in more than 5 % of studies.
+
+    Returns:
+        The number is that for equivalence, the larger one; None above MAX_PAIRS. No result if nothing is undecided.
     """
-    tests = len(arms.others)
-    level = "level 5 %" if tests == 1 else f"level 5 % over {tests} arms"
-    texts = []
-    for row in rows:
-        if row.metric != rows[0].metric or row.values.difference_std == 0:
-            continue
-        spread = row.values.difference_std
-        effect = format_metric(row.metric, row.values.min_detectable_effect, is_difference=True)
-        first = "" if arms.seeds_known else "if all seeds had been defined before the first job, "
-        text = f"{row.arm}: {first}{row.values.n} seeds detect a difference of {effect} (power 80 %, {level})."
-        if row.margin is not None and row.margin > spread / math.sqrt(MOST_PAIRS):
-            detect = pairs_needed(row.margin, spread, tests)
-            equal = pairs_for_equivalence(row.margin, spread, ALPHA / tests)
-            text += f" {detect:,} seeds detect the margin; {equal:,} show equivalence if there is no difference"
-            text += "."
-        texts.append(text if arms.seeds_known else f"{text} This wider interval needs more seeds.")
-    return texts
+    undecided = [row for row in comparison.rows if row.verdict == "undecided"]
+    if undecided and min(row.estimate.n for row in undecided) < MIN_PILOT:
+        return MIN_PILOT, f"Run at least {MIN_PILOT} seeds to plan."
+    plannable = [row for row in undecided if row.margin and row.estimate.difference_std > 0]
+    if not plannable:
+        return None
+    row = max(plannable, key=lambda row: row.estimate.difference_std)
+    n, std, alpha = row.estimate.n, row.estimate.difference_std, comparison.alpha_of_next_look
+    spreads = (std, upper_std(std, n))
+    detect, equal = (
+        [function(row.margin or 0, spread, alpha) for spread in spreads] for function in (pairs_to_detect, pairs_for_equivalence)
+    )
+    return equal[0], (
+        f"{label(row)}: {_format_seeds(*detect)} detect a difference of {format_margin(row)} with {POWER:.0%} power; "
+        f"{_format_seeds(*equal)} show equivalence if there is none."
+    ).replace("%", " %")
 
 
-def level_notes(levels: Sequence[Level], metric: str) -> list[str]:
-    """Return the differences of each arm by the level of another key, with a warning if they depend on it."""
-    notes = []
-    for arm, key, differs in dict.fromkeys((level.arm, level.key, level.differs) for level in levels):
-        shown = [
-            f"{level.level}: {format_metric(metric, level.difference, signed=True, is_difference=True)}"
-            for level in levels
-            if (level.arm, level.key) == (arm, key)
-        ]
-        warning = ": it depends on it more than chance explains" if differs else ""
-        notes.append(f"The difference of {arm} by {key}{warning}: {', '.join(shown)}.")
-    return notes
-
-
-def caveats(rows: Sequence[Row]) -> list[str]:
-    """Return the limits of the compared metrics."""
-    timed = any(metric_of(row.metric).is_measured_time for row in rows)
-    return ["Times were measured under load and in the order of the sweep; treat them as indicative."] if timed else []
-
-
-def notes(arms: Arms, rows: Sequence[Row], levels: Sequence[Level]) -> list[str]:
-    """Return the notes below the headline: kind of interval, power, levels, caveats, and the runs that are left out."""
-    metric = rows[0].metric
-    intervals = [arms.seeds_reason, *power_notes(arms, rows)]
-    return [*intervals, *level_notes(levels, metric), *caveats(rows), *arms.flags]
-
-
-def table(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Return the comparisons as table rows: for each metric the baseline, then every arm."""
-    lines: list[tuple[str, ...]] = []
-    previous: tuple[str, int, float] | None = None
-    for row in rows:
-        values, n = row.values, str(row.values.n)
-        baseline = (row.metric, values.n, values.baseline_mean)
-        if baseline != previous:  # an arm may have fewer seeds than another
-            mean = _format_mean(row.metric, values.baseline_mean, values.baseline_std)
-            lines.append((row.metric, row.baseline, n, mean, "", "", "", ""))
-        previous = baseline
-        mean = _format_mean(row.metric, values.mean, values.std)
-        effect = _format_number(values.effect_size, "+.2f")
-        p = _format_number(values.p)
-        lines.append(("", row.arm, n, mean, format_difference(row), p, effect, describe_verdict(row)))
-    return [dict(zip(COLUMNS, line, strict=True)) for line in lines]
-
-
-def _format_mean(metric: str, mean: float, std: float) -> str:
-    return f"{format_metric(metric, mean)} ({format_metric(metric, std, bare=True)})"
+def _format_seeds(number: int | None, upper: int | None) -> str:
+    """Return a number of seeds and its upper bound: 58 seeds (at most 112, 80 % confidence)."""
+    if number is None:
+        return f"more than {MAX_PAIRS:,} seeds"
+    bound = f"more than {MAX_PAIRS:,}" if upper is None else f"{upper:,}"
+    return f"{number:,} seeds (at most {bound}, {CONFIDENCE:.0%} confidence)"

@@ -13,9 +13,9 @@ import yaml
 from matplotlib.figure import Figure
 from torch import nn
 
-from mnist_exp.errors import PrunedError, ResumableError
+from mnist_exp.errors import DivergedError, PrunedError, ResumableError
 from mnist_exp.learning.data import Dataset
-from mnist_exp.learning.training import NonFiniteLossError, Report
+from mnist_exp.learning.training import Report
 from mnist_exp.overrides import command, quoted
 from mnist_exp.signals import Interrupted, defer_signals
 from mnist_exp.storage import checkpoint, run_dir
@@ -139,7 +139,7 @@ def _noting_the_end(folder: Path, *, in_sweep: bool) -> Iterator[None]:
     """Mark a run that diverges, and add the command that resumes the run to an error from outside that leaves it unfinished."""
     try:
         yield
-    except NonFiniteLossError:
+    except DivergedError:
         run_dir.mark_diverged(folder)
         raise
     except (Interrupted, ResumableError, MemoryError, RuntimeError) as error:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnist_exp.errors import UserError
+from mnist_exp.errors import DivergedError
 from mnist_exp.learning.data import Split
 
 BATCH_SIZE = 250  # larger batches exceed the CPU's cache and take twice as long
@@ -80,7 +80,7 @@ def evaluate(model: nn.Module, split: Split) -> Evaluation:
     """Evaluate `model` once on every image of `split`, in float32 and evaluation mode, and restore the model's mode.
 
     Raises:
-        UserError: A logit is not finite, because the training diverged.
+        DivergedError: A logit is not finite, because the training diverged.
     """
     was_training = model.training
     model.eval()
@@ -88,7 +88,7 @@ def evaluate(model: nn.Module, split: Split) -> Evaluation:
     logits = torch.cat([model(images).float() for images in batches])  # (n, classes)
     model.train(was_training)
     if not logits.isfinite().all():
-        raise UserError(
+        raise DivergedError(
             "The model's logits are not finite: the training diverged.",
             remedy="Lower the learning rate (optimizer.lr, phases.*.optimizer.lr).",
         )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mnist_exp.errors import Count, Fraction, Positive, UserError
+from mnist_exp.errors import Count, DivergedError, Fraction, Positive, UserError
 from mnist_exp.learning.data import Dataset, derive_seed, generator
 from mnist_exp.learning.distillation import Targets
 from mnist_exp.learning.evaluation import evaluate
@@ -92,10 +92,6 @@ class Report:
     seconds: float
     metrics: dict[str, float]
     state: TrainState | None = None
-
-
-class NonFiniteLossError(UserError):
-    """The loss or the weights became NaN or infinite."""
 
 
 def choose_device(device: str) -> torch.device:
@@ -206,7 +202,7 @@ def fit(
         resume_from: State of the report to resume from.
 
     Raises:
-        NonFiniteLossError: The loss or the weights are not finite.
+        DivergedError: The loss or the weights are not finite.
         UserError: `resume_from` does not belong to these phases.
     """
     model.to(memory_format=torch.channels_last)
@@ -346,9 +342,9 @@ class _PhaseTrainer:
         evaluation = evaluate(self.model, self.data.splits[self.phase.validation])
         return {f"val/{name}": value for name, value in evaluation.metrics.items()}
 
-    def not_finite(self, problem: str, epoch: int, step: int, buffer: _MetricBuffer) -> NonFiniteLossError:
+    def not_finite(self, problem: str, epoch: int, step: int, buffer: _MetricBuffer) -> DivergedError:
         """Return the error for a loss or weights that are not finite."""
-        return NonFiniteLossError(
+        return DivergedError(
             f"The {problem} in phase {self.phase.name}, epoch {epoch + 1}, step {step} of {self.phase.steps_per_epoch}, "
             f"at learning rate {buffer.learning_rate:g}: expected finite numbers.",
             remedy="Lower optimizer.lr (or phases.*.optimizer.lr), or the limit of the gradient, phases.*.max_grad_norm.",

@@ -103,7 +103,7 @@ class GridSweep:
             plan = Plan(
                 self.name, grids, jobs, total, swept_keys, locations, selecting_overrides=[*self.selecting_overrides, *launching]
             )
-            parent = lock.enter_context(open_parent(store, settings, plan, stored.run_id if stored else None))
+            parent = lock.enter_context(open_parent(store, settings, plan, stored))
             for child, number in renumbered:
                 store.set_tags(child.run_id, {JOB: NO_JOB if number is None else str(number)})
             display = SweepDisplay(total)

@@ -116,12 +116,6 @@ def job_colors(jobs: Sequence[Job]) -> dict[int, str]:
     return {number: COLORS[positions[arm] % len(COLORS)] for number, arm in arms.items()}
 
 
-def latest_run_per_job(children: Iterable[RunRecord]) -> dict[int, RunRecord]:
-    """Return the run of each job: the finished one, else the newest."""
-    ordered = sorted(children, key=lambda child: (child.status == "FINISHED", child.started))
-    return {child.job: child for child in ordered if child.job is not None}
-
-
 def common_data(children: Iterable[RunRecord], varied: Sequence[str]) -> str | None:
     """Return the name of the data set that all finished runs have used, unless the sweep varies it."""
     names = {child.data for child in children if child.status == "FINISHED" and child.job is not None}

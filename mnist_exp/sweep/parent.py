@@ -14,10 +14,11 @@ from mnist_exp.overrides import command, key_of, quoted
 from mnist_exp.settings import JobContext, Settings
 from mnist_exp.signals import Interrupted, defer_signals
 from mnist_exp.storage import run_dir
-from mnist_exp.sweep.jobs import Job, common_data, failure_reason, job_colors, latest_run_per_job
-from mnist_exp.sweep.summary import describe_sweep, job_table, results_csv, sweep_metrics
+from mnist_exp.sweep.jobs import Job, common_data, failure_reason, job_colors
+from mnist_exp.sweep.summary import describe_sweep, job_table, sweep_metrics
 from mnist_exp.tracking import provenance
-from mnist_exp.tracking.base import PROCESS_DIED, RunInfo, RunRecord, Store, Tracker, grids_text
+from mnist_exp.tracking.base import PROCESS_DIED, RunInfo, RunRecord, Store, Sweep, Tracker, grids_text, latest_run_per_job
+from mnist_exp.tracking.frame import frame
 from mnist_exp.tracking.tags import ANSWER, GRIDS, HOST, OUTPUT_DIR, OVERRIDES, PID, SWEEP_JOBS, SWEEPER
 
 ORPHAN_PATIENCE = 60.0  # seconds for the jobs of a killed parent to end
@@ -132,7 +133,9 @@ class Parent:
         children = self.children()
         rows = job_table(self.plan.jobs, children, self.results)
         if rows:
-            self.tracker.log_text(results_csv(self.plan.jobs, children, self.results), "results.csv")
+            if self.tracker.is_recording:
+                table = frame([(self.store.find_sweep(self.tracker.run_id), children)])
+                self.tracker.log_text(table.to_csv(index=False), "results.csv")
             self.tracker.log_results(sweep_metrics(rows, children))
             self.tracker.set_description(
                 describe_sweep(rows, children, self.store, self.tracker.run_id, self.resume_command, self.plan.grids)
@@ -141,8 +144,8 @@ class Parent:
 
 
 @contextmanager
-def open_parent(store: Store, settings: Settings, plan: Plan, resumed: str | None) -> Iterator[Parent]:
-    """Start the parent's run, or resume the run `resumed`, whose folder the caller has locked."""
+def open_parent(store: Store, settings: Settings, plan: Plan, stored: Sweep | None) -> Iterator[Parent]:
+    """Start the parent's run, or resume that of `stored`, whose folder the caller has locked."""
     output_dir, first = settings.output_dir, plan.grids[0]
     process_tags = provenance.process_tags(output_dir)
     sweep_tags = {GRIDS: grids_text(plan.grids), SWEEPER: plan.sweeper, SWEEP_JOBS: str(plan.total)}
@@ -152,11 +155,12 @@ def open_parent(store: Store, settings: Settings, plan: Plan, resumed: str | Non
     with ExitStack() as lock, ExitStack() as running:  # the lock outlasts the final status
         store.open()  # may take long and be interrupted
         with defer_signals():  # a sweep that has started must get a final status
-            parent = Parent(store, settings, plan, running.enter_context(store.start(info, resumed)))
+            parent = Parent(store, settings, plan, running.enter_context(store.start(info, stored.run_id if stored else None)))
         lock.enter_context(_resume_advice(parent.resume_command))
-        if resumed:
-            # Before the first job starts. An answer from fewer jobs no longer holds.
-            store.set_tags(resumed, process_tags | sweep_tags | {ANSWER: ""})
+        if stored:
+            # Before the first job starts. Answers from fewer jobs no longer hold.
+            answers = {name: "" for name in stored.record.tags if name.partition(".")[0] == ANSWER}
+            store.set_tags(stored.run_id, process_tags | sweep_tags | answers)
         else:
             lock.enter_context(run_dir.lock_run(parent.folder))
             store.reap(output_dir)

@@ -14,10 +14,10 @@ from mnist_exp.metrics import OBJECTIVE
 from mnist_exp.overrides import parse
 from mnist_exp.settings import Settings
 from mnist_exp.sweep.grid import GridSweep
-from mnist_exp.sweep.jobs import Job, latest_run_per_job
+from mnist_exp.sweep.jobs import Job
 from mnist_exp.sweep.parent import Parent
 from mnist_exp.sweep.workers import cores
-from mnist_exp.tracking.base import Sweep
+from mnist_exp.tracking.base import Sweep, latest_run_per_job
 from mnist_exp.tracking.tags import PRUNED
 
 if TYPE_CHECKING:

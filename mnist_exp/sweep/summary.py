@@ -1,19 +1,17 @@
 """A sweep in words: its progress, the table of its jobs, and the description of its parent."""
 
-import csv
-import io
 import shlex
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from hydra.core.utils import JobStatus
 
 from mnist_exp.metrics import OBJECTIVE, format_metric
 from mnist_exp.overrides import key_of
-from mnist_exp.sweep.jobs import Job, JobResults, failure_reason, latest_run_per_job, result_of
-from mnist_exp.tracking.base import RunRecord, Store
+from mnist_exp.sweep.jobs import Job, JobResults, failure_reason, result_of
+from mnist_exp.tracking.base import RunRecord, Store, latest_run_per_job
 from mnist_exp.tracking.tags import ERROR, PRUNED
 
 SHOWN = ("val/accuracy", "test/accuracy", "test/loss", "time/total_seconds")
@@ -75,16 +73,13 @@ def rank_arms(children: Iterable[RunRecord]) -> list[tuple[list[str], list[float
     return sorted(ranked, key=lambda arm: statistics.mean(arm[1]), reverse=True)
 
 
-def job_table(
-    jobs: list[Job], children: list[RunRecord], results: JobResults, form: Callable[[str, float], str] = format_metric
-) -> list[dict[str, str]]:
+def job_table(jobs: list[Job], children: list[RunRecord], results: JobResults) -> list[dict[str, str]]:
     """Return a row for each job: number, name, status, metrics, run, error.
 
     Args:
         jobs: The jobs.
         children: The runs of the jobs.
         results: The reports of the launcher.
-        form: Returns the text of a metric, called with its name and value.
     """
     latest = latest_run_per_job(children)
     rows = []
@@ -102,20 +97,10 @@ def job_table(
         name = child.name if child else " ".join(job.overrides)
         rows.append(
             {"job": str(job.number), "name": name, "status": status}
-            | {key: form(key, metrics[key]) if key in metrics else "" for key in SHOWN}
+            | {key: format_metric(key, metrics[key]) if key in metrics else "" for key in SHOWN}
             | {"run": child.run_id if child else "", "error": error}
         )
     return rows
-
-
-def results_csv(jobs: list[Job], children: list[RunRecord], results: JobResults) -> str:
-    """Return the table of the jobs as comma-separated values, metrics as recorded."""
-    rows = job_table(jobs, children, results, lambda name, value: repr(value))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys())
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def sweep_metrics(rows: list[dict[str, str]], children: list[RunRecord]) -> dict[str, float]:

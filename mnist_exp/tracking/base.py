@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -107,6 +107,12 @@ class RunRecord:
         return self.status == "FINISHED" or PRUNED in self.tags
 
 
+def latest_run_per_job(children: Iterable[RunRecord]) -> dict[int, RunRecord]:
+    """Return the run of each job of a sweep: the finished one, else the newest."""
+    ordered = sorted(children, key=lambda child: (child.status == "FINISHED", child.started))
+    return {child.job: child for child in ordered if child.job is not None}
+
+
 @dataclass(frozen=True)
 class Sweep:
     """A sweep as its parent records it.
@@ -183,19 +189,21 @@ class StoredRun:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a comparison adds to the parent of a sweep.
+    """The answer of a comparison, for the parent of its sweep.
 
     Args:
+        factor: The key whose values are compared. An answer replaces that of the same factor only.
+        title: The verdict in one line.
+        notes: The sentences without which the verdict would mislead.
         report: The HTML file.
-        picture: The PNG file with the differences, which the description opens with.
-        headline: The answer in one sentence.
-        metrics: The difference and its interval, and the means of the arms.
+        picture: The PNG file with the differences.
     """
 
+    factor: str
+    title: str
+    notes: Sequence[str]
     report: Path
     picture: Path
-    headline: str
-    metrics: Mapping[str, float]
 
 
 class Tracker:

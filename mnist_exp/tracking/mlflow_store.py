@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
-from mlflow.entities import LoggedModel, Metric, Run, RunTag
+from mlflow.entities import LoggedModel, Run, RunTag
 from mlflow.exceptions import MlflowException
 from pydantic import Field
 from sqlalchemy.exc import SQLAlchemyError
@@ -26,6 +26,7 @@ from mnist_exp.signals import defer_signals
 from mnist_exp.storage import run_dir
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import (
+    MAX_TAG,
     PROCESS_DIED,
     RECIPE,
     Answer,
@@ -101,7 +102,7 @@ class MLflowStore(Store):
     def _reopen(self, run_id: str) -> Run:
         run = self._stored_run(run_id)
         self.experiment_id = run.info.experiment_id
-        for key in {tag.ERROR, tag.PRUNED} & run.data.tags.keys():  # they describe an end that no longer holds
+        for key in {tag.ERROR, tag.PRUNED, tag.DIVERGED} & run.data.tags.keys():  # they describe an end that no longer holds
             self.client.delete_tag(run_id, key)
         self.client.update_run(run_id, status="RUNNING")
         return run
@@ -290,15 +291,17 @@ def _publish(client: MlflowClient, run_id: str, answer: Answer) -> str:
     """Add an answer to the parent of a sweep; return the address of the run's artifacts."""
     for path in (answer.report, answer.picture):
         client.log_artifact(run_id, str(path))
-    run, now = client.get_run(run_id), int(time.time() * 1000)
-    rest = re.sub(r"\A\*\*Answer\*\*.*?\n\n", "", run.data.tags.get(tag.DESCRIPTION, ""), flags=re.DOTALL)
-    # One paragraph, which the next comparison replaces.
+    run = client.get_run(run_id)
+    text = " ".join([f"{answer.title}.", *answer.notes])
+    # One paragraph for each factor, which its next comparison replaces.
+    mark = f"**{answer.factor}**: "
+    others = re.sub(rf"^{re.escape(mark)}.*?\n\n", "", run.data.tags.get(tag.DESCRIPTION, ""), flags=re.DOTALL | re.MULTILINE)
     description = (
-        f"**Answer** {answer.headline} See `{answer.report.name}` under Artifacts for the full report.\n"
-        f"![Differences from the baseline with 95 % intervals]({artifact_path(run_id, answer.picture.name)})\n\n{rest}"
+        f"{mark}{text} See `{answer.report.name}` under Artifacts for the full report.\n"
+        f"![The comparison by {answer.factor}]({artifact_path(run_id, answer.picture.name)})\n\n{others}"
     )
-    tags = [RunTag(tag.ANSWER, answer.headline), RunTag(tag.DESCRIPTION, description)]
-    client.log_batch(run_id, [Metric(key, value, now, 0) for key, value in answer.metrics.items()], tags=tags)
+    tags = {tag.ANSWER: answer.title, f"{tag.ANSWER}.{answer.factor}": text[:MAX_TAG], tag.DESCRIPTION: description}
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     return str(run.info.artifact_uri)
 
 

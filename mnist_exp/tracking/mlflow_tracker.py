@@ -16,7 +16,7 @@ from mlflow.data.schema import TensorDatasetSchema
 from mlflow.types import Schema, TensorSpec
 from torch import nn
 
-from mnist_exp.errors import PrunedError
+from mnist_exp.errors import DivergedError, PrunedError
 from mnist_exp.learning.data import Dataset
 from mnist_exp.overrides import command
 from mnist_exp.settings import Settings
@@ -95,7 +95,8 @@ class MLflowTracker(Tracker):
         elif error is not None:
             self.log_text("".join(traceback.format_exception(error)), "traceback.txt")
             message = str(error).strip() or type(error).__name__
-            self.set_tags({tag.ERROR: message.splitlines()[0][:250]})
+            diverged = {tag.DIVERGED: "true"} if isinstance(error, DivergedError) else {}
+            self.set_tags({tag.ERROR: message.splitlines()[0][:250]} | diverged)
         self.flush()
         self._outbox.add(partial(terminate, self.client, self.run_id, status))
         try:

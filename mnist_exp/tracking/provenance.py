@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from mnist_exp.paths import CHECKOUT, NAME, PACKAGE, config_dirs, without_credentials
 from mnist_exp.settings import targets
-from mnist_exp.tracking.tags import BRANCH, COMMIT, DIRTY, HOST, OUTPUT_DIR, PID, REPOSITORY, USER
+from mnist_exp.tracking.tags import BRANCH, COMMIT, CPU, DIRTY, GPU, HOST, OUTPUT_DIR, PID, REPOSITORY, USER
 
 if TYPE_CHECKING:
     import torch
@@ -146,8 +146,8 @@ def machine_tags(device: "torch.device") -> dict[str, str]:
     import torch  # takes seconds that reading commands do not need
 
     # The same name may have different instructions.
-    tags = {"cpu": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}", "threads": str(torch.get_num_threads())}
-    return tags | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
+    tags = {CPU: f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}", "threads": str(torch.get_num_threads())}
+    return tags | ({GPU: torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
 
 
 def origin(command: str, device: "torch.device") -> Origin:

@@ -6,6 +6,7 @@ RESUMED = "resumed"  # at how many examples, and in which changed environment
 RERUN_OF = "rerun_of"  # the id of the run that was repeated
 ERROR = "error"  # the reason why the run did not finish, in one line
 PRUNED = "pruned"  # the reason why a search stopped the run
+DIVERGED = "diverged"  # set if the loss or the weights became infinite or NaN
 
 SWEEP_JOBS = "sweep_jobs"  # of a sweep's parent: the number of its jobs
 GRIDS = "grids"  # of a sweep's parent: the overrides of each grid, as JSON
@@ -16,7 +17,8 @@ NO_JOB = "none"
 ARM = "arm"  # of a job: the overrides that differ between jobs, without the seed, in short form
 
 MODEL, TRAINED_BY = "model", "trained_by"  # of an evaluation: the address of the model, and the id of the run that trained it
-ANSWER = "answer"  # of a sweep's parent: the headline of its comparison
+CPU, GPU = "cpu", "gpu"  # the processor that trained, and the GPU if it was used
+ANSWER = "answer"  # of a sweep's parent: the last verdict; answer.FACTOR: that of each comparison, with its notes
 
 HOST, PID, OUTPUT_DIR, USER = "host", "pid", "output_dir", "mlflow.user"  # the process that works on the run: `reap` looks for it
 

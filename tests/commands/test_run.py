@@ -283,7 +283,7 @@ def test_a_run_that_diverges_is_recorded_and_not_resumed(in_process: CommandLine
     assert "Error executing job" not in done.stderr
     (run,) = all_runs(store)
     assert run.info.status == "FAILED"
-    assert "NonFiniteLossError" in Path(MlflowClient(store).download_artifacts(run.info.run_id, "traceback.txt")).read_text()
+    assert "DivergedError" in Path(MlflowClient(store).download_artifacts(run.info.run_id, "traceback.txt")).read_text()
     assert (tmp_path / "outputs" / run.info.run_id / run_dir.CHECKPOINT).exists()
     done = in_process("resume=latest")
     assert done.returncode == 1

@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from conftest import finished
 from torch import Tensor, nn
 
-from mnist_exp.errors import UserError
+from mnist_exp.errors import DivergedError, UserError
 from mnist_exp.learning.data import Dataset, derive_seed
 from mnist_exp.learning.datasets import MNIST_SHAPE, load_digits
 from mnist_exp.learning.distillation import Labels
 from mnist_exp.learning.evaluation import evaluate
 from mnist_exp.learning.training import (
-    NonFiniteLossError,
     Phase,
     Report,
     _PhaseTrainer,
@@ -158,7 +157,7 @@ def test_steps_do_not_wait_for_the_gpu(composed, short_digits) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(composed, short_digits) -> None:
-    with pytest.raises(NonFiniteLossError) as error:
+    with pytest.raises(DivergedError) as error:
         train(composed("optimizer.lr=1e29", "scheduler=constant", "phases.train.epochs=20"), short_digits)
     assert "optimizer.lr" in error.value.remedy
 
@@ -168,7 +167,7 @@ def test_weights_that_are_not_finite_never_reach_a_checkpoint(composed, short_di
     model = build(config.model, "model", **MNIST_SHAPE)
     phases = prepare_phases(model, {"finetune": build(config.phases["finetune"], "")}, short_digits, Path())
     phases[0].scheduler.step = lambda: model.output.weight.data.fill_(float("nan"))  # after the last step's finite loss
-    with pytest.raises(NonFiniteLossError):
+    with pytest.raises(DivergedError):
         list(fit(model, phases, short_digits, seed=0, precision=torch.float32))
     with pytest.raises(UserError):
         evaluate(model, short_digits.splits["test"])

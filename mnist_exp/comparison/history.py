@@ -1,0 +1,76 @@
+"""The histories and mistakes that runs leave, read for the report and summed up over the runs of an arm."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+Curve = tuple[list[float], list[float]]  # x and y of each point
+MAX_IMAGES = 12  # that the report shows
+Index = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+@dataclass(frozen=True)
+class History:
+    """The content of a run's outcome.json.
+
+    Args:
+        history: (examples seen, metrics) of each report of training.
+        mistakes: (index of the image, label, prediction) of each mistake.
+        split: The name of the split that the mistakes were made on.
+    """
+
+    history: list[tuple[int, dict[str, float]]]
+    mistakes: list[tuple[Index, Index, Index]]
+    split: str
+
+    def curve(self, metric: str) -> Curve:
+        """Return the points of a metric against the examples seen."""
+        points = [(float(seen), metrics[metric]) for seen, metrics in self.history if metric in metrics]
+        return [x for x, _ in points], [y for _, y in points]
+
+
+Histories = Mapping[str, list[History]]  # by arm
+
+
+def parse_history(content: bytes) -> History | None:
+    """Return the history in the content of a file, None if it is not one."""
+    try:
+        return TypeAdapter(History).validate_json(content)
+    except ValidationError:
+        return None
+
+
+def mean_confusions(runs: Iterable[History]) -> dict[tuple[int, int], float]:
+    """Return how often an average run reads a label as a prediction, by (label, prediction)."""
+    runs = list(runs)
+    counts = Counter((label, prediction) for run in runs for _, label, prediction in run.mistakes)
+    return {pair: count / len(runs) for pair, count in counts.items()}
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """An image that an arm and the baseline disagree on: its index and label, and the shares of the runs that misread it."""
+
+    arm: str
+    index: int
+    label: int
+    share: float
+    baseline_share: float
+
+
+def disagreements(histories: Histories, baseline: str) -> list[Disagreement]:
+    """Return the images that an arm and the baseline disagree on most, at most MAX_IMAGES."""
+    if any(run.split not in ("test", "validation") for runs in histories.values() for run in runs):
+        return []  # the images of other splits depend on the seed
+    labels = {index: label for runs in histories.values() for run in runs for index, label, _ in run.mistakes}
+    errors = {arm: Counter(index for run in runs for index, _, _ in run.mistakes) for arm, runs in histories.items()}
+    found = []
+    for arm in (arm for arm, runs in histories.items() if arm != baseline and runs and histories[baseline]):
+        for index, label in labels.items():
+            share, baseline_share = (errors[name][index] / len(histories[name]) for name in (arm, baseline))
+            found.append(Disagreement(arm, index, label, share, baseline_share))
+    found = [item for item in found if item.share != item.baseline_share]
+    return sorted(found, key=lambda item: (-abs(item.share - item.baseline_share), item.index))[:MAX_IMAGES]

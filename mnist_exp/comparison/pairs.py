@@ -1,0 +1,317 @@
+"""From a table of runs to a comparison: which runs pair, and the row of each arm at each level."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from mnist_exp.comparison.statistics import Estimate, Look, error_of_look, estimate
+from mnist_exp.errors import UserError
+from mnist_exp.metrics import metric_of
+from mnist_exp.tracking.frame import DIGEST, FIRST, FIXED, SEED
+
+EQUAL = ("code", "torch", "precision", "threads")  # columns in which all compared runs must agree
+MEAN = "mean of the levels"
+VALIDATED = "validation images"
+VALUE = "value"  # the column of the compared metric, NaN unless the run has finished with a finite value
+USUAL = ("accuracy", "loss")  # the metrics of a split that are compared by default; the first decides
+FURTHER = ("time/train_seconds", "time/total_seconds", "model/parameters")
+
+_Name = tuple[str, str, str]  # arm, baseline and level of a row
+Verdict = Literal["higher", "lower", "equivalent", "undecided", "incomplete"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The comparison of an arm with its baseline at one level.
+
+    Args:
+        arm: The value of the factor.
+        baseline: The value that it is compared with.
+        level: The values of all other keys that vary, such as `batch_size=128`; MEAN for the mean over them; empty without any.
+        seeds: The number of seeds that the grids give to the arm or the baseline.
+        is_complete: Whether both have finished with a finite value for each of these seeds.
+        estimate: The difference in the metric, as recorded.
+        metric: The metric.
+        margin: The smallest difference that matters, as recorded; None without one.
+        may_be_equivalent: Whether the verdict can be "equivalent": a mean only if each level is.
+    """
+
+    arm: str
+    baseline: str
+    level: str
+    seeds: int
+    is_complete: bool
+    estimate: Estimate
+    metric: str
+    margin: float | None
+    may_be_equivalent: bool = True
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the difference is known without an interval, as that of the number of parameters is."""
+        return metric_of(self.metric).is_exact and self.estimate.n > 0 and not self.estimate.difference_std > 0
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The ends of the interval, as recorded: those of a point for an exact value, infinite without an interval."""
+        if self.is_exact:
+            return self.estimate.difference, self.estimate.difference
+        return (self.estimate.low, self.estimate.high) if self.estimate.has_interval else (-math.inf, math.inf)
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict, which follows from interval and margin."""
+        low, high = self.ends
+        if not self.is_complete:
+            return "incomplete"
+        if low > 0 or high < 0:
+            return "higher" if low > 0 else "lower"
+        is_inside = high < self.margin and low > -self.margin if self.margin else low == high
+        return "equivalent" if is_inside and self.may_be_equivalent else "undecided"
+
+    @property
+    def exceeds_margin(self) -> bool:
+        """Whether the whole interval lies beyond the margin."""
+        low, high = self.ends
+        return self.margin is not None and (low >= self.margin or high <= -self.margin)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The answer to the question how the arms of a factor differ.
+
+    Args:
+        factor: The key whose values are the arms.
+        baseline: The value that the others are compared with.
+        metrics: The compared metric, and further ones that are shown.
+        runs: The runs by arm, level and seed, the first finished one of each, in the order of the jobs.
+        keys: The other keys that vary, the seed aside.
+        rows: The comparisons; together, one of their intervals misses the true difference in at most 5 % of studies.
+        looks: The number of looks at which a row had two pairs.
+        repeated: The number of runs that repeat an earlier one and do not count.
+    """
+
+    factor: str
+    baseline: str
+    metrics: list[str]
+    runs: pd.DataFrame
+    keys: list[str]
+    rows: list[Row]
+    looks: int
+    repeated: int
+
+    @property
+    def metric(self) -> str:
+        """The compared metric."""
+        return self.metrics[0]
+
+    @property
+    def arms(self) -> list[str]:
+        """The values of the factor, in the order of the jobs."""
+        return list(self.runs[self.factor].unique())
+
+    def levels(self) -> list[tuple[str, pd.DataFrame]]:
+        """Return the runs of each level of the other keys."""
+        return _levels(self.runs, self.keys)
+
+    @property
+    def alpha_of_next_look(self) -> float:
+        """The probability of an error that a row has at the next look."""
+        return error_of_look(self.looks + 1) / len(self.rows)
+
+
+def varied_keys(runs: pd.DataFrame, metrics: Sequence[str] = ()) -> list[str]:
+    """Return the keys that vary, the seed aside: columns without a slash that are neither fixed ones nor named as metrics.
+
+    `data` and `precision` are keys if they come before `seed`, where a table has its keys.
+    """
+    columns = list(runs)
+    keys = ("data", "precision") if SEED not in columns else set(columns[: columns.index(SEED)]) & {"data", "precision"}
+    others = [*FIRST, SEED, *(name for name in FIXED if name not in keys), *metrics]
+    return [name for name in columns if "/" not in name and name not in others and runs[name].nunique() > 1]
+
+
+def compare(
+    runs: pd.DataFrame,
+    factor: str,
+    baseline: str | None = None,
+    metrics: Sequence[str] | None = None,
+    margin: float | None = None,
+    *,
+    all_pairs: bool = False,
+) -> Comparison:
+    """Compare the arms of a factor, paired by seed within each level of the other keys.
+
+    Args:
+        runs: A table from `tracking.frame.frame` or `tables.read_tables`.
+        factor: The key whose values are the arms.
+        baseline: The arm to compare with; None selects the first.
+        metrics: The metrics, of which the first is compared; None selects the usual ones.
+        margin: The smallest difference that matters, as displayed; None for the metric's own.
+        all_pairs: Whether to compare all pairs of arms.
+
+    Raises:
+        UserError: An argument names nothing in the table, or the runs must not be compared.
+    """
+    metrics = choose_metrics(runs, metrics)
+    keys = varied_keys(runs, metrics)
+    if factor not in keys:
+        raise UserError.invalid("--factor", factor, f"a key that varies, the seed aside: {', '.join(keys) or 'none'}")
+    keys.remove(factor)
+    kept, repeated = _first_finished(runs, metrics[0], [*keys, SEED, factor])
+    arms = list(kept[factor].unique())
+    if baseline is not None and baseline not in arms:
+        raise UserError.invalid("--baseline", baseline, f"a value of {factor}: {', '.join(arms)}")
+    baseline = arms[0] if baseline is None else baseline
+    _check(kept, factor, keys, metrics[0])
+    others = [arm for arm in arms if arm != baseline]
+    wanted = (
+        [(arm, other) for other, arm in combinations([baseline, *others], 2)] if all_pairs else [(a, baseline) for a in others]
+    )
+    tables = [_pair(kept[kept["look"] <= look], factor, keys, wanted) for look in sorted(kept["look"].unique())]
+    seen = [table for table in tables if any(len(pairs.values) > 1 for pairs in table.values())]
+    rows = _rows(tables[-1], seen, metrics[0], margin)
+    return Comparison(factor, baseline, metrics, kept, keys, rows, len(seen), repeated)
+
+
+def has_diverged(runs: pd.DataFrame) -> "pd.Series[bool]":
+    """Return whether each run has diverged: in training, or by a metric that is not finite."""
+    return (runs["status"] == "DIVERGED") | ((runs["status"] == "FINISHED") & runs[VALUE].isna())
+
+
+def choose_metrics(runs: pd.DataFrame, wanted: Sequence[str] | None) -> list[str]:
+    """Return the metrics to show, the compared one first; raises UserError if the table has none of them."""
+    known = [name for name in runs if "/" in name and not name.startswith(DIGEST) and runs[name].notna().any()]
+    if wanted is None:
+        split = "test" if "test/accuracy" in known else "val"
+        usual = [f"{split}/{name}" for name in USUAL]
+        chosen = [name for name in (*usual, *FURTHER) if name in known]
+        return chosen if set(usual) & set(chosen) else [*known[:1], *chosen]
+    for name in wanted:
+        if name not in runs or not pd.api.types.is_float_dtype(runs[name]):
+            raise UserError.invalid("--metric", name, f"a metric of the runs: {', '.join(known) or 'none'}")
+    return list(wanted)
+
+
+def _first_finished(runs: pd.DataFrame, metric: str, index: list[str]) -> tuple[pd.DataFrame, int]:
+    """Return one row for each arm, level and seed, with the column VALUE, and the number of rows that are left out.
+
+    Of several, the first finished one counts: the result of a look must not change later.
+    """
+    valid = (runs["status"] == "FINISHED") & np.isfinite(runs[metric])
+    valued = runs.assign(**{VALUE: runs[metric].where(valid)})
+    order = valued.assign(invalid=~valid).sort_values("invalid", kind="stable").drop(columns="invalid")
+    kept = order.drop_duplicates(index).sort_index()
+    return kept, len(runs) - len(kept)
+
+
+def _check(runs: pd.DataFrame, factor: str, keys: list[str], metric: str) -> None:
+    """Raise UserError if runs differ in more than the factor, the other keys and the seed."""
+    done = runs[runs["status"] == "FINISHED"]
+    per_seed = [SEED, *keys]
+    checks: list[tuple[str, list[str], str]]
+    checks = [(name, [], "Repeat the runs of one of them.") for name in EQUAL if name not in (factor, *keys)]
+    checks += [("data", keys, "Sweep on one data set."), (DIGEST + "test", keys, "Sweep on one data set.")]
+    checks += [
+        ("digest", [factor, *keys], "Compare sweeps that share the other settings; `runs diff` shows how two runs differ.")
+    ]
+    if metric.startswith("val/"):
+        validated = [done.get(DIGEST + split, pd.Series("", done.index)) for split in ("validation", "finetune")]
+        done = done.assign(**{VALIDATED: validated[0].where(validated[0] != "", validated[1])})
+        checks.append((VALIDATED, per_seed, "Compare test/accuracy, or sweep with one data split."))
+    if factor.partition(".")[0] != "data":
+        trained = [name for name in done if name.startswith(DIGEST) and name not in (DIGEST + "test", DIGEST + "validation")]
+        checks += [(name, per_seed, "Sweep with one data split.") for name in trained]
+    for column, by, remedy in checks:
+        if column != factor and column in done:
+            _require_one_value(done, column, by, factor, remedy)
+
+
+def _require_one_value(runs: pd.DataFrame, column: str, by: list[str], factor: str, remedy: str) -> None:
+    """Raise UserError unless a column has one value in each group of `by`; an empty one counts as equal to all."""
+    known = runs[runs[column] != ""]
+    for _, group in known.groupby(by, sort=False) if by else [("", known)]:
+        different = group.drop_duplicates(column)
+        if len(different) > 1:
+            found = "; ".join(f"{run[column]} in {factor}={run[factor]} seed={run[SEED]}" for _, run in different.iterrows())
+            raise UserError(f"The runs differ in {column} and cannot be compared: {found}.", key=column, remedy=remedy)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The pairs of an arm and its baseline at a level: their values (n, 2) by seed and arm, and whether they are all."""
+
+    values: pd.DataFrame
+    seeds: int
+    is_complete: bool
+
+
+def _levels(runs: pd.DataFrame, keys: list[str]) -> list[tuple[str, pd.DataFrame]]:
+    if not keys:
+        return [("", runs)]
+    groups = runs.groupby(keys, sort=False)
+    return [(" ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True)), here) for values, here in groups]
+
+
+def _pair(runs: pd.DataFrame, factor: str, keys: list[str], wanted: Sequence[tuple[str, str]]) -> dict[_Name, _Pairs]:
+    """Return the pairs of each arm and its baseline by level: runs of one seed, on one processor."""
+    found = {}
+    for level, here in _levels(runs, keys):
+        by_seed = here.pivot(index=SEED, columns=factor, values=[VALUE, "processor"])
+        for arm, baseline in wanted:
+            if not {arm, baseline} <= set(by_seed[VALUE]):
+                continue
+            both, processors = (by_seed[name][[arm, baseline]] for name in (VALUE, "processor"))
+            planned = processors.notna().any(axis=1)
+            valid = both.notna().all(axis=1)
+            paired = valid & (processors[arm] == processors[baseline])
+            found[arm, baseline, level] = _Pairs(both[paired].astype(float), int(planned.sum()), bool(valid[planned].all()))
+    for arm, baseline in wanted:
+        levels = [pairs for (*names, _), pairs in found.items() if names == [arm, baseline]]
+        if len(levels) > 1 and all(pairs.is_complete for pairs in levels):
+            shared = pd.concat([pairs.values for pairs in levels], keys=range(len(levels)), axis=1, join="inner")
+            means = shared.T.groupby(level=1, sort=False).mean().T
+            found[arm, baseline, MEAN] = _Pairs(means, len(means), is_complete=True)
+    return found
+
+
+def _rows(last: dict[_Name, _Pairs], looks: Sequence[dict[_Name, _Pairs]], metric: str, margin: float | None) -> list[Row]:
+    """Return the rows of a table, those of an arm together.
+
+    Args:
+        last: The pairs of the table.
+        looks: The pairs at each look; the last one is `last`, unless no look has two pairs.
+        metric: The compared metric.
+        margin: As in `compare`.
+    """
+    shown = metric_of(metric).margin if margin is None else margin
+    smallest = None if shown is None else shown / metric_of(metric).scale
+    rows: list[Row] = []
+    for (arm, baseline, level), pairs in last.items():
+        history = []
+        for number, table in enumerate(looks or [last], start=1):
+            if then := table.get((arm, baseline, level)):
+                ours, theirs = (then.values[name].to_numpy() for name in (arm, baseline))
+                history.append(Look(ours, theirs, error_of_look(number) / len(table)))
+        levels = [row for row in rows if (row.arm, row.baseline) == (arm, baseline)]
+        may_be_equivalent = level != MEAN or all(row.verdict == "equivalent" for row in levels)
+        rows.append(
+            Row(
+                arm=arm,
+                baseline=baseline,
+                level=level,
+                seeds=pairs.seeds,
+                is_complete=pairs.is_complete,
+                estimate=estimate(history),
+                metric=metric,
+                margin=smallest,
+                may_be_equivalent=may_be_equivalent,
+            )
+        )
+    order = list(dict.fromkeys((row.arm, row.baseline) for row in rows))
+    return sorted(rows, key=lambda row: order.index((row.arm, row.baseline)))
