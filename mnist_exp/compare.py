@@ -172,7 +172,8 @@ def publish(
         with tempfile.TemporaryDirectory() as folder:
             factor = re.sub(r"[^-.\w]", "_", comparison.factor)  # a name for files and tags
             report_file, picture = (Path(folder, f"compare-{factor}.{suffix}") for suffix in ("html", "png"))
-            answer = Answer(factor, wording.title(comparison), shown, report_file, picture)
+            title = f"{wording.title(comparison)} ({wording.subtitle(comparison)})"
+            answer = Answer(factor, title, shown, report_file, picture)
             answer.report.write_text(page, encoding="utf-8")
             report.draw_differences(comparison, answer.picture)
             lines.append(f"Report: {store.publish(sweep.run_id, answer)}")
@@ -185,7 +186,7 @@ def next_steps(store: "MLflowStore", sweeps: "Sequence[Sweep]", comparisons: "Se
     from mnist_exp.tracking.frame import SEED
 
     sweep = sweeps[-1].run_id
-    lines = [f"Look: {store.page(sweep) or command('ui', sweep)}"]
+    lines = [f"Open it in the MLflow UI: {store.page(sweep) or command('ui', sweep)}"]
     needed = [found[0] for comparison in comparisons if (found := seeds_needed(comparison))]
     seeds = {int(seed or 0) for seed in comparisons[0].runs[SEED] if not seed or seed.isdecimal()}
     more = max((number for number in needed if number), default=0) - len(seeds)

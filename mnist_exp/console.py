@@ -262,7 +262,7 @@ def show_comparison(title: str, subtitle: str, tables: Sequence[list[dict[str, s
     console.print(plain(f"\n{title}"), style="bold")
     console.print(plain(subtitle))
     for rows in tables:
-        show_table(rows, ("p",))
+        show_table(rows, ("p", "model/parameters", "time/train_seconds"))
     for note in notes:
         console.print(plain(f"- {note}"), soft_wrap=True)  # it may contain a command
 

@@ -62,6 +62,7 @@ def test_frame_has_a_row_for_each_job(uri: str, trained: RunResult) -> None:
     assert table["seed"].dtype.kind == "i"
     assert set(table["status"]) == {"FINISHED"}
     assert table["run"].tolist() == ids
+    assert set(table["data"]) == {"digits"}
     paths.typed["tracking.experiment"] = "sweeps"
     assert api.frame().equals(table)
 

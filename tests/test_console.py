@@ -25,16 +25,15 @@ SWEPT = [
     )
 ]
 COMPARED = [
-    dict(zip(("metric", "arm", "n", "mean (sd)", "difference (95 %)", "p", "effect", "verdict"), line, strict=True))
-    for metric, mean, difference in (
-        ("test/accuracy", "98.60 % (0.06)", "+0.21 points (+0.10 to +0.32)"),
-        ("time/total_seconds", "1,123.45 s (12.34)", "-1,234.56 s (-1,334.56 to -1,134.56)"),
-        ("model/parameters", "19,674 (0)", "+1,234 (always)"),
-    )
-    for line in (
-        (metric, ARMS[0], "20", mean, "", "", "", ""),
-        ("", ARMS[1], "20", mean, difference, "1.2e-05", "+12.34", "not detected"),
-    )
+    {
+        "model": arm,
+        "verdict": "lower by more than the margin",
+        "batch_size": "mean of the levels",
+        "n": "17 of 20 pairs",
+        "difference (95 %)": difference,
+        "p": "1.2e-05",
+    }
+    for arm, difference in zip(ARMS, ("+0.21 points (+0.10 to +0.32)", "-1,234.56 s (-1,334.56 to -1,134.56)"), strict=True)
 ]
 RESULTS = {
     "test/accuracy": "98.60 %",
@@ -43,7 +42,7 @@ RESULTS = {
     "checkpoint": f"../a/folder/that/is/far/away/outputs/{ID}/checkpoint.pt",
 }
 LISTED = [{key: row[key] for key in ("run", "name", "status", "val/accuracy", "test/accuracy")} for row in SWEPT]
-UNMEASURED = {"run", "checkpoint", "effect", "p", "time/total_seconds"}  # ids, and columns that are omitted
+UNMEASURED = {"run", "checkpoint", "p", "time/total_seconds"}  # ids, and columns that are omitted
 
 
 def shown_at(width: int, table: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
@@ -53,7 +52,7 @@ def shown_at(width: int, table: str, monkeypatch: pytest.MonkeyPatch, capsys: py
     elif table == "sweep":
         SweepDisplay(3).results(SWEPT, None)
     elif table == "comparison":
-        show_comparison(COMPARED, "headline", ["note"])
+        show_comparison("title", "subtitle", [COMPARED], ["note"])
     else:
         show_table(LISTED, optional=("val/accuracy",))
     return capsys.readouterr().out
@@ -70,7 +69,7 @@ def test_a_table_fits_80_columns_and_breaks_no_number(table: str, monkeypatch, c
     assert "\u2026" not in shown, "an ellipsis hides the rest"
 
 
-@pytest.mark.parametrize(("table", "rest"), [("sweep", "1,123.46 s"), ("comparison", "+12.34"), ("list", ID)])
+@pytest.mark.parametrize(("table", "rest"), [("sweep", "1,123.46 s"), ("comparison", "1.2e-05"), ("list", ID)])
 def test_a_wide_terminal_gets_the_rest(table: str, rest: str, monkeypatch, capsys) -> None:
     assert rest not in shown_at(80, table, monkeypatch, capsys)
     assert rest in shown_at(250, table, monkeypatch, capsys)

@@ -20,7 +20,7 @@ from mnist_exp.tracking.frame import SEED
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")
 POINT = "run:"  # the scheme of addresses that stand for runs
-WIDTH = 5.8  # inches, of every figure, so that their text has one size
+WIDTH = 5.2  # inches, of every figure, so that their text has one size
 GRAY = (0.5, 0.5, 0.5, 0.25)  # on a light and on a dark ground
 MAX_LABEL = 28  # characters
 MAX_CONFUSIONS = 10
@@ -76,7 +76,7 @@ def differences(comparison: Comparison) -> Figure:
     rows, metric, drawn = comparison.rows, comparison.metric, styles(comparison)
     labels = [_row_label(row.arm, row.level) for row in rows]
     unit = metric_of(metric).difference_unit
-    several = len({row.baseline for row in rows}) > 1
+    several = comparison.has_all_pairs
     against = "the second arm" if several else comparison.baseline
     labels = [f"{text}\nagainst {_cut(row.baseline)}" for text, row in zip(labels, rows, strict=True)] if several else labels
     figure, axes = _figure(_height(labels), xlabel=f"difference in {metric} from {against}" + (f" ({unit})" if unit else ""))
@@ -121,17 +121,12 @@ def curve_of_factor(comparison: Comparison) -> Figure:
 
 
 def every_run(comparison: Comparison) -> Figure:
-    """Draw every run with a value as a point, and the mean of each arm at each level as a bar."""
+    """Draw every finished run as a point, and the mean of each arm at each level as a bar."""
     metric = comparison.metric
-    groups = [
-        (arm, level, here[(here[comparison.factor] == arm) & here[VALUE].notna()])
-        for arm in comparison.arms
-        for level, here in comparison.levels()
-    ]
-    groups = [group for group in groups if len(group[2])]
-    labels = [_row_label(arm, level) for arm, level, _ in groups]
+    cells = comparison.cells()
+    labels = [_row_label(arm, level) for arm, level, _ in cells]
     figure, axes = _figure(_height(labels), xlabel=_axis_label(metric))
-    for height, (arm, _, runs) in enumerate(groups):
+    for height, (arm, _, runs) in enumerate(cells):
         style = styles(comparison)[arm]
         values = _shown(metric, runs[VALUE])
         spread = np.linspace(-0.15, 0.15, len(values)) + height
@@ -201,5 +196,5 @@ def mistakes(comparison: Comparison, histories: Histories) -> Figure | None:
             axes.plot(counts, range(len(pairs)), label=_cut(arm), alpha=0.8, **(style | {"linestyle": ""}))  # type: ignore[arg-type]
     axes.set_xlim(left=0)
     _rows(axes, labels)
-    axes.legend()
+    axes.legend(loc="lower right")
     return figure

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 Curve = tuple[list[float], list[float]]  # x and y of each point
-MAX_IMAGES = 12  # that the report shows
+MAX_IMAGES = 8  # that the report shows
 Index = Annotated[int, Field(ge=0, lt=2**31)]
 
 

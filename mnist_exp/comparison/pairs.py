@@ -19,7 +19,7 @@ MEAN = "mean of the levels"
 VALIDATED = "validation images"
 VALUE = "value"  # the column of the compared metric, NaN unless the run has finished with a finite value
 USUAL = ("accuracy", "loss")  # the metrics of a split that are compared by default; the first decides
-FURTHER = ("time/train_seconds", "time/total_seconds", "model/parameters")
+FURTHER = ("time/train_seconds", "model/parameters")
 
 _Name = tuple[str, str, str]  # arm, baseline and level of a row
 Verdict = Literal["higher", "lower", "equivalent", "undecided", "incomplete"]
@@ -111,6 +111,11 @@ class Comparison:
         return self.metrics[0]
 
     @property
+    def has_all_pairs(self) -> bool:
+        """Whether arms are also compared with others than the baseline."""
+        return any(row.baseline != self.baseline for row in self.rows)
+
+    @property
     def arms(self) -> list[str]:
         """The values of the factor, in the order of the jobs."""
         return list(self.runs[self.factor].unique())
@@ -118,6 +123,12 @@ class Comparison:
     def levels(self) -> list[tuple[str, pd.DataFrame]]:
         """Return the runs of each level of the other keys."""
         return _levels(self.runs, self.keys)
+
+    def cells(self) -> list[tuple[str, str, pd.DataFrame]]:
+        """Return the finished runs of each arm at each level, as (arm, level, runs), without empty ones."""
+        done = self.runs[self.runs["status"] == "FINISHED"]
+        found = [(arm, level, here[here[self.factor] == arm]) for arm in self.arms for level, here in _levels(done, self.keys)]
+        return [cell for cell in found if len(cell[2])]
 
     @property
     def alpha_of_next_look(self) -> float:

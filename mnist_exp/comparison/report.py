@@ -68,7 +68,7 @@ def render(
         comparison=comparison,
         title=wording.title(comparison),
         subtitle=wording.subtitle(comparison),
-        notes=notes,
+        notes=[Markup(re.sub("`(.+?)`", r"<code>\1</code>", str(escape(note)))) for note in notes],
         margin=wording.format_margin(comparison.rows[0]),
         differences=wording.differences_table(comparison),
         means=wording.means_table(comparison),

@@ -1,17 +1,18 @@
 """A comparison in words: its title, its tables, and the notes without which they would mislead."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
-from mnist_exp.comparison.pairs import MEAN, VALUE, Comparison, Row, has_diverged
+from mnist_exp.comparison.pairs import MEAN, VALUE, Comparison, Row, Verdict, has_diverged
 from mnist_exp.comparison.statistics import CONFIDENCE, MAX_PAIRS, POWER, pairs_for_equivalence, pairs_to_detect, upper_std
 from mnist_exp.metrics import format_metric, metric_of
 from mnist_exp.overrides import command
 from mnist_exp.tracking.frame import SEED
 
 MAX_NAMED = 3  # arms that a title names; more are counted
+VERDICTS = get_args(Verdict)
 MIN_PILOT = 5  # pairs whose spread is a basis for planning
 
 
@@ -50,8 +51,9 @@ def label(row: Row) -> str:
 
 def subtitle(comparison: Comparison) -> str:
     """Return the metric, the baseline and the margin."""
-    margin = format_margin(comparison.rows[0])
-    return f"{comparison.metric}, against {comparison.factor}={comparison.baseline}" + (f"; margin {margin}" if margin else "")
+    factor, margin = comparison.factor, format_margin(comparison.rows[0])
+    against = f"all pairs of {factor}" if comparison.has_all_pairs else f"against {factor}={comparison.baseline}"
+    return f"{comparison.metric}, {against}" + (f"; margin {margin}" if margin else "")
 
 
 def title(comparison: Comparison) -> str:
@@ -60,44 +62,45 @@ def title(comparison: Comparison) -> str:
     factor, baseline = comparison.factor, comparison.baseline
     if not any(row.estimate.n > 1 for row in rows):
         return f"No verdict on {factor} yet: an interval needs two seeds"
-    if {row.baseline for row in rows} != {baseline}:
+    if comparison.has_all_pairs:
         return f"Of {len(rows)} comparisons of {factor}, {_count(rows)}"
     if all(row.verdict == "undecided" for row in rows):
         return f"Undecided: no {factor} is clearly better than {baseline}"
     arms = list(dict.fromkeys(row.arm for row in rows))
     if len(arms) > MAX_NAMED:
         return f"Of {len(rows)} comparisons with {factor}={baseline}, {_count(rows)}"
-    return "; ".join(_of_arm([row for row in rows if row.arm == arm], comparison.keys) for arm in arms)
+    by_arm = [[row for row in rows if row.arm == arm] for arm in arms]
+    by_arm.sort(key=lambda own: min(VERDICTS.index(row.verdict) for row in own))
+    return "; ".join(_of_arm(own, comparison.keys) for own in by_arm)
 
 
 def _count(rows: Sequence[Row]) -> str:
-    return ", ".join(f"{count} {verdict}" for verdict, count in Counter(describe_verdict(row) for row in rows).most_common())
+    counts = Counter(row.verdict for row in rows)
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if verdict in counts)
 
 
 def _of_arm(rows: Sequence[Row], keys: Sequence[str]) -> str:
     """Return the verdicts on one arm: se_cnn is higher than plain_cnn at 2 of 6 batch sizes, undecided at 4."""
-    arm, baseline = rows[0].arm, rows[0].baseline
-    (first, count), *rest = Counter(map(describe_verdict, rows)).most_common()
-    than = {"equivalent": f" to {baseline}", "undecided": "", "incomplete": ""}
-    text = (
-        f"{arm} is {first}{than[first]}"
-        if first in than
-        else f"{arm} is {re.sub('(?<=er)', f' than {baseline}', first, count=1)}"
-    )
+    arm, baseline, counts = rows[0].arm, rows[0].baseline, Counter(row.verdict for row in rows)
+    first, *rest = (verdict for verdict in VERDICTS if verdict in counts)
+    than = {"higher": f" than {baseline}", "lower": f" than {baseline}", "equivalent": f" to {baseline}"}.get(first, "")
+    text = f"{arm} is {first}{than}"
     if not rows[0].level:
-        return text
+        pairs = f" ({rows[0].estimate.n} of {rows[0].seeds} pairs)" if first == "incomplete" else ""
+        return text + (" by more than the margin" if rows[0].exceeds_margin and than else pairs)
     levels = f"{keys[0].replace('_', ' ')}s" if len(keys) == 1 and "." not in keys[0] else "settings"
-    return ", ".join([f"{text} at {count} of {len(rows)} {levels}", *(f"{verdict} at {number}" for verdict, number in rest)])
+    others = (f", {verdict} at {counts[verdict]}" for verdict in rest)
+    return f"{text} at {counts[first]} of {len(rows)} {levels}{''.join(others)}"
 
 
 def differences_table(comparison: Comparison) -> list[dict[str, str]]:
     """Return the rows of the comparison as those of a table."""
-    has_baselines = {row.baseline for row in comparison.rows} != {comparison.baseline}
+    level = comparison.keys[0] if len(comparison.keys) == 1 else "level"
     return [
         {
-            comparison.factor: f"{row.arm} against {row.baseline}" if has_baselines else row.arm,
+            comparison.factor: f"{row.arm} against {row.baseline}" if comparison.has_all_pairs else row.arm,
             "verdict": describe_verdict(row),
-            "level": row.level,
+            **({level: row.level.removeprefix(f"{level}=")} if comparison.keys else {}),
             "n": str(row.estimate.n) if row.is_complete else f"{row.estimate.n} of {row.seeds} pairs",
             "difference (95 %)": format_difference(row),
             "p": f"{row.estimate.p:.2g}" if row.is_complete and math.isfinite(row.estimate.p) else "",
@@ -108,15 +111,13 @@ def differences_table(comparison: Comparison) -> list[dict[str, str]]:
 
 def means_table(comparison: Comparison) -> list[dict[str, str]]:
     """Return the mean of each metric over the finished runs of each arm at each level, with the standard deviation."""
-    runs, metrics = comparison.runs, comparison.metrics
-    done = runs[runs["status"] == "FINISHED"]
     lines = []
-    for names, here in done.groupby([comparison.factor, *comparison.keys], sort=False):
-        line = dict(zip([comparison.factor, *comparison.keys], names, strict=True)) | {"runs": str(len(here))}
-        for metric in metrics:
-            mean, std = here[metric].mean(), here[metric].std()
+    for _, _, runs in comparison.cells():
+        line = {key: str(runs[key].iloc[0]) for key in (comparison.factor, *comparison.keys)} | {"runs": str(len(runs))}
+        for metric in comparison.metrics:
+            std = runs[metric].std()
             spread = "" if math.isnan(std) or metric_of(metric).is_exact else f" ({format_metric(metric, std, bare=True)})"
-            line[metric] = format_metric(metric, mean) + spread
+            line[metric] = format_metric(metric, runs[metric].mean()) + spread
         lines.append(line)
     return lines
 
@@ -158,7 +159,7 @@ def _causes(comparison: Comparison) -> Iterator[str]:
             ("have no job", without_job, " `sweep.extend` adds them."),
         ):
             if any(counts.values()):
-                (arm, count), *others = counts.items()
+                (arm, count), *others = sorted(counts.items(), key=lambda item: -item[1])
                 rest = "".join(f", {number} of {seeds} of {other}" for other, number in others)
                 at = f"At {level}, " if level else ""
                 yield f"{at}{count} of {seeds} seeds of {arm} {verb}{rest}.{remedy}"

@@ -17,6 +17,7 @@ from mnist_exp.overrides import (
     check_ids,
     choices,
     combinations,
+    command,
     is_location,
     key_of,
     quoted,
@@ -49,6 +50,7 @@ class GridSweep:
 
     selecting_overrides: tuple[str, ...] = ()  # the overrides that select this sweeper
     name = "grid"
+    next_command: tuple[str, ...] = ("compare",)  # to answer what the sweep asks
 
     def __init__(self, context: HydraContext, task: TaskFunction, composed: DictConfig, params: dict[str, str]) -> None:
         if isinstance(uri := composed.get("tracking", {}).get("uri"), str):  # from conf/local or a preset
@@ -114,7 +116,7 @@ class GridSweep:
                 with suppress(Exception):  # the error that ended the sweep matters, not that the store is unreachable, too
                     _show(parent, display)
                 raise
-            _check_finished(parent, _show(parent, display))
+            _conclude(parent, _show(parent, display), self.next_command)
 
     def _find_stored(self, store: Store, locations: list[str], lock: ExitStack) -> Sweep | None:
         """Return the sweep to resume or to extend, which stays locked, None for a new one; raises UserError."""
@@ -267,8 +269,8 @@ def _show(parent: Parent, display: SweepDisplay) -> list[dict[str, str]]:
     return rows
 
 
-def _check_finished(parent: Parent, rows: list[dict[str, str]]) -> None:
-    """Raise UserError if a job has not finished."""
+def _conclude(parent: Parent, rows: list[dict[str, str]], next_command: tuple[str, ...]) -> None:
+    """Show the command that answers what the sweep asks; raises UserError if a job has not finished."""
     failures = [row for row in rows if row["status"] not in ("FINISHED", "PRUNED")]
     if failures:
         first = failures[0]
@@ -277,3 +279,5 @@ def _check_finished(parent: Parent, rows: list[dict[str, str]]) -> None:
             f"{first['error'] or first['status']}\n"
             f"Fix the cause, then run `{parent.resume_command}` to finish the sweep."
         )
+    if parent.tracker.is_recording and set(parent.plan.swept_keys) - {"seed"}:
+        show_lines([f"Next: {command(*next_command, parent.tracker.run_id)}"])

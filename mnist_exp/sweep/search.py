@@ -45,6 +45,7 @@ class SearchSweep(GridSweep):
 
     selecting_overrides = ("hydra/sweeper=optuna",)
     name = "optuna"
+    next_command = ("runs", "best")
 
     def __init__(
         self,

@@ -16,18 +16,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 
 from mnist_exp.learning.datasets import load_digits
-from mnist_exp.overrides import command
+from mnist_exp.overrides import combinations, command, text_of
 from mnist_exp.sweep.jobs import Job
 from mnist_exp.sweep.summary import describe_sweep, job_table, sweep_metrics
 from mnist_exp.tracking.base import OUTCOME, RunInfo
 from mnist_exp.tracking.mlflow_store import MLflowStore
 
 
-def make_sweep(uri: str, arms: Sequence[str], seeds: int, factor: str = "model", better: float = 0.001) -> str:
+def make_sweep(uri: str, arms: Sequence[str], seeds: int, factor: str = "model", better: float = 0.001, **others: str) -> str:
     """Record a synthetic sweep and return its id.
 
     Args:
@@ -36,28 +35,30 @@ def make_sweep(uri: str, arms: Sequence[str], seeds: int, factor: str = "model",
         seeds: The number of seeds of each arm.
         factor: The key that the sweep varies.
         better: The difference in test/accuracy from each arm to the next.
+        others: The choices of further keys, such as batch_size="128,256".
     """
     store = MLflowStore(uri, "mnist_exp")
     data = load_digits(0.02, seed=0)
-    grid = [f"{factor}={','.join(arms)}", f"seed=range(0,{seeds})"]
-    tags = {"sweep_jobs": str(len(arms) * seeds), "sweeper": "grid", "grids": json.dumps([grid])}
+    grid = [f"{factor}={','.join(arms)}", *(f"{key}={values}" for key, values in others.items()), f"seed=range(0,{seeds})"]
+    jobs = combinations(grid)
+    tags = {"sweep_jobs": str(len(jobs)), "sweeper": "grid", "grids": json.dumps([grid])}
     info = RunInfo(f"sweep {factor} by seed", command("run", "-m", *grid), tags)
     with store.start(info) as parent:
         pass
     noise = random.Random(0)
-    for number, (arm, seed) in enumerate(product(arms, range(seeds))):
-        overrides = [f"{factor}={arm}", f"seed={seed}"]
+    for number, overrides in enumerate(jobs):
+        arm, *rest, seed = map(text_of, overrides)
         tags = {
             "sweep_id": parent.run_id,
             "job_num": str(number),
             "overrides": shlex.join(overrides),
             "data": "digits",
-            "arm": arm,
+            "arm": " ".join([arm, *rest]),
             "mlflow.parentRunId": parent.run_id,
         }
         with store.start(RunInfo(f"{arm} seed={seed}", command("run", *overrides), tags)) as child:
             settings = {f"train.setting{number}": number for number in range(40)}
-            child.log_params({"model": arm, "seed": seed, "precision": "float32"} | settings)
+            child.log_params({"model": arm, "others": rest, "seed": seed, "precision": "float32"} | settings)
             child.log_dataset(data, "test", "test")
             accuracy = 0.98 + random.Random(seed).gauss(0, 0.001) + arms.index(arm) * better + noise.gauss(0, 0.0005)
             history = [(3000 * (step + 1), report(step, accuracy)) for step in range(40)]

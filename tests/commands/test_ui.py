@@ -198,15 +198,15 @@ def test_every_question_takes_three_clicks_at_most(
     page.get_by_role("button", name="Leaderboard").click()
     page.get_by_test_id(f"saved-views-item-sweeps-{VERSION}").click()
     page.get_by_role("link", name="sweep model by seed").click()
-    expect(page.get_by_text("In test/accuracy, against model=plain_cnn").first).to_be_visible()
-    picture = page.locator("img[src*='differences.png']")
+    expect(page.get_by_text("test/accuracy, against model=plain_cnn").first).to_be_visible()
+    picture = page.locator("img[src*='compare-model.png']")
     expect(picture).to_be_attached()
     assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
 
     page = visit(start)  # the best model and its accuracy
     page.get_by_role("link", name=name, exact=True).click()
     expect(page.get_by_text(f"{best['test/accuracy']:.2%}".replace("%", " %")).first).to_be_visible()
-    page.get_by_role("link", name=f"{best['arm']}-digits").first.click()
+    page.get_by_role("link", name=f"{best['model']}-digits").first.click()
     expect(page.get_by_text("test/accuracy").first).to_be_visible()
 
     page = visit(start)  # the worst mistakes of a run

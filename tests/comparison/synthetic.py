@@ -1,35 +1,45 @@
-"""Runs of sweeps that never ran, for the tests of arms and wording."""
+"""Tables of runs that never ran, for the tests of comparisons."""
 
-import random
+from collections.abc import Callable, Iterable
+from itertools import product
+from random import Random
 
-from mnist_exp.tracking.base import RunRecord
+import pandas as pd
 
-Jobs = dict[int, dict[str, str]]
+Job = dict[str, str]
+SEEDS = [str(seed) for seed in range(5)]
 
 
-def record(number: int, accuracy: float, status: str = "FINISHED", digest: str = "d", **metrics: float) -> RunRecord:
-    found = {"test/accuracy": accuracy, "test/loss": 1 - accuracy, "model/parameters": 100.0} | metrics
-    tags = {"job_num": str(number), "data": "mnist"}
-    return RunRecord(
-        f"{number:032x}", "1", f"run {number}", status, number, None, {"p": "1"}, found, tags, {"test": digest}, "", ""
+def grid(**choices: Iterable[str]) -> list[Job]:
+    """Every combination of the choices."""
+    return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+
+
+def table(jobs: list[Job], value: Callable[[Job], float], metric: str = "test/accuracy", look: int = 1) -> pd.DataFrame:
+    """The table of finished runs with a value each."""
+    keys = list(dict.fromkeys(key for job in jobs for key in job if key != "seed"))
+    rows = [
+        {"sweep": "s", "look": look}
+        | {key: job.get(key, "default") for key in keys}
+        | {"seed": job.get("seed", ""), "run": f"{number:032x}", "status": "FINISHED", "error": "", "data": "mnist"}
+        | {"precision": "float32", "code": "c", "torch": "2", "threads": "1", "processor": "cpu"}
+        | {
+            "digest": str(sorted((key, text) for key, text in job.items() if key != "seed")),
+            "digest/test": "d",
+            metric: value(job),
+        }
+        for number, job in enumerate(jobs)
+    ]
+    return pd.DataFrame(rows)
+
+
+def scored(jobs: list[Job], better: float = 0.0, noise: float = 0.001, seed: int = 0) -> pd.DataFrame:
+    """Runs whose accuracy depends on the seed, with noise, and is higher by `better` in se_cnn."""
+    chance = Random(seed)
+    return table(
+        jobs,
+        lambda job: 0.9 + int(job["seed"]) / 1000 + better * (job.get("model") == "se_cnn") + chance.gauss(0, noise),
     )
 
 
-def grid(**choices: list[str]) -> Jobs:
-    jobs: list[dict[str, str]] = [{}]
-    for key, values in choices.items():
-        jobs = [job | {key: value} for job in jobs for value in values]
-    return dict(enumerate(jobs))
-
-
-SEEDS = [str(seed) for seed in range(5)]
-TWO_MODELS = grid(model=["se_cnn", "plain_cnn"], seed=SEEDS)
-
-
-def scored(jobs: Jobs, better: float, arm: str = "se_cnn") -> list[RunRecord]:
-    """Runs whose accuracy depends on the seed and is higher by `better`, plus a little noise, in `arm`."""
-    chance = random.Random(0)
-    return [
-        record(number, 0.9 + int(job["seed"]) / 100 + (better + chance.gauss(0, 0.001) if job["model"] == arm else 0))
-        for number, job in jobs.items()
-    ]
+TWO_MODELS = grid(model=["plain_cnn", "se_cnn"], seed=SEEDS)

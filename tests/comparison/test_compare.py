@@ -1,7 +1,5 @@
 """The command: from a sweep in the store to the answer in the terminal and the report in MLflow and in a browser."""
 
-import csv
-import io
 import re
 import shutil
 import subprocess
@@ -14,7 +12,7 @@ from conftest import Call, chromium
 from mlflow import MlflowClient
 
 from mnist_exp import compare
-from mnist_exp.comparison.outcomes import parse_outcome
+from mnist_exp.comparison.history import MAX_IMAGES, parse_history
 from mnist_exp.overrides import quoted
 
 Compare = Callable[..., tuple[int, str, str]]
@@ -42,43 +40,80 @@ def two_models(template_database: Path, tmp_path_factory: pytest.TempPathFactory
     return store
 
 
-def report_of(store: str, sweep: str, folder: Path) -> str:
-    return Path(MlflowClient(store).download_artifacts(sweep, "report.html", str(folder))).read_text()
+def report_of(store: str, sweep: str, folder: Path, factor: str = "model") -> str:
+    return Path(MlflowClient(store).download_artifacts(sweep, f"compare-{factor}.html", str(folder))).read_text()
+
+
+def tags(store: str, sweep: str) -> dict[str, str]:
+    return MlflowClient(store).get_run(sweep).data.tags
 
 
 def test_the_answer_is_printed_and_the_report_published_in_the_parent(run_compare: Compare, store: str, tmp_path: Path) -> None:
     sweep = make_sweep(store, ("plain_cnn", "se_cnn", quoted(f"se{HOSTILE}")), seeds=5, factor="model.name", better=0.002)
     status, shown, _ = run_compare("latest", "--factor", "model.name", "--baseline", "plain_cnn")
     assert status == 0
-    headline = "In test/accuracy, against model.name=plain_cnn (98.10 %)"
-    assert headline in shown
-    assert re.search(r"se_cnn is higher( by more than the margin)?: \+0\.\d\d points", shown)
-    run = MlflowClient(store).get_run(sweep)
-    assert run.data.tags["answer"].startswith(headline)
-    note = run.data.tags["mlflow.note.content"]
-    assert headline in note.splitlines()[0]
-    assert f"](get-artifact?path=differences.png&run_uuid={sweep})" in note
-    names = {f"answer/se_cnn/{end}" for end in ("difference", "low", "high", "p", "n")}
-    assert names | {"arm/plain_cnn/test/accuracy", "arm/se_cnn/test/accuracy"} <= run.data.metrics.keys()
-    assert run.data.metrics["answer/se_cnn/difference"] == pytest.approx(0.2, abs=0.1), "in points"
-    assert not {"test/accuracy", "val/accuracy"} & run.data.metrics.keys(), "the parent is no run of a model"
-    page = report_of(store, sweep, tmp_path)
-    parts = ("Differences", "Every run", "Learning curves", "Cost", "Mistakes", "Configuration differences", "Reproduce")
+    title = "se_cnn is higher than plain_cnn by more than the margin"
+    assert shown.startswith(title)
+    assert shown.index(title) < shown.index("difference (95 %)") < shown.index("Report: ") < shown.index("mnist_exp.ui")
+    found = tags(store, sweep)
+    assert title in found["answer"]
+    assert found["answer.model.name"].startswith(found["answer"])
+    assert "A pair (n) is" in found["answer.model.name"], "with the notes"
+    note = found["mlflow.note.content"]
+    assert title in note.splitlines()[0]
+    assert f"](get-artifact?path=compare-model.name.png&run_uuid={sweep})" in note
+    assert not {"test/accuracy", "val/accuracy"} & MlflowClient(store).get_run(sweep).data.metrics.keys()
+    page = report_of(store, sweep, tmp_path, "model.name")
+    parts = ("Differences", "Every run", "Learning curves", "Mistakes", "Configuration differences", "Reproduce")
     assert all(f"<h2>{part}</h2>" in page for part in parts)
-    assert page.index(f"<h1>{headline}") < page.index("<h2>Differences")
+    assert page.index("<h1>") < page.index("difference (95 %)") < page.index("<li>") < page.index("<h2>Differences")
     assert "train.setting" not in page, "parameters that are the same in all arms are not shown"
-    assert page.count("</svg>\n</figure>") == page.count("<figure ") == 5
-    assert page.count("<title>plain_cnn, seed 0, run ") == 3, "a tooltip in each figure that shows runs"
+    assert page.count("</svg>\n</figure>") == page.count("<figure ") == 4
+    assert page.count("<title>plain_cnn, seed 0, run ") == 1, "a tooltip for each run"
     assert ">difference in test/accuracy" in page, "text is text"
     assert "run:" not in page
-    assert page.count('class="digit"') == 12, "the images that the arms disagree on"
+    assert 0 < page.count('class="digit"') <= MAX_IMAGES, "the images that the arms disagree on"
     assert f"{sweep} --factor model.name --baseline plain_cnn" in page
     assert HOSTILE not in page, "a model's name is text, not HTML"
     assert not re.search(r"(src|href|url)\s*[=(]\s*[\"']?(?!data:)\w", page), "the file is self-contained"
 
-    assert run_compare(sweep[:8], "--metric", "test/loss")[0] == 0
-    repeated = MlflowClient(store).get_run(sweep).data.tags["mlflow.note.content"]
-    assert (headline in repeated, "In test/loss" in repeated) == (False, True), "a new answer replaces the old one"
+
+def test_two_keys_give_two_answers_that_do_not_overwrite_each_other(run_compare: Compare, store: str, tmp_path: Path) -> None:
+    sweep = make_sweep(store, ("se_cnn", "plain_cnn"), seeds=3, batch_size="128,256,512")
+    status, shown, _ = run_compare()
+    assert status == 0
+    assert "against model=se_cnn" in shown
+    assert "against batch_size=128" in shown
+    found = tags(store, sweep)
+    assert {"answer.model", "answer.batch_size"} <= found.keys()
+    assert [f"**{factor}**" in found["mlflow.note.content"] for factor in ("model", "batch_size")] == [True, True]
+    curve = report_of(store, sweep, tmp_path, "batch_size")
+    assert "<h2>Curve</h2>" in curve
+    assert curve.count("model=plain_cnn") > 0, "a line for each model"
+    before = found["answer.batch_size"], curve
+    assert run_compare("--factor", "model", "--metric", "test/loss")[0] == 0
+    after = tags(store, sweep)
+    assert "batch_size" not in after["answer"], "the last one"
+    assert (after["answer.batch_size"], report_of(store, sweep, tmp_path, "batch_size")) == before
+    assert after["mlflow.note.content"].count("**model**") == 1, "a new answer replaces that of the same factor"
+    assert run_compare("--baseline", "plain_cnn")[1].count("against model=plain_cnn") == 1
+
+
+def test_the_next_step_is_a_command_that_runs(run_compare: Compare, store: str) -> None:
+    sweep = make_sweep(store, ("se_cnn", "plain_cnn"), seeds=3, better=0.0)
+    shown = run_compare()[1]
+    assert f"sweep.extend={sweep} 'seed=range(3,5)'" in shown
+    assert f"mnist_exp.ui {sweep}" in shown
+    one = make_sweep(store, ("se_cnn", "plain_cnn"), seeds=1)
+    status, shown, _ = run_compare(one)
+    assert (status, "1 more pair gives an interval" in shown) == (0, True)
+
+
+def test_a_search_is_ranked_not_compared(run_compare: Compare, store: str) -> None:
+    sweep = make_sweep(store, ("se_cnn", "plain_cnn"), seeds=2)
+    MlflowClient(store).set_tag(sweep, "sweeper", "optuna")
+    status, _, error = run_compare()
+    assert (status, f"mnist_exp.runs best {sweep}" in error) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -88,8 +123,10 @@ def test_the_answer_is_printed_and_the_report_published_in_the_parent(run_compar
         (["last"], ["last"]),
         (["latest", "x"], ["x"]),
         (["--factor", "optimizer"], ["--factor optimizer", "model"]),
-        (["--baseline", "resnet"], ["--baseline resnet", "plain_cnn, se_cnn"]),
+        (["--baseline", "resnet"], ["--baseline resnet", "model"]),
+        (["--factor", "model", "--baseline", "resnet"], ["--baseline resnet", "plain_cnn, se_cnn"]),
         (["--margin", "0"], ["--margin", "'0'"]),
+        (["--pairs", "some"], ["--pairs", "all"]),
         (["--export", "runs.txt"], ["--export", "runs.txt"]),
         (["--export", "/proc/x/runs.csv"], ["--export /proc/x/runs.csv"]),
         (["--results", "missing.csv"], ["--results missing.csv"]),
@@ -107,7 +144,7 @@ def test_a_table_gives_the_answer_of_the_store(
     run_compare: Compare, two_models: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    table, options = tmp_path / "runs.csv", ("--factor", "model", "--baseline", "plain_cnn", "--margin", "0.1")
+    options = ("--factor", "model", "--baseline", "plain_cnn", "--margin", "0.1")
     _, from_store, _ = run_compare(*options, "--export", "runs.csv", "--tracking-uri", two_models)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     status, from_table, _ = run_compare("--results", "runs.csv", *options)
@@ -115,55 +152,15 @@ def test_a_table_gives_the_answer_of_the_store(
     assert from_store.startswith(from_table), "the same numbers and notes; only the report is missing"
     assert "margin 0.10 points" in from_table
 
-    lines = table.read_text().splitlines(keepends=True)
-    accuracy = lines[0].strip().split(",").index("metric:test/accuracy")
-    cells = lines[1].split(",")
-    cells[accuracy] = "inf"
-
-    def without(column: str, line: int | None = None) -> str:
-        """The table without a column, or without its value in one line."""
-        rows = list(csv.DictReader(lines))
-        for number, row in enumerate(rows, start=2):
-            if line is None:
-                del row[column]
-            elif number == line:
-                row[column] = ""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
-
-    damaged = {
-        "override:seed": without("override:seed"),
-        "param:precision": without("param:precision"),
-        "digest:test": without("digest:test"),
-        "metric:test/accuracy in line 3": without("metric:test/accuracy", 3),
-        "param:precision in line 2": without("param:precision", 2),
-        "sweep, job": "a,b\n1,2\n",
-        "line 14": "".join([*lines, lines[1]]),  # a run twice
-        "metric:test/accuracy=inf": lines[0] + ",".join(cells),
-        "no run": lines[0],
-    }
-    for part, content in damaged.items():
-        (tmp_path / "bad.csv").write_text(content)
-        status, _, error = run_compare("--results", "bad.csv", *options)
-        assert status == 1
-        assert "bad.csv" in error
-        assert part in error
-
 
 def test_several_sweeps_are_compared_together(run_compare: Compare, store: str) -> None:
-    one_seed = make_sweep(store, ("plain_cnn", "se_cnn"), seeds=1)
-    assert "'seed=range(0,5)'" in run_compare(one_seed)[2], "one seed is too few"
     first = make_sweep(store, ("plain_cnn", "se_cnn"), seeds=3)
     second = make_sweep(store, ("plain_cnn", "se_cnn"), seeds=5)
     status, shown, _ = run_compare(first, second[:8], "--factor", "model")
     assert status == 0
-    assert "2 of 5 seeds were added" in shown
-    assert "duplicated: plain_cnn seed=0" in shown
-    answers = {MlflowClient(store).get_run(sweep).data.tags["answer"] for sweep in (first, second)}
-    assert len(answers) == 1
+    assert "1 row and 2 looks" in shown
+    assert "6 runs repeat an earlier one" in shown
+    assert tags(store, first)["answer"] == tags(store, second)["answer"]
 
 
 OUTCOMES = [
@@ -182,7 +179,7 @@ OUTCOMES += [
 
 @pytest.mark.parametrize("outcome", OUTCOMES)
 def test_an_invalid_outcome_is_counted_not_drawn(outcome: str) -> None:
-    assert parse_outcome(outcome.encode()) is None
+    assert parse_history(outcome.encode()) is None
 
 
 def test_foreign_and_broken_stores_get_a_message(run_compare: Compare, store: str, tmp_path: Path) -> None:
@@ -196,12 +193,12 @@ def test_foreign_and_broken_stores_get_a_message(run_compare: Compare, store: st
     status, shown, _ = run_compare("--baseline", "[8,16]")
     assert status == 0, "an arm's name is the typed text, not a formula"
     assert "against model.name=[8,16]" in shown
-    assert "2 runs have no readable" in report_of(store, sweep, tmp_path)
-    (files / "report.html").unlink()
-    (files / "report.html").mkdir()
+    assert "2 runs have no readable" in report_of(store, sweep, tmp_path, "model.name")
+    (files / "compare-model.name.html").unlink()
+    (files / "compare-model.name.html").mkdir()
     status, shown, error = run_compare()
-    assert (status, "In test/accuracy, against" in shown) == (1, True), "the answer is shown before it is stored"
-    assert "report.html" in error
+    assert (status, "test/accuracy, against" in shown) == (1, True), "the answer is shown before it is stored"
+    assert "compare-model.name.html" in error
     for broken in ("", "{}", "[1]"):
         MlflowClient(store).set_tag(sweep, "grids", broken)
         assert "grids" in run_compare()[2]
@@ -212,7 +209,7 @@ def test_foreign_and_broken_stores_get_a_message(run_compare: Compare, store: st
 def test_the_report_reads_on_a_phone_and_prints(run_compare: Compare, store: str, tmp_path: Path) -> None:
     sweep = make_sweep(store, ("plain_cnn", "se_cnn", quoted(f"se{HOSTILE}")), seeds=5, factor="model.name")
     assert run_compare("--baseline", "plain_cnn")[0] == 0
-    page = report_of(store, sweep, tmp_path)
+    page = report_of(store, sweep, tmp_path, "model.name")
     assert "it ran" in page
     measured = "<script>document.body.dataset.widths = [document.documentElement.scrollWidth, innerWidth]</script></body>"
     file = tmp_path / "phone.html"

@@ -1,53 +1,108 @@
-"""The headline, the notes below it, and the format of verdicts."""
+"""The title, the tables and the notes: the sentences that a reader takes away."""
 
-import random
+import re
 
+import numpy as np
+import pandas as pd
 import pytest
-from synthetic import TWO_MODELS, record
+from synthetic import SEEDS, TWO_MODELS, grid, scored
 
 from mnist_exp.comparison import wording
-from mnist_exp.comparison.arms import Arms, Row, Source, arrange, compare_arms
-
-
-def compared(better: float, noise: float, margin: float | None = None) -> tuple[Arms, list[Row]]:
-    chance = random.Random(0)
-    records = [
-        record(number, 0.98 + chance.gauss(0, noise) + (better if job["model"] == "se_cnn" else 0))
-        for number, job in TWO_MODELS.items()
-    ]
-    arms = arrange([Source("s", records, TWO_MODELS, frozenset(TWO_MODELS))], "model", "plain_cnn")
-    return arms, compare_arms(arms, ["test/accuracy", "model/parameters"], margin)
+from mnist_exp.comparison.pairs import compare
 
 
 @pytest.mark.parametrize(
-    ("better", "noise", "verdict"),
+    ("better", "noise", "verdict", "title"),
     [
-        (0.002, 0.0001, "higher by more than the margin"),
-        (-0.002, 0.0001, "lower by more than the margin"),
-        (0.0002, 0.00005, "higher, by less than the margin"),
-        (0.0006, 0.0002, "higher"),
-        (0.0, 0.0001, "equivalent"),
-        (0.0, 0.002, "undecided"),
+        (0.002, 0.0001, "higher by more than the margin", "se_cnn is higher than plain_cnn by more than the margin"),
+        (-0.002, 0.0001, "lower by more than the margin", "se_cnn is lower than plain_cnn by more than the margin"),
+        (0.0006, 0.0002, "higher", "se_cnn is higher than plain_cnn"),
+        (0.0, 0.0001, "equivalent", "se_cnn is equivalent to plain_cnn"),
+        (0.0, 0.002, "undecided", "Undecided: no model is clearly better than plain_cnn"),
     ],
 )
-def test_every_verdict_follows_from_interval_and_margin(better: float, noise: float, verdict: str) -> None:
-    arms, rows = compared(better, noise)
-    assert wording.describe_verdict(rows[0]) == verdict
-    headline = wording.headline(arms, rows)
-    assert headline.startswith("In test/accuracy, against model=plain_cnn (9")
-    assert headline.endswith("95 % intervals, n = 5 seeds, margin 0.05 points.")
-    assert f"se_cnn {'undecided' if verdict == 'undecided' else f'is {verdict}'}: " in headline
-    assert wording.table(rows)[1]["verdict"] == verdict
+def test_every_verdict_follows_from_interval_and_margin(better: float, noise: float, verdict: str, title: str) -> None:
+    found = compare(scored(TWO_MODELS, better, noise), "model")
+    (line,) = wording.differences_table(found)
+    assert line["verdict"] == verdict
+    assert wording.title(found) == title
+    assert list(line)[:2] == ["model", "verdict"], "visible on a phone"
 
 
-def test_a_margin_is_in_the_displayed_unit_and_belongs_to_the_first_metric() -> None:
-    _, rows = compared(0.002, 0.0001, margin=0.5)
-    assert rows[0].margin == pytest.approx(0.005)
-    assert wording.describe_verdict(rows[0]) == "higher, by less than the margin"
-    assert rows[1].margin is None
-    assert wording.describe_verdict(rows[1]) == "equivalent", "the same number of parameters"
+def test_a_margin_is_in_the_displayed_unit() -> None:
+    found = compare(scored(TWO_MODELS, 0.002, 0.0001), "model", margin=0.5)
+    assert found.rows[0].margin == pytest.approx(0.005)
+    assert wording.describe_verdict(found.rows[0]) == "higher"
+    assert "margin 0.50 points" in wording.subtitle(found)
 
 
-def test_advice_comes_from_margin_and_spread_alone() -> None:
-    advice = [wording.power_notes(*compared(better, 0.0005)) for better in (0.0, 0.001, 0.01)]
+def test_a_title_with_levels_counts_them() -> None:
+    jobs = grid(model=["plain_cnn", "se_cnn"], batch_size=list("123456"), seed=SEEDS)
+    runs = scored(jobs, noise=0.0005)
+    runs.loc[(runs["model"] == "se_cnn") & (runs["batch_size"] < "3"), "test/accuracy"] += 0.02
+    assert wording.title(compare(runs, "model")) == "se_cnn is higher than plain_cnn at 2 of 6 batch sizes, undecided at 4"
+    assert wording.title(compare(runs, "batch_size")).startswith("Of 10 comparisons with batch_size=1, ")
+
+
+def test_a_title_with_several_arms_names_each_verdict() -> None:
+    runs = scored(grid(model=["plain_cnn", "wide", "se_cnn"], seed=SEEDS), better=0.01)
+    assert wording.title(compare(runs, "model")) == "se_cnn is higher than plain_cnn by more than the margin; wide is undecided"
+    assert "Of 3 comparisons of model" in wording.title(compare(runs, "model", all_pairs=True))
+    one = compare(runs[runs["seed"] == "0"], "model")
+    assert wording.title(one) == "No verdict on model yet: an interval needs two seeds"
+
+
+def test_the_causes_of_incomplete_rows_are_counted_in_each_arm() -> None:
+    runs = scored(grid(optimizer=["sgd", "adam"], seed=map(str, range(10))))
+    adam = runs["optimizer"] == "adam"
+    runs.loc[adam & runs["seed"].isin(["1", "2"]), "status"] = "DIVERGED"
+    runs.loc[adam & (runs["seed"] == "3"), "test/accuracy"] = np.inf
+    runs.loc[~adam & (runs["seed"] == "4"), "status"] = "NOT STARTED"
+    notes = wording.notes(compare(runs.drop(index=5), "optimizer"))
+    assert notes[0] == "3 of 10 seeds of adam diverged, 0 of 10 of sgd."
+    assert re.fullmatch(r"1 of 10 seeds of sgd did not finish, 0 of 10 of adam\. `.*sweep\.resume=s`", notes[1])
+    assert notes[2].startswith("1 of 10 seeds of sgd have no job, 0 of 10 of adam.")
+    assert wording.title(compare(runs, "optimizer")) == "adam is incomplete (6 of 10 pairs)"
+
+
+def needed(runs: pd.DataFrame) -> tuple[int | None, str]:
+    found = wording.seeds_needed(compare(runs, "model"))
+    assert found
+    return found
+
+
+def test_the_number_of_seeds_has_an_upper_bound_and_depends_on_spread_and_margin_alone() -> None:
+    advice = [needed(scored(TWO_MODELS, better, 0.0007)) for better in (0.0, 0.0001, 0.0002)]
     assert advice[0] == advice[1] == advice[2]
+    number, text = advice[0]
+    shown = re.findall(r"(\d+) seeds \(at most (\d+), 80 % confidence\)", text)
+    assert [int(least) < int(most) for least, most in shown] == [True, True]
+    assert number == int(shown[1][0]), "that for equivalence is the larger one"
+
+
+def test_a_pilot_of_fewer_than_five_seeds_plans_nothing() -> None:
+    few = grid(model=["plain_cnn", "se_cnn"], seed=["0", "1", "2"])
+    assert needed(scored(few)) == (5, "Run at least 5 seeds to plan.")
+    wild = needed(scored(TWO_MODELS, noise=0.5))
+    assert (wild[0], "more than 10,000 seeds" in wild[1]) == (None, True)
+    assert wording.seeds_needed(compare(scored(TWO_MODELS, 0.01), "model")) is None, "nothing is undecided"
+
+
+def test_looks_that_contradict_each_other_are_noted() -> None:
+    runs = scored(grid(model=["plain_cnn", "se_cnn"], seed=map(str, range(60))), noise=0.0005)
+    late = runs["seed"].astype(int) >= 10
+    runs.loc[runs["model"] == "se_cnn", "test/accuracy"] += np.where(late[runs["model"] == "se_cnn"], -0.01, 0.01)
+    found = compare(runs.assign(look=late + 1), "model")
+    assert found.rows[0].verdict == "undecided"
+    assert "do not overlap" in wording.notes(found)[0]
+
+
+def test_means_have_a_row_for_each_arm_at_each_level() -> None:
+    runs = scored(grid(model=["plain_cnn", "se_cnn"], batch_size=["64", "128"], seed=SEEDS))
+    runs["time/train_seconds"] = 3.5
+    lines = wording.means_table(compare(runs, "model"))
+    assert [(line["model"], line["batch_size"]) for line in lines] == [
+        ("plain_cnn", "64"), ("plain_cnn", "128"), ("se_cnn", "64"), ("se_cnn", "128"),
+    ]  # fmt: skip
+    assert re.fullmatch(r"\d\d\.\d\d % \(0\.\d\d\)", lines[0]["test/accuracy"])
+    assert lines[0]["time/train_seconds"] == "3.50 s (0.00)"

@@ -83,11 +83,18 @@ def test_a_finished_sweep_records_an_extension_that_runs_kept_apart_complete(
     sweep: Store, store: str, in_process: CommandLine
 ) -> None:
     apart = ("none", (*BASE, "seed=1"), same, "FINISHED")
-    parent = sweep((*BASE, "seed=0"), children=[(0, (*BASE, "seed=0"), same, "FINISHED"), apart], status="FINISHED", answer="old")
+    parent = sweep(
+        (*BASE, "seed=0"),
+        children=[(0, (*BASE, "seed=0"), same, "FINISHED"), apart],
+        status="FINISHED",
+        answer="old",
+        **{"answer.seed": "old"},
+    )
     done = in_process("-m", "hydra/launcher=basic", f"sweep.extend='{parent}'", "seed=1")  # starts no processes
     assert done.returncode == 0, done.stderr
     tags = MlflowClient(store).get_run(parent).data.tags
     assert (tags["sweep_jobs"], len(json.loads(tags["grids"])), tags["answer"]) == ("2", 2, "")
+    assert tags["answer.seed"] == "", "answers from fewer jobs no longer hold"
     assert planned(in_process, f"sweep.resume='{parent}'") == ["skip", "skip"]
 
 

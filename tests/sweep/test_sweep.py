@@ -91,7 +91,8 @@ def test_jobs_that_differ_in_the_seed_alone_share_a_color(swept: Swept) -> None:
 
 def test_its_results_are_printed_stored_as_a_table_and_described(swept: Swept) -> None:
     rows = list(csv.DictReader(swept.artifact("results.csv").splitlines()))
-    assert [(row["status"], row["run"]) for row in rows] == [(child.status, child.run_id) for child in swept.children]
+    assert [row["run"] for row in rows] == [child.run_id for child in swept.children]
+    assert [row["status"] for row in rows] == ["FINISHED"] * 4 + ["DIVERGED"] * 2
     assert [float(row["test/loss"]) for row in rows[:4]] == [child.metrics["test/loss"] for child in swept.children[:4]]
     assert all("learning rate" in row["error"] for row in rows[4:])
     assert "Traceback" not in swept.printed
@@ -105,10 +106,9 @@ def test_its_results_are_printed_stored_as_a_table_and_described(swept: Swept) -
 def test_it_can_be_compared(swept: Swept, call: Call) -> None:
     done = call(compare.main, "--tracking-uri", swept.store, "--baseline", "0.002", "--metric", "test/loss")
     assert done.returncode == 0, done.stderr
-    metrics = MlflowClient(swept.store).get_run(swept.parent.info.run_id).data.metrics
-    assert metrics["answer/n"] == 2, "0.001 against 0.002; the arm that failed is left out"
+    assert "2 of 2 seeds of" in done.stdout, "of the arm that diverged"
     first, second = (sum(child.metrics["test/loss"] for child in swept.children[start : start + 2]) / 2 for start in (0, 2))
-    assert metrics["answer/difference"] == pytest.approx(first - second)
+    assert f"{first - second:+.4f}" in done.stdout
 
 
 def test_a_resume_with_another_command_line_changes_nothing(

@@ -1,0 +1,67 @@
+"""Tables of runs from CSV files."""
+
+from pathlib import Path
+
+import pytest
+from synthetic import TWO_MODELS, scored
+
+from mnist_exp.comparison.pairs import compare
+from mnist_exp.comparison.tables import read_tables
+from mnist_exp.errors import UserError
+
+OWN = "model,seed,test/accuracy\nplain,0,0.97\nplain,1,0.98\nnull,0,0.975\nnull,1,0.986\n"
+
+
+def written(folder: Path, *texts: str) -> list[Path]:
+    paths = [folder / f"{number}.csv" for number in range(len(texts))]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text)
+    return paths
+
+
+def test_a_table_of_one_s_own_needs_a_key_a_seed_and_a_metric(tmp_path: Path) -> None:
+    runs, notes = read_tables(written(tmp_path, OWN))
+    found = compare(runs, "model")
+    assert [(row.arm, row.estimate.n, row.verdict) for row in found.rows] == [("null", 2, "undecided")], "null is a name"
+    assert "status" in notes[0]
+    bare, _ = read_tables(written(tmp_path, OWN.replace("test/accuracy", "accuracy")), ["accuracy"])
+    assert compare(bare, "model", metrics=["accuracy"]).rows[0].estimate == found.rows[0].estimate
+
+
+def test_an_exported_table_gives_the_same_comparison(tmp_path: Path) -> None:
+    runs = scored(TWO_MODELS)
+    runs.loc[3, "status"] = "DIVERGED"
+    runs.to_csv(tmp_path / "runs.csv", index=False)
+    again, notes = read_tables([tmp_path / "runs.csv"])
+    assert notes == []
+    assert compare(again, "model").rows == compare(runs, "model").rows
+
+
+def test_each_further_table_is_a_look(tmp_path: Path) -> None:
+    further = OWN.replace(",0,", ",2,").replace(",1,", ",3,")
+    runs, _ = read_tables(written(tmp_path, OWN, further))
+    assert sorted(runs["look"]) == [1] * 4 + [2] * 4
+    assert compare(runs, "model").rows[0].estimate.n == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("", "CSV"),
+        ("model,seed,test/accuracy\n", "at least one run"),
+        ("model,test/accuracy\na,0.9\n", "lacks seed"),
+        ("model,seed\na,0\n", "a metric"),
+        ("model,seed,test/accuracy\na,0,0.9\nb,0,good\n", "line 3: test/accuracy good"),
+        ("model,seed,look,test/accuracy\na,0,first,0.9\n", "look first"),
+        ("a,b\n1,2,3,4\n5\n", "lacks seed"),
+        ("model,seed,test/accuracy\na,0,0.9\nb,0,0.9,4,5\n", "CSV"),
+        ("\x00\xff", "CSV"),
+    ],
+)
+def test_a_file_that_is_no_table_is_named(tmp_path: Path, text: str, part: str) -> None:
+    (path,) = written(tmp_path, "")
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError) as error:
+        read_tables([path])
+    assert str(path) in str(error.value)
+    assert part in str(error.value)
