@@ -19,8 +19,10 @@ from mnist_exp.overrides import command
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
     from mnist_exp.comparison.pairs import Comparison
+    from mnist_exp.settings import Settings
     from mnist_exp.tracking.base import RunRecord, Store, Sweep
     from mnist_exp.tracking.mlflow_store import MLflowStore
 
@@ -83,7 +85,8 @@ def compare(arguments: argparse.Namespace) -> None:
     if arguments.results:
         runs, remarks = tables.read_tables(arguments.results, arguments.metrics or ())
     else:
-        store = cli.find_store()
+        settings = cli.default_settings()
+        store = cli.find_store(settings)
         sweeps = find_sweeps(store, arguments.sweeps or ["latest"])
         jobs = [store.children(sweep.run_id) for sweep in sweeps]
         runs = frame(zip(sweeps, jobs, strict=True))
@@ -103,7 +106,8 @@ def compare(arguments: argparse.Namespace) -> None:
         )
     if sweeps:  # a table has neither histories nor a run to publish in
         records = {run.run_id: run for run in chain(*jobs) if run.status == "FINISHED"}
-        show_lines(publish(store, sweeps, records, comparisons, notes, arguments))
+        images = find_images(settings, records)
+        show_lines(publish(store, sweeps, records, images, comparisons, notes, arguments))
         show_lines(next_steps(store, sweeps, comparisons))
 
 
@@ -144,26 +148,32 @@ def compare_factors(runs: "pd.DataFrame", arguments: argparse.Namespace) -> "lis
     ]
 
 
+def find_images(settings: "Settings", records: "Mapping[str, RunRecord]") -> "Tensor | None":
+    """Return the test images of the runs, None if they are not at hand."""
+    from mnist_exp.learning.datasets import find_test_images
+
+    with suppress(UserError, StopIteration):  # a damaged file, or no finished run
+        run = next(iter(records.values()))
+        root = settings.data.get("root") or settings.data.get("default_root")
+        return find_test_images(run.data, root, run.digests.get("test", ""))
+    return None
+
+
 def publish(
     store: "MLflowStore",
     sweeps: "Sequence[Sweep]",
     records: "Mapping[str, RunRecord]",
+    images: "Tensor | None",
     comparisons: "Sequence[Comparison]",
     notes: Mapping[str, Sequence[str]],
     arguments: argparse.Namespace,
 ) -> list[str]:
     """Add a report of each comparison to the parents of the sweeps; return a line for each."""
     from mnist_exp.comparison import history, report, wording
-    from mnist_exp.learning.datasets import find_test_images
     from mnist_exp.tracking.base import OUTCOME, Answer
 
     found = store.read_artifacts(list(records.values()), OUTCOME)
     histories = {run_id: history.parse_history(found.get(run_id, b"")) for run_id in records}
-    images, settings = None, cli.default_settings()
-    with suppress(UserError, StopIteration):  # a damaged file, or no finished run
-        run = next(iter(records.values()))
-        root = settings.data.get("root") or settings.data.get("default_root")
-        images = find_test_images(run.data, root, run.digests.get("test", ""))
     lines = []
     for comparison, sweep in product(comparisons, sweeps):
         shown = notes[comparison.factor]

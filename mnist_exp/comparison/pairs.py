@@ -187,6 +187,9 @@ def compare(
     tables = [_pair(kept[kept["look"] <= look], factor, keys, wanted) for look in sorted(kept["look"].unique())]
     seen = [table for table in tables if any(len(pairs.values) > 1 for pairs in table.values())]
     rows = _rows(tables[-1], seen, metrics[0], margin)
+    if not rows:
+        problem = f"No other value of {factor} has a job with the same {', '.join(keys)} as {factor}={baseline}."
+        raise UserError(problem, key="--factor", value=factor, remedy="Compare another --factor, or choose another --baseline.")
     return Comparison(factor, baseline, metrics, kept, keys, rows, len(seen), repeated)
 
 
@@ -198,6 +201,8 @@ def has_diverged(runs: pd.DataFrame) -> "pd.Series[bool]":
 def choose_metrics(runs: pd.DataFrame, wanted: Sequence[str] | None) -> list[str]:
     """Return the metrics to show, the compared one first; raises UserError if the table has none of them."""
     known = [name for name in runs if "/" in name and not name.startswith(DIGEST) and runs[name].notna().any()]
+    if not known:
+        raise UserError("Nothing can be compared: no run has a metric.", remedy="Finish the sweep with sweep.resume=latest.")
     if wanted is None:
         split = "test" if "test/accuracy" in known else "val"
         usual = [f"{split}/{name}" for name in USUAL]

@@ -133,6 +133,8 @@ def notes(comparison: Comparison) -> list[str]:
         found.append(f"A pair (n) is two runs with the same seed. The 95 % intervals hold together, for {together}.")
     if comparison.keys and any(row.level == MEAN for row in comparison.rows):
         found.append(f"The {MEAN} hides how they differ: read it with the rows above it.")
+    if apart := set(comparison.arms) - {comparison.baseline, *(row.arm for row in comparison.rows)}:
+        found.append(f"No level has both {comparison.baseline} and {', '.join(sorted(apart))}: no row compares them.")
     if comparison.repeated:
         found.append(f"{comparison.repeated} runs repeat an earlier one with the same settings and seed and do not count.")
     if any(metric_of(name).is_measured_time for name in comparison.metrics):

@@ -265,6 +265,19 @@ def test_a_mistake_is_answered_with_the_valid_values(arguments: tuple[object, ..
     assert expected in error.expected
 
 
+def test_arms_that_share_no_level_are_named() -> None:
+    jobs = [*grid(model=["a", "b"], lr=["1"], seed=SEEDS), *grid(model=["c"], lr=["2"], seed=SEEDS)]
+    found = compare(scored(jobs), "model")
+    assert [row.arm for row in found.rows] == ["b"]
+    assert "No level has both a and c" in " ".join(wording.notes(found))
+    assert refusal(scored(jobs[5:]), "model").key == "--factor"
+
+
+def test_a_sweep_without_a_finished_run_has_nothing_to_compare() -> None:
+    runs = scored(TWO_MODELS).drop(columns="test/accuracy")
+    assert "sweep.resume" in refusal(runs, "model").remedy
+
+
 def test_data_and_precision_are_keys_where_the_sweep_varies_them() -> None:
     runs = scored(TWO_MODELS)
     assert varied_keys(runs.assign(precision=["float32", "bfloat16"] * 5)) == ["model"]
