@@ -49,7 +49,7 @@ def test_seeds_and_then_an_arm_are_added(command_line: CommandLine, call: Call, 
     assert sweep in done.stderr
     done = call(compare.main, "--baseline", "plain_cnn")
     assert done.returncode == 0, done.stderr
-    assert "2 rows and 3 looks" in done.stdout, "the first grid and two extensions"
+    assert "2 rows and 4 looks" in done.stdout, "the new arm repeats both grids"
 
 
 @pytest.mark.slow
