@@ -18,7 +18,7 @@ from mnist_exp.paths import take_credentials
 from mnist_exp.serving import Classifier
 from mnist_exp.serving.classifier import load_from
 from mnist_exp.settings import Recipe
-from mnist_exp.tracking.frame import FIXED
+from mnist_exp.tracking.frame import FIRST, SEED
 from mnist_exp.tracking.frame import frame as sweep_frame
 
 __all__ = ["frame", "load", "train"]
@@ -78,8 +78,8 @@ def frame(sweep: str = "latest") -> pd.DataFrame:
     store = find_store()
     found = store.find_sweep(sweep)
     table = sweep_frame([(found, store.children(found.run_id))])
-    for name in table.select_dtypes(exclude="number"):
+    for name in list(table)[len(FIRST) : list(table).index(SEED) + 1]:  # the keys
         numbers = pd.to_numeric(table[name], errors="coerce")
-        if name not in FIXED and numbers.notna().all():
+        if numbers.notna().all():
             table[name] = numbers
     return table

@@ -92,7 +92,8 @@ def reported_errors() -> Iterator[None]:
             if TRACE or (message := explain(error)) is None:
                 traceback.print_exception(error)
             else:
-                print("\n".join([message, *_notes(error)]), file=sys.stderr)
+                text = "\n".join([message, *_notes(error)])  # an error may quote a file or a server
+                print("".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text), file=sys.stderr)
             sys.exit(1)
 
 

@@ -95,7 +95,7 @@ def compare(arguments: argparse.Namespace) -> None:
             runs.to_csv(arguments.export, index=False)
         except OSError as error:
             raise UserError.invalid("--export", arguments.export, f"a file that can be written: {error}") from error
-    comparisons = compare_factors(runs, arguments)
+    comparisons, refusals = compare_factors(runs, arguments)
     notes = {comparison.factor: [*wording.notes(comparison), *remarks] for comparison in comparisons}
     for comparison in comparisons:
         show_comparison(
@@ -104,6 +104,7 @@ def compare(arguments: argparse.Namespace) -> None:
             [wording.differences_table(comparison), wording.means_table(comparison)],
             notes[comparison.factor],
         )
+    show_lines([f"{factor} is not compared: {refusal}" for factor, refusal in refusals.items()])
     if sweeps:  # a table has neither histories nor a run to publish in
         records = {run.run_id: run for run in chain(*jobs) if run.status == "FINISHED"}
         images = find_images(settings, records)
@@ -121,31 +122,31 @@ def find_sweeps(store: "Store", ids: Sequence[str]) -> "list[Sweep]":
     return sorted(sweeps.values(), key=lambda sweep: sweep.record.started)
 
 
-def compare_factors(runs: "pd.DataFrame", arguments: argparse.Namespace) -> "list[Comparison]":
-    """Return the comparison of the arms of each factor, or of the chosen one; raises UserError."""
+def compare_factors(runs: "pd.DataFrame", arguments: argparse.Namespace) -> "tuple[list[Comparison], dict[str, UserError]]":
+    """Return the comparison of each factor, or of the chosen one, and the reasons why others cannot be compared.
+
+    Raises:
+        UserError: There is no factor, or none can be compared.
+    """
     from mnist_exp.comparison import pairs
 
-    metrics = pairs.choose_metrics(runs, arguments.metrics)
-    keys = pairs.varied_keys(runs, metrics)
+    keys = pairs.varied_keys(runs, pairs.choose_metrics(runs, arguments.metrics))
     if not keys:
-        raise UserError(
-            "Nothing can be compared: no key varies besides the seed.", remedy="Sweep over one: model=se_cnn,plain_cnn."
-        )
-    factors = [arguments.factor] if arguments.factor else keys
-    known = {factor: arguments.baseline for factor in factors if arguments.baseline in set(runs.get(factor, ()))}
-    if arguments.baseline and not known and factors != [arguments.factor]:
-        raise UserError.invalid("--baseline", arguments.baseline, f"a value of {' or '.join(keys)}")
-    return [
-        pairs.compare(
-            runs,
-            factor,
-            arguments.baseline if arguments.factor else known.get(factor),
-            metrics,
-            arguments.margin,
-            all_pairs=arguments.pairs == "all",
-        )
-        for factor in factors
-    ]
+        remedy = "Sweep over one: model=se_cnn,plain_cnn."
+        raise UserError("Nothing can be compared: no key varies besides the seed.", remedy=remedy)
+    baseline, comparisons, refusals = arguments.baseline, [], {}
+    if baseline and not arguments.factor and not any((runs[key] == baseline).any() for key in keys):
+        raise UserError.invalid("--baseline", baseline, f"a value of {' or '.join(keys)}")
+    for factor in [arguments.factor] if arguments.factor else keys:
+        own = baseline if arguments.factor or (runs[factor] == baseline).any() else None
+        try:
+            compared = pairs.compare(runs, factor, own, arguments.metrics, arguments.margin, all_pairs=arguments.pairs == "all")
+            comparisons.append(compared)
+        except UserError as error:
+            refusals[factor] = error
+    if not comparisons:
+        raise next(iter(refusals.values()))
+    return comparisons, refusals
 
 
 def find_images(settings: "Settings", records: "Mapping[str, RunRecord]") -> "Tensor | None":

@@ -9,12 +9,12 @@ its standard error in parentheses; intervals and verdicts come from mnist_exp.co
 import argparse
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
-from mnist_exp.comparison.pairs import Row
+from mnist_exp.comparison.pairs import Row, compare
 from mnist_exp.comparison.statistics import (
     Look,
     error_of_look,
@@ -121,8 +121,8 @@ def show_false_verdicts(random: np.random.Generator, draws: int) -> None:
             line.append(share(hits[verdict]))
         lines.append(line)
     sentence = (
-        "With 20 seeds, each kind of false verdict is rarer than one in twenty: higher or lower although the arms are equal, "
-        "equivalent or more than the margin although the difference is the margin."
+        "With 20 seeds and normal differences, each kind of false verdict is rarer than one in twenty: higher or lower although "
+        "the arms are equal, equivalent or more than the margin although the difference is the margin."
     )
     show(sentence, ["differences", *questions], lines)
 
@@ -179,9 +179,16 @@ def show_added_arms(random: np.random.Generator, draws: int) -> None:
 def show_failures(random: np.random.Generator, draws: int) -> None:
     lines = []
     for failed in (1, 3, 5):
-        rows = [row_of(np.sort(normal(random, 10))[failed:]) for _ in range(draws)]
-        compared = [replace(row, seeds=10, is_complete=False) for row in rows]
-        lines.append([f"{failed} of 10", *(share([row.verdict == "higher" for row in found]) for found in (rows, compared))])
+        alone, compared = [], []
+        for _ in range(draws // 8):
+            differences = np.sort(normal(random, 10))
+            alone.append(row_of(differences[failed:]))
+            runs = pd.DataFrame(
+                {"arm": ["a"] * 10 + ["b"] * 10, "seed": list(range(10)) * 2, "test/x": [*np.zeros(10), *differences]}
+            )
+            status = ["FINISHED"] * 10 + ["DIVERGED"] * failed + ["FINISHED"] * (10 - failed)
+            compared += compare(runs.assign(status=status, look=1, processor="", run=""), "arm").rows
+        lines.append([f"{failed} of 10", *(share([row.verdict == "higher" for row in rows]) for rows in (alone, compared))])
     sentence = (
         "If the worst runs of an arm diverge, the others look better although the arms are equal. `compare` gives no verdict."
     )

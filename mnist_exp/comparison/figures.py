@@ -28,7 +28,10 @@ MIN_CURVE = 3  # values of a numeric factor
 
 
 def _style(position: int) -> dict[str, str]:
-    """Return color, marker and line of an arm, the same in every figure; the color is that of its runs in MLflow."""
+    """Return color, marker and line of an arm, the same in every figure.
+
+    If one key varies, the color is that of the arm's runs in MLflow.
+    """
     color, marker, line = (options[position % len(options)] for options in (COLORS, MARKERS, LINES))
     return {"color": color, "marker": marker, "linestyle": line}
 
@@ -51,35 +54,30 @@ def _cut(text: str) -> str:
     return text if len(text) <= MAX_LABEL else f"{text[: MAX_LABEL - 1]}…"
 
 
-def _row_label(arm: str, level: str) -> str:
-    return "\n".join(map(_cut, filter(None, (arm, level))))
-
-
-def _figure(height: float, **options: Any) -> tuple[Figure, Axes]:
+def _figure_of_rows(labels: Sequence[Sequence[str]], xlabel: str) -> tuple[Figure, Axes]:
+    """Return a figure whose y axis is a list of rows, the first on top; empty parts of labels are left out."""
+    lines = ["\n".join(map(_cut, filter(None, parts))) for parts in labels]
+    height = 0.7 + 0.25 * sum(1 + line.count("\n") for line in lines)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, figure.add_subplot(**options)
-
-
-def _rows(axes: Axes, labels: Sequence[str]) -> None:
-    """Make the axes a list of rows, the first on top."""
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes = figure.add_subplot(xlabel=xlabel, ylim=(len(lines) - 0.4, -0.6))
+    axes.set_yticks(range(len(lines)), lines)
     axes.grid(axis="x", alpha=0.3)
+    return figure, axes
 
 
-def _height(labels: Sequence[str]) -> float:
-    return 0.7 + 0.25 * sum(1 + label.count("\n") for label in labels)
+def differences_or_curve(comparison: Comparison) -> Figure:
+    """Draw the curve of a numeric factor, the differences of any other."""
+    return curve(comparison) if is_numeric(comparison) else differences(comparison)
 
 
 def differences(comparison: Comparison) -> Figure:
     """Draw the difference of each row and its interval, a line at 0, and the margin as a band."""
     rows, metric, drawn = comparison.rows, comparison.metric, styles(comparison)
-    labels = [_row_label(row.arm, row.level) for row in rows]
-    unit = metric_of(metric).difference_unit
+    unit = f" ({metric_of(metric).difference_unit})".replace(" ()", "")
     several = comparison.has_all_pairs
+    labels = [(row.arm, row.level, f"against {row.baseline}" if several else "") for row in rows]
     against = "the second arm" if several else comparison.baseline
-    labels = [f"{text}\nagainst {_cut(row.baseline)}" for text, row in zip(labels, rows, strict=True)] if several else labels
-    figure, axes = _figure(_height(labels), xlabel=f"difference in {metric} from {against}" + (f" ({unit})" if unit else ""))
+    figure, axes = _figure_of_rows(labels, f"difference in {metric} from {against}{unit}")
     axes.axvline(0, color="0.5", linewidth=1)
     if margin := rows[0].margin:  # differences inside of it do not matter
         axes.axvspan(*_shown(metric, np.array([-margin, margin])), color=GRAY, linewidth=0, zorder=0)
@@ -90,7 +88,6 @@ def differences(comparison: Comparison) -> Figure:
             axes.plot(ends, [height, height], color=style["color"], linewidth=2)
         fill = style["color"] if row.verdict in ("higher", "lower") else "none"
         axes.plot(_shown(metric, row.estimate.difference), height, style["marker"], color=style["color"], mfc=fill)
-    _rows(axes, labels)
     return figure
 
 
@@ -100,10 +97,11 @@ def is_numeric(comparison: Comparison) -> bool:
     return len(numbers) >= MIN_CURVE and bool(np.isfinite(numbers).all())
 
 
-def curve_of_factor(comparison: Comparison) -> Figure:
+def curve(comparison: Comparison) -> Figure:
     """Draw the mean of the metric against a numeric factor, one line for each level, with the t interval of each mean."""
     metric = comparison.metric
-    figure, axes = _figure(3.4, xlabel=comparison.factor, ylabel=_axis_label(metric))
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    axes = figure.add_subplot(xlabel=comparison.factor, ylabel=_axis_label(metric))
     for position, (level, runs) in enumerate(comparison.levels()):
         values = runs.assign(x=runs[comparison.factor].astype(float), **{VALUE: _shown(metric, runs[VALUE])})
         points = values.groupby("x")[VALUE].agg(["mean", "sem", "count"]).dropna(subset="mean")
@@ -124,16 +122,15 @@ def every_run(comparison: Comparison) -> Figure:
     """Draw every finished run as a point, and the mean of each arm at each level as a bar."""
     metric = comparison.metric
     cells = comparison.cells()
-    labels = [_row_label(arm, level) for arm, level, _ in cells]
-    figure, axes = _figure(_height(labels), xlabel=_axis_label(metric))
+    figure, axes = _figure_of_rows([cell[:2] for cell in cells], _axis_label(metric))
+    drawn = styles(comparison)
     for height, (arm, _, runs) in enumerate(cells):
-        style = styles(comparison)[arm]
+        style = drawn[arm]
         values = _shown(metric, runs[VALUE])
         spread = np.linspace(-0.15, 0.15, len(values)) + height
         dots = axes.scatter(values, spread, s=18, c=[style["color"]] * len(values), marker=style["marker"], alpha=0.7)
         dots.set_urls([_point(arm, run) for _, run in runs.iterrows()])
         axes.vlines(values.mean(), height - 0.35, height + 0.35, color=style["color"], linewidth=2)
-    _rows(axes, labels)
     return figure
 
 
@@ -188,13 +185,12 @@ def mistakes(comparison: Comparison, histories: Histories) -> Figure | None:
     pairs = sorted(totals, key=lambda pair: (-totals[pair], pair))[:MAX_CONFUSIONS]
     if not pairs:
         return None
-    labels = [f"{label} read as {prediction}" for label, prediction in pairs]
-    figure, axes = _figure(_height(labels), xlabel="images, in an average run")
+    labels = [[f"{label} read as {prediction}"] for label, prediction in pairs]
+    figure, axes = _figure_of_rows(labels, "images, in an average run")
     for arm, style in styles(comparison).items():
         if arm in found:
             counts = [found[arm].get(pair, 0) for pair in pairs]
             axes.plot(counts, range(len(pairs)), label=_cut(arm), alpha=0.8, **(style | {"linestyle": ""}))  # type: ignore[arg-type]
     axes.set_xlim(left=0)
-    _rows(axes, labels)
     axes.legend(loc="lower right")
     return figure

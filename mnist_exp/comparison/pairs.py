@@ -4,10 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from mnist_exp.comparison.statistics import Estimate, Look, error_of_look, estimate
 from mnist_exp.errors import UserError
@@ -16,8 +17,9 @@ from mnist_exp.tracking.frame import DIGEST, FIRST, FIXED, SEED
 
 EQUAL = ("code", "torch", "precision", "threads")  # columns in which all compared runs must agree
 MEAN = "mean of the levels"
+# Columns that are added, with names that no key has.
 VALIDATED = "validation images"
-VALUE = "value"  # the column of the compared metric, NaN unless the run has finished with a finite value
+VALUE = "compared value"  # the metric, NaN unless the run has finished with a finite value
 USUAL = ("accuracy", "loss")  # the metrics of a split that are compared by default; the first decides
 FURTHER = ("time/train_seconds", "model/parameters")
 
@@ -130,11 +132,6 @@ class Comparison:
         found = [(arm, level, here[here[self.factor] == arm]) for arm in self.arms for level, here in _levels(done, self.keys)]
         return [cell for cell in found if len(cell[2])]
 
-    @property
-    def alpha_of_next_look(self) -> float:
-        """The probability of an error that a row has at the next look."""
-        return error_of_look(self.looks + 1) / len(self.rows)
-
 
 def varied_keys(runs: pd.DataFrame, metrics: Sequence[str] = ()) -> list[str]:
     """Return the keys that vary, the seed aside: columns without a slash that are neither fixed ones nor named as metrics.
@@ -142,7 +139,7 @@ def varied_keys(runs: pd.DataFrame, metrics: Sequence[str] = ()) -> list[str]:
     `data` and `precision` are keys if they come before `seed`, where a table has its keys.
     """
     columns = list(runs)
-    keys = ("data", "precision") if SEED not in columns else set(columns[: columns.index(SEED)]) & {"data", "precision"}
+    keys = {"data", "precision"} & set(columns[: columns.index(SEED)])
     others = [*FIRST, SEED, *(name for name in FIXED if name not in keys), *metrics]
     return [name for name in columns if "/" not in name and name not in others and runs[name].nunique() > 1]
 
@@ -185,44 +182,44 @@ def compare(
         [(arm, other) for other, arm in combinations([baseline, *others], 2)] if all_pairs else [(a, baseline) for a in others]
     )
     tables = [_pair(kept[kept["look"] <= look], factor, keys, wanted) for look in sorted(kept["look"].unique())]
-    seen = [table for table in tables if any(len(pairs.values) > 1 for pairs in table.values())]
+    seen = [table for table in tables if any(len(pairs.seeds) > 1 for pairs in table.values())]
     rows = _rows(tables[-1], seen, metrics[0], margin)
     if not rows:
         problem = f"No other value of {factor} has a job with the same {', '.join(keys)} as {factor}={baseline}."
-        raise UserError(problem, key="--factor", value=factor, remedy="Compare another --factor, or choose another --baseline.")
+        remedy = "Choose another --baseline. In a table of your own, a metric has a slash in its name, or --metric names it."
+        raise UserError(problem, key="--factor", value=factor, remedy=remedy)
     return Comparison(factor, baseline, metrics, kept, keys, rows, len(seen), repeated)
-
-
-def has_diverged(runs: pd.DataFrame) -> "pd.Series[bool]":
-    """Return whether each run has diverged: in training, or by a metric that is not finite."""
-    return (runs["status"] == "DIVERGED") | ((runs["status"] == "FINISHED") & runs[VALUE].isna())
 
 
 def choose_metrics(runs: pd.DataFrame, wanted: Sequence[str] | None) -> list[str]:
     """Return the metrics to show, the compared one first; raises UserError if the table has none of them."""
     known = [name for name in runs if "/" in name and not name.startswith(DIGEST) and runs[name].notna().any()]
+    listed = ", ".join(known)
+    if wanted is not None:
+        for name in wanted:
+            if name not in runs or not pd.api.types.is_float_dtype(runs[name]):
+                raise UserError.invalid("--metric", name, f"a metric of the runs: {listed or 'none'}")
+        return list(wanted)
     if not known:
         raise UserError("Nothing can be compared: no run has a metric.", remedy="Finish the sweep with sweep.resume=latest.")
-    if wanted is None:
-        split = "test" if "test/accuracy" in known else "val"
-        usual = [f"{split}/{name}" for name in USUAL]
-        chosen = [name for name in (*usual, *FURTHER) if name in known]
-        return chosen if set(usual) & set(chosen) else [*known[:1], *chosen]
-    for name in wanted:
-        if name not in runs or not pd.api.types.is_float_dtype(runs[name]):
-            raise UserError.invalid("--metric", name, f"a metric of the runs: {', '.join(known) or 'none'}")
-    return list(wanted)
+    splits = [[name for name in known if name.startswith(split)] for split in ("test/", "val/")]
+    own = next((found for found in splits if found), known if len(known) == 1 else [])
+    if not own:
+        raise UserError(f"--metric is missing: expected one of {listed}.", key="--metric", remedy="Add --metric NAME.")
+    usual = [name for name in own if name.partition("/")[2] in USUAL]
+    return [*(usual or own[:1]), *(name for name in FURTHER if name in known and name not in own)]
 
 
 def _first_finished(runs: pd.DataFrame, metric: str, index: list[str]) -> tuple[pd.DataFrame, int]:
     """Return one row for each arm, level and seed, with the column VALUE, and the number of rows that are left out.
 
-    Of several, the first finished one counts: the result of a look must not change later.
+    Of several, the first one with a value counts, at the first look of all: the result of a look must not change later, and runs
+    that are repeated because others failed fill the look that lacked them.
     """
     valid = (runs["status"] == "FINISHED") & np.isfinite(runs[metric])
-    valued = runs.assign(**{VALUE: runs[metric].where(valid)})
-    order = valued.assign(invalid=~valid).sort_values("invalid", kind="stable").drop(columns="invalid")
-    kept = order.drop_duplicates(index).sort_index()
+    looks = runs.groupby(index, sort=False)["look"].transform("min")
+    valued = runs.assign(**{VALUE: runs[metric].where(valid), "look": looks})
+    kept = valued.iloc[np.argsort(~valid, kind="stable")].drop_duplicates(index).sort_index()
     return kept, len(runs) - len(kept)
 
 
@@ -254,17 +251,30 @@ def _require_one_value(runs: pd.DataFrame, column: str, by: list[str], factor: s
     for _, group in known.groupby(by, sort=False) if by else [("", known)]:
         different = group.drop_duplicates(column)
         if len(different) > 1:
-            found = "; ".join(f"{run[column]} in {factor}={run[factor]} seed={run[SEED]}" for _, run in different.iterrows())
+            names = (f"{factor}={run[factor]} seed={run[SEED]} {run['run']}".rstrip() for _, run in different.iterrows())
+            found = "; ".join(f"{value} in {name}" for value, name in zip(different[column], names, strict=True))
             raise UserError(f"The runs differ in {column} and cannot be compared: {found}.", key=column, remedy=remedy)
 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The pairs of an arm and its baseline at a level: their values (n, 2) by seed and arm, and whether they are all."""
+    """The pairs of an arm and its baseline.
 
-    values: pd.DataFrame
-    seeds: int
+    Args:
+        seeds: The seeds of the pairs (n,).
+        arm: The values of the arm (n,), float64.
+        baseline: The values of the baseline (n,), float64.
+        planned: The number of seeds that the grids give to the arm or the baseline.
+        is_complete: Whether both have a value for each of these seeds.
+        levels: The levels whose values these are, or are the means of.
+    """
+
+    seeds: NDArray[Any]
+    arm: NDArray[np.float64]
+    baseline: NDArray[np.float64]
+    planned: int
     is_complete: bool
+    levels: tuple[str, ...]
 
 
 def _levels(runs: pd.DataFrame, keys: list[str]) -> list[tuple[str, pd.DataFrame]]:
@@ -277,23 +287,40 @@ def _levels(runs: pd.DataFrame, keys: list[str]) -> list[tuple[str, pd.DataFrame
 def _pair(runs: pd.DataFrame, factor: str, keys: list[str], wanted: Sequence[tuple[str, str]]) -> dict[_Name, _Pairs]:
     """Return the pairs of each arm and its baseline by level: runs of one seed, on one processor."""
     found = {}
-    for level, here in _levels(runs, keys):
+    levels = _levels(runs, keys)
+    for level, here in levels:
         by_seed = here.pivot(index=SEED, columns=factor, values=[VALUE, "processor"])
+        values = {arm: by_seed[VALUE, arm].to_numpy(dtype=np.float64) for arm in by_seed[VALUE]}
+        processors = {arm: by_seed["processor", arm].to_numpy() for arm in values}
         for arm, baseline in wanted:
-            if not {arm, baseline} <= set(by_seed[VALUE]):
-                continue
-            both, processors = (by_seed[name][[arm, baseline]] for name in (VALUE, "processor"))
-            planned = processors.notna().any(axis=1)
-            valid = both.notna().all(axis=1)
-            paired = valid & (processors[arm] == processors[baseline])
-            found[arm, baseline, level] = _Pairs(both[paired].astype(float), int(planned.sum()), bool(valid[planned].all()))
-    for arm, baseline in wanted:
-        levels = [pairs for (*names, _), pairs in found.items() if names == [arm, baseline]]
-        if len(levels) > 1 and all(pairs.is_complete for pairs in levels):
-            shared = pd.concat([pairs.values for pairs in levels], keys=range(len(levels)), axis=1, join="inner")
-            means = shared.T.groupby(level=1, sort=False).mean().T
-            found[arm, baseline, MEAN] = _Pairs(means, len(means), is_complete=True)
+            if arm in values and baseline in values:
+                planned = ~(pd.isna(processors[arm]) & pd.isna(processors[baseline]))
+                valid = ~np.isnan(values[arm] + values[baseline])
+                paired = valid & (processors[arm] == processors[baseline])
+                found[arm, baseline, level] = _Pairs(
+                    seeds=by_seed.index.to_numpy()[paired],
+                    arm=values[arm][paired],
+                    baseline=values[baseline][paired],
+                    planned=int(planned.sum()),
+                    is_complete=bool(valid[planned].all()),
+                    levels=(level,),
+                )
+    for arm, baseline in wanted if len(levels) > 1 else ():
+        own = [found[arm, baseline, level] for level, _ in levels if (arm, baseline, level) in found]
+        if len(own) == len(levels) and all(pairs.is_complete for pairs in own) and (mean := _mean_of(own)):
+            found[arm, baseline, MEAN] = mean
     return found
+
+
+def _mean_of(levels: Sequence[_Pairs]) -> _Pairs | None:
+    """Return the means over levels, by seed; None if no seed has pairs at all of them."""
+    by_seed = [dict(zip(pairs.seeds, zip(pairs.arm, pairs.baseline, strict=True), strict=True)) for pairs in levels]
+    seeds = [seed for seed in by_seed[0] if all(seed in level for level in by_seed)]
+    if not seeds:
+        return None
+    arm, baseline = np.array([[level[seed] for seed in seeds] for level in by_seed]).mean(axis=0).T
+    names = tuple(name for pairs in levels for name in pairs.levels)
+    return _Pairs(np.array(seeds), arm, baseline, planned=len(seeds), is_complete=True, levels=names)
 
 
 def _rows(last: dict[_Name, _Pairs], looks: Sequence[dict[_Name, _Pairs]], metric: str, margin: float | None) -> list[Row]:
@@ -311,9 +338,9 @@ def _rows(last: dict[_Name, _Pairs], looks: Sequence[dict[_Name, _Pairs]], metri
     for (arm, baseline, level), pairs in last.items():
         history = []
         for number, table in enumerate(looks or [last], start=1):
-            if then := table.get((arm, baseline, level)):
-                ours, theirs = (then.values[name].to_numpy() for name in (arm, baseline))
-                history.append(Look(ours, theirs, error_of_look(number) / len(table)))
+            then = table.get((arm, baseline, level))
+            if then and then.levels == pairs.levels:  # the mean over other levels is another quantity
+                history.append(Look(then.arm, then.baseline, error_of_look(number) / len(table)))
         levels = [row for row in rows if (row.arm, row.baseline) == (arm, baseline)]
         may_be_equivalent = level != MEAN or all(row.verdict == "equivalent" for row in levels)
         rows.append(
@@ -321,7 +348,7 @@ def _rows(last: dict[_Name, _Pairs], looks: Sequence[dict[_Name, _Pairs]], metri
                 arm=arm,
                 baseline=baseline,
                 level=level,
-                seeds=pairs.seeds,
+                seeds=pairs.planned,
                 is_complete=pairs.is_complete,
                 estimate=estimate(history),
                 metric=metric,

@@ -10,7 +10,7 @@ from mnist_exp.comparison.wording import describe_verdict, format_difference
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import OBJECTIVE, format_metric
 from mnist_exp.overrides import command
-from mnist_exp.tracking.frame import DIGEST, FIRST, FIXED, SEED
+from mnist_exp.tracking.frame import DIGEST, SEED
 
 ARM = "arm"  # the key that stands for all keys that vary
 
@@ -47,8 +47,7 @@ def decide_by_sweep(runs: pd.DataFrame, champion: str | None) -> Decision:
     arms = [
         " ".join(f"{key}={value}" for key, value in zip(keys, job, strict=True)) for job in runs[keys].itertuples(index=False)
     ]
-    measured = [name for name in runs if "/" in name]
-    runs = runs[[*FIRST, SEED, *(name for name in FIXED if name not in keys), *measured]].assign(**{ARM: arms})
+    runs = runs.drop(columns=keys).assign(**{ARM: arms})
     means = _means_of_finished_arms(runs, sweep)
 
     def best_run(arm: str) -> str:
@@ -70,7 +69,7 @@ def decide_by_sweep(runs: pd.DataFrame, champion: str | None) -> Decision:
         )
     if runs[ARM].nunique() == 1:
         return Decision(None, "The champion stays: the sweep has no other arm.", {})
-    rows = [row for row in compare(runs, ARM, own.iloc[0], [OBJECTIVE]).rows if row.is_complete]
+    rows = [row for row in compare(runs, ARM, own.iloc[0], [OBJECTIVE]).rows if row.is_complete and row.estimate.n]
     if not rows:
         return Decision(None, "The champion stays: for a verdict, its arm and another one must have finished all seeds.", {})
     row = max(rows, key=lambda row: row.estimate.difference)

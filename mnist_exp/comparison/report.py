@@ -10,6 +10,7 @@ from urllib.parse import unquote
 
 import jinja2
 import matplotlib as mpl
+import pandas as pd
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from mnist_exp.comparison import figures, wording
 from mnist_exp.comparison.history import History, disagreements
 from mnist_exp.comparison.pairs import Comparison
 from mnist_exp.tracking.base import RunRecord
-from mnist_exp.tracking.frame import SEED
+from mnist_exp.tracking.frame import DIGEST, SEED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,14 +52,13 @@ def render(
         images: The images (n, 1, h, w), uint8, that the mistakes were made on; None if they are not at hand.
         page: Returns the address of a run's page, None without one.
     """
+    has_one_test_set = comparison.runs.get(f"{DIGEST}test", pd.Series(dtype=str)).replace("", None).nunique() <= 1
     ids = comparison.runs.groupby(comparison.factor, sort=False)["run"]
     by_arm = {arm: [history for run in own if (history := histories.get(run))] for arm, own in ids}
-    drawn = {
-        "differences": figures.curve_of_factor if figures.is_numeric(comparison) else figures.differences,
-        "every_run": figures.every_run,
-    }
     with mpl.rc_context(STYLE):
-        found = {name: draw(comparison) for name, draw in drawn.items()} | {
+        found = {
+            "differences": figures.differences_or_curve(comparison),
+            "every_run": figures.every_run(comparison),
             "learning_curves": figures.learning_curves(comparison, by_arm),
             "mistakes": figures.mistakes(comparison, by_arm),
         }
@@ -80,7 +80,7 @@ def render(
         figures=inline,
         disagreements=[
             (item, _png_address(images[item.index, 0].numpy()) if images is not None else None)
-            for item in disagreements(by_arm, comparison.baseline)
+            for item in (disagreements(by_arm, comparison.baseline) if has_one_test_set else [])
             if images is None or item.index < len(images)
         ],
         params=_differing_params(comparison, records),
@@ -91,8 +91,7 @@ def render(
 def draw_differences(comparison: Comparison, file: Path) -> None:
     """Draw the first figure of the report as a PNG."""
     with mpl.rc_context(STYLE):
-        draw = figures.curve_of_factor if figures.is_numeric(comparison) else figures.differences
-        draw(comparison).savefig(file, dpi=100)
+        figures.differences_or_curve(comparison).savefig(file, dpi=100)
 
 
 def _differing_params(comparison: Comparison, records: Mapping[str, RunRecord]) -> dict[str, dict[str, str]]:

@@ -1,12 +1,12 @@
 """Paired statistics of an arm and its baseline: arrays in, numbers out, computed by scipy."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special, stats
+from scipy import stats
 
 ALPHA = 0.05  # the probability of any error: two-sided, over all rows and looks
 POWER = 0.8
@@ -109,41 +109,6 @@ def pairs_to_detect(difference: float, std: float, alpha: float) -> int | None:
     def power(n: int) -> float:
         return float(stats.nct.sf(stats.t.isf(alpha / 2, n - 1), n - 1, difference / std * math.sqrt(n)))
 
-    return _smallest(power)
-
-
-def pairs_for_equivalence(margin: float, std: float, alpha: float) -> int | None:
-    """Return the smallest number of pairs at which the interval of no difference lies within +-margin with probability POWER.
-
-    Args:
-        margin: The smallest difference that matters, above 0.
-        std: The standard deviation of the differences, in the same unit, above 0.
-        alpha: One minus the level of the interval.
-
-    Returns:
-        The number, None above MAX_PAIRS.
-    """
-    return _smallest(lambda n: equivalence_power(n, margin / std, alpha))
-
-
-def equivalence_power(n: int, ratio: float, alpha: float) -> float:
-    """Return the probability that the 1 - alpha interval of a mean of 0 lies within +-ratio standard deviations.
-
-    Args:
-        n: The number of values, at least 2.
-        ratio: The margin in standard deviations of a value.
-        alpha: One minus the level of the interval.
-    """
-    limit, t = ratio * math.sqrt(n), float(stats.t.isf(alpha / 2, n - 1))
-    # Integrate over the distribution function of the sample's standard deviation, up to the largest for an interval inside.
-    inside = float(special.chdtr(n - 1, (n - 1) * (limit / t) ** 2))
-    nodes, weights = np.polynomial.legendre.leggauss(100)
-    std = np.sqrt(special.chdtri(n - 1, 1 - inside * (nodes + 1) / 2) / (n - 1))  # of the sample, in true ones
-    return float(inside / 2 * weights @ (2 * special.ndtr(limit - t * std) - 1))
-
-
-def _smallest(power: Callable[[int], float]) -> int | None:
-    """Return the smallest n from 2 to MAX_PAIRS whose power, which grows with n, reaches POWER; None if there is none."""
     low, high = 1, 2
     while power(high) < POWER:
         low, high = high, 2 * high

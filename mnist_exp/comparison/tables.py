@@ -19,9 +19,13 @@ def read_tables(paths: Iterable[Path], metrics: Sequence[str] = ()) -> tuple[pd.
     those of the files before.
 
     Raises:
-        UserError: A file cannot be read, lacks a column, or has a value that is no number where one is expected.
+        UserError: A file cannot be read, lacks a column, has other keys than the first, or a value that is no number where one is
+            expected.
     """
-    tables, looks, absent = [], 0, dict[str, None]()
+    if named := set(metrics) & {*FIRST, *FIXED, SEED}:
+        raise UserError.invalid("--metric", min(named), "a column with numbers to compare")
+    tables, looks = [], 0
+    absent, keys = dict[str, None](), dict[Path, set[str]]()
     for path in paths:
         table = _read(path)
         absent |= {name: None for name in (*FIRST, *FIXED) if name not in table}
@@ -32,26 +36,33 @@ def read_tables(paths: Iterable[Path], metrics: Sequence[str] = ()) -> tuple[pd.
             raise UserError.invalid("--results", path, f"a table with a key, seed and a metric: it lacks {lacking}")
         for name in ("look", *measured):
             table[name] = _numbers(path, table[name])
-        table["look"] = table["look"].fillna(1).astype(int) + looks
+        if not (table["look"] >= 1).all() or (table["look"] % 1 != 0).any():
+            raise UserError.invalid("--results", path, "a column `look` of whole numbers from 1")
+        table["look"] = table["look"].astype(int) + looks
         looks = max(looks, *table["look"])
+        keys[path] = {name for name in table if "/" not in name} - {*measured, *DEFAULTS}
+        if different := keys[path] ^ next(iter(keys.values())):
+            expected = f"the keys of the first table; only one has {', '.join(sorted(different))}"
+            raise UserError.invalid("--results", path, expected, "Export the sweeps together: compare A B --export.")
         tables.append(table)
     runs = pd.concat(tables, ignore_index=True)
     texts = [name for name in runs if not pd.api.types.is_numeric_dtype(runs[name])]
     runs[texts] = runs[texts].fillna("")
-    notes = [f"The table has no {', '.join(absent)}: absent values count as equal, and runs as finished and at one look."]
-    return runs, notes if absent else []
+    note = f"No {', '.join(absent)} in the table: absent values count as equal, and runs as finished, at one look for each file."
+    return runs, [note] if absent else []
 
 
 def _read(path: Path) -> pd.DataFrame:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UserError.invalid("--results", path, f"at most {MAX_BYTES:,} bytes")
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, compression=None)
     except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
         raise UserError.invalid("--results", path, f"a CSV file, such as one from --export: {error}") from error
-    if table.empty:
-        raise UserError.invalid("--results", path, "a table with at least one run")
-    return table
+    if table.empty or not isinstance(table.index, pd.RangeIndex):
+        expected = "a table with at least one run, and with as many cells in each line as in the first"
+        raise UserError.invalid("--results", path, expected)
+    return table.loc[:, [not name.startswith("Unnamed: ") for name in table]]  # the index of a data frame
 
 
 def _numbers(path: Path, texts: pd.Series) -> pd.Series:

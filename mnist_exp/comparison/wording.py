@@ -1,12 +1,13 @@
 """A comparison in words: its title, its tables, and the notes without which they would mislead."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
-from mnist_exp.comparison.pairs import MEAN, VALUE, Comparison, Row, Verdict, has_diverged
-from mnist_exp.comparison.statistics import CONFIDENCE, MAX_PAIRS, POWER, pairs_for_equivalence, pairs_to_detect, upper_std
+from mnist_exp.comparison.pairs import MEAN, VALUE, Comparison, Row, Verdict
+from mnist_exp.comparison.statistics import CONFIDENCE, MAX_PAIRS, POWER, error_of_look, pairs_to_detect, upper_std
 from mnist_exp.metrics import format_metric, metric_of
 from mnist_exp.overrides import command
 from mnist_exp.tracking.frame import SEED
@@ -24,13 +25,13 @@ def describe_verdict(row: Row) -> str:
 def format_difference(row: Row) -> str:
     """Return a difference with its interval: +0.21 points (+0.10 to +0.32), or with the reason why it has none."""
     found = row.estimate
-    if not found.n:
-        return "- (2 more pairs give an interval)"
     difference = format_metric(row.metric, found.difference, signed=True, is_difference=True)
     if row.is_exact:
         return f"{difference} (exact)"
-    if found.n == 1:
-        return f"{difference} (1 more pair gives an interval)"
+    if found.n < 2 and row.is_complete:
+        return f"{difference} ({_count_of(2 - found.n, 'more pair')} needed for an interval)"
+    if found.n < 2:
+        return difference
     if found.has_interval:
         low, high = (format_metric(row.metric, end, signed=True, bare=True) for end in (found.low, found.high))
         return f"{difference} ({low} to {high})"
@@ -60,7 +61,7 @@ def title(comparison: Comparison) -> str:
     """Return the verdicts in one line; the mean of the levels is no part of it."""
     rows = [row for row in comparison.rows if row.level != MEAN]
     factor, baseline = comparison.factor, comparison.baseline
-    if not any(row.estimate.n > 1 for row in rows):
+    if max(row.seeds for row in rows) < 2 and not any(row.is_exact for row in rows):
         return f"No verdict on {factor} yet: an interval needs two seeds"
     if comparison.has_all_pairs:
         return f"Of {len(rows)} comparisons of {factor}, {_count(rows)}"
@@ -88,7 +89,8 @@ def _of_arm(rows: Sequence[Row], keys: Sequence[str]) -> str:
     if not rows[0].level:
         pairs = f" ({rows[0].estimate.n} of {rows[0].seeds} pairs)" if first == "incomplete" else ""
         return text + (" by more than the margin" if rows[0].exceeds_margin and than else pairs)
-    levels = f"{keys[0].replace('_', ' ')}s" if len(keys) == 1 and "." not in keys[0] else "settings"
+    is_regular = len(keys) == 1 and re.fullmatch(r"\w+[^\Was_]", keys[0])
+    levels = f"{keys[0].replace('_', ' ')}s" if is_regular else "settings"
     others = (f", {verdict} at {counts[verdict]}" for verdict in rest)
     return f"{text} at {counts[first]} of {len(rows)} {levels}{''.join(others)}"
 
@@ -98,9 +100,9 @@ def differences_table(comparison: Comparison) -> list[dict[str, str]]:
     level = comparison.keys[0] if len(comparison.keys) == 1 else "level"
     return [
         {
-            comparison.factor: f"{row.arm} against {row.baseline}" if comparison.has_all_pairs else row.arm,
+            _heading(comparison.factor): f"{row.arm} against {row.baseline}" if comparison.has_all_pairs else row.arm,
             "verdict": describe_verdict(row),
-            **({level: row.level.removeprefix(f"{level}=")} if comparison.keys else {}),
+            **({_heading(level): row.level.removeprefix(f"{level}=")} if comparison.keys else {}),
             "n": str(row.estimate.n) if row.is_complete else f"{row.estimate.n} of {row.seeds} pairs",
             "difference (95 %)": format_difference(row),
             "p": f"{row.estimate.p:.2g}" if row.is_complete and math.isfinite(row.estimate.p) else "",
@@ -109,11 +111,17 @@ def differences_table(comparison: Comparison) -> list[dict[str, str]]:
     ]
 
 
+def _heading(key: str) -> str:
+    """Return the heading of a key's column, which is none of the other columns'."""
+    return f"{key}=" if key in ("verdict", "level", "n", "p", "runs") else key
+
+
 def means_table(comparison: Comparison) -> list[dict[str, str]]:
     """Return the mean of each metric over the finished runs of each arm at each level, with the standard deviation."""
     lines = []
     for _, _, runs in comparison.cells():
-        line = {key: str(runs[key].iloc[0]) for key in (comparison.factor, *comparison.keys)} | {"runs": str(len(runs))}
+        line = {_heading(key): str(runs[key].iloc[0]) for key in (comparison.factor, *comparison.keys)}
+        line["runs"] = str(len(runs))
         for metric in comparison.metrics:
             std = runs[metric].std()
             spread = "" if math.isnan(std) or metric_of(metric).is_exact else f" ({format_metric(metric, std, bare=True)})"
@@ -124,47 +132,61 @@ def means_table(comparison: Comparison) -> list[dict[str, str]]:
 
 def notes(comparison: Comparison) -> list[str]:
     """Return the sentences without which the numbers would mislead, the most important first."""
-    found = [*_causes(comparison), *_doubts(comparison.rows)]
+    found = [*_causes(comparison), *_doubts(comparison.rows), *_gaps(comparison)]
     if needed := seeds_needed(comparison):
         found.append(needed[1])
-    rows, looks = len(comparison.rows), comparison.looks
-    together = f"{rows} row{'s' * (rows > 1)} and {looks} look{'s' * (looks > 1)}"
-    if looks:
+    if comparison.looks:
+        together = f"{_count_of(len(comparison.rows), 'row')} and {_count_of(comparison.looks, 'look')}"
         found.append(f"A pair (n) is two runs with the same seed. The 95 % intervals hold together, for {together}.")
-    if comparison.keys and any(row.level == MEAN for row in comparison.rows):
+    if any(row.level == MEAN for row in comparison.rows):
         found.append(f"The {MEAN} hides how they differ: read it with the rows above it.")
-    if apart := set(comparison.arms) - {comparison.baseline, *(row.arm for row in comparison.rows)}:
-        found.append(f"No level has both {comparison.baseline} and {', '.join(sorted(apart))}: no row compares them.")
     if comparison.repeated:
-        found.append(f"{comparison.repeated} runs repeat an earlier one with the same settings and seed and do not count.")
+        found.append(
+            f"Left out, because they repeat others: {_count_of(comparison.repeated, 'run')} with the same settings and seed."
+        )
     if any(metric_of(name).is_measured_time for name in comparison.metrics):
         found.append("Times were measured under load.")
     return found
 
 
+def _count_of(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _causes(comparison: Comparison) -> Iterator[str]:
     """Yield the reasons why rows are incomplete, counted in each arm."""
-    factor = comparison.factor
-    for level, here in comparison.levels():
+    factor, metric = comparison.factor, comparison.metric
+    for level, runs in comparison.levels():
         rows = [row for row in comparison.rows if row.level == level and not row.is_complete]
-        arms = dict.fromkeys(arm for row in rows for arm in (row.arm, row.baseline))
-        runs = {arm: here[here[factor] == arm] for arm in arms}
-        seeds = here[here[factor].isin(list(arms))][SEED].nunique()
-        diverged = {arm: int(has_diverged(own).sum()) for arm, own in runs.items()}
-        missing = {arm: int(own[VALUE].isna().sum()) - diverged[arm] for arm, own in runs.items()}
-        without_job = {arm: seeds - len(own) for arm, own in runs.items()}
-        sweeps = dict.fromkeys(name for own in runs.values() for name in own[own[VALUE].isna()]["sweep"] if name)
-        resume = "".join(f" `{command('run', '-m', f'sweep.resume={name}')}`" for name in sweeps)
-        for verb, counts, remedy in (
-            ("diverged", diverged, ""),
-            ("did not finish", missing, resume),
-            ("have no job", without_job, " `sweep.extend` adds them."),
-        ):
+        arms = list(dict.fromkeys(arm for row in rows for arm in (row.arm, row.baseline)))
+        here = runs[runs[factor].isin(arms)]
+        seeds = here[SEED].nunique()
+        without = here[here[VALUE].isna()]
+        ended = without["status"] == "FINISHED"
+        diverged = (without["status"] == "DIVERGED") | (ended & without[metric].notna())
+        unfinished = without[~ended & ~diverged]
+        resume = [command("run", "-m", f"sweep.resume={name}") for name in unfinished["sweep"].unique() if name]
+        causes = {
+            "diverged": Counter(without[factor][diverged]),
+            f"have no {metric}": Counter(without[factor][ended & ~diverged]),
+            "did not finish": Counter(unfinished[factor]),
+            "have no job": Counter({arm: seeds - int((here[factor] == arm).sum()) for arm in arms}),
+        }
+        for verb, counts in causes.items():
             if any(counts.values()):
-                (arm, count), *others = sorted(counts.items(), key=lambda item: -item[1])
-                rest = "".join(f", {number} of {seeds} of {other}" for other, number in others)
-                at = f"At {level}, " if level else ""
-                yield f"{at}{count} of {seeds} seeds of {arm} {verb}{rest}.{remedy}"
+                first, *others = sorted(arms, key=lambda arm: -counts[arm])
+                text = f"{counts[first]} of {seeds} seeds of {first} {verb}"
+                text += "".join(f", {counts[arm]} of {seeds} of {arm}" for arm in others)
+                remedy = "".join(f" `{line}`" for line in resume) if verb == "did not finish" else ""
+                yield f"{f'At {level}, ' if level else ''}{text}.{remedy}"
+
+
+def _gaps(comparison: Comparison) -> Iterator[str]:
+    """Yield the arms and levels that have no row."""
+    shown = {(row.arm, row.level) for row in comparison.rows}
+    for arm in (arm for arm in comparison.arms if arm != comparison.baseline):
+        if apart := [level for level, _ in comparison.levels() if (arm, level) not in shown]:
+            yield f"No row compares {arm} with {comparison.baseline} at {', '.join(apart)}: one of them has no jobs there."
 
 
 def _doubts(rows: Sequence[Row]) -> Iterator[str]:
@@ -180,35 +202,25 @@ def _doubts(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def seeds_needed(comparison: Comparison) -> tuple[int | None, str] | None:
-    """Return the number of seeds that the undecided row with the largest spread needs, and the sentence that says so.
+    """Return the number of seeds that detect the margin in the undecided row with the largest spread, and a sentence about it.
 
     The number depends on the spread and the margin, never on the observed difference: seeds that are chosen by that find
-    differences where none exist in more than 5 % of studies.
-
-    Returns:
-        The number is that for equivalence, the larger one; None above MAX_PAIRS. No result if nothing is undecided.
+    differences where none exist in more than 5 % of studies. It is None above MAX_PAIRS, and without a margin.
     """
-    undecided = [row for row in comparison.rows if row.verdict == "undecided"]
-    if undecided and min(row.estimate.n for row in undecided) < MIN_PILOT:
-        return MIN_PILOT, f"Run at least {MIN_PILOT} seeds to plan."
-    plannable = [row for row in undecided if row.margin and row.estimate.difference_std > 0]
-    if not plannable:
+    undecided = [row for row in comparison.rows if row.verdict == "undecided" and row.level != MEAN]
+    if not undecided:
         return None
-    row = max(plannable, key=lambda row: row.estimate.difference_std)
-    n, std, alpha = row.estimate.n, row.estimate.difference_std, comparison.alpha_of_next_look
-    spreads = (std, upper_std(std, n))
-    detect, equal = (
-        [function(row.margin or 0, spread, alpha) for spread in spreads] for function in (pairs_to_detect, pairs_for_equivalence)
-    )
-    return equal[0], (
-        f"{label(row)}: {_format_seeds(*detect)} detect a difference of {format_margin(row)} with {POWER:.0%} power; "
-        f"{_format_seeds(*equal)} show equivalence if there is none."
-    ).replace("%", " %")
-
-
-def _format_seeds(number: int | None, upper: int | None) -> str:
-    """Return a number of seeds and its upper bound: 58 seeds (at most 112, 80 % confidence)."""
-    if number is None:
-        return f"more than {MAX_PAIRS:,} seeds"
-    bound = f"more than {MAX_PAIRS:,}" if upper is None else f"{upper:,}"
-    return f"{number:,} seeds (at most {bound}, {CONFIDENCE:.0%} confidence)"
+    row = max(undecided, key=lambda row: row.estimate.difference_std)
+    n, std = row.estimate.n, row.estimate.difference_std
+    if row.margin is None:
+        return None, "To plan the number of seeds, name the smallest difference that matters: --margin."
+    if min(row.estimate.n for row in undecided) < MIN_PILOT:
+        return MIN_PILOT, f"Run at least {MIN_PILOT} seeds to plan."
+    alpha = error_of_look(comparison.looks + 1) / len(comparison.rows)
+    number, upper = (pairs_to_detect(row.margin, spread, alpha) for spread in (std, upper_std(std, n)))
+    if number is not None and number <= n:
+        return None
+    seeds, most = (f"more than {MAX_PAIRS:,}" if count is None else f"{count:,}" for count in (number, upper))
+    bound = "" if number is None else f" (at most {most}, {CONFIDENCE * 100:.0f} % confidence)"
+    power = f"with {POWER * 100:.0f} % power"
+    return number, f"{label(row)}: {seeds} seeds{bound} detect a difference of {format_margin(row)} at the next look, {power}."

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import pandas as pd
 
@@ -27,49 +29,67 @@ def frame(sweeps: Iterable[tuple[Sweep, Iterable[RunRecord]]]) -> pd.DataFrame:
 
     Returns:
         The columns `sweep` and `look`; the keys that vary, named as typed, as text; `seed`; the columns FIXED, `digest/SPLIT` for
-        each split of the data, and each metric under its name, as recorded. `look` counts the recorded grids, over all sweeps.
-        `status` is that of MLflow, DIVERGED or NOT STARTED. `digest` is that of the run's parameters, the seed aside. Missing
-        texts are empty, missing metrics NaN.
+        each split of the data, and each metric with a slash in its name, as recorded. `look` counts the recorded grids of all
+        sweeps, in the order in which their first jobs started. `status` is that of MLflow, DIVERGED or NOT STARTED. `digest` is
+        that of the run's parameters, the seed aside. Missing texts are empty, missing metrics NaN.
     """
-    jobs = []
-    looks = 0
-    for sweep, children in sweeps:
-        jobs += [(sweep, looks + look, overrides, run) for look, overrides, run in _jobs(sweep, children)]
-        looks += len(sweep.grids)
-    keyed = [{key_of(override): text_of(override) for override in overrides} for _, _, overrides, _ in jobs]
-    keys = [key for key in dict.fromkeys(key for values in keyed for key in values) if key != SEED]
-    varied = [key for key in keys if len({values.get(key) for values in keyed}) > 1]
+    jobs = [(sweep.run_id, job) for sweep, children in sweeps for job in _jobs(sweep, children)]
+    keys = [key for key in dict.fromkeys(key for _, job in jobs for key in job.values) if key != SEED]
+    varied = [key for key in keys if len({job.values.get(key) for _, job in jobs}) > 1]
+    started: dict[tuple[str, int], float] = {}  # of each look, by sweep and grid
+    for sweep_id, job in jobs:
+        grid = sweep_id, job.grid
+        started[grid] = min(started.get(grid, math.inf), job.run.started if job.run else math.inf)
+    looks = {grid: look for look, grid in enumerate(sorted(started, key=lambda grid: started[grid]), start=1)}
     rows = [
-        {"sweep": sweep.run_id, "look": look}
-        | {key: values.get(key, DEFAULT) for key in varied}
-        | {SEED: values.get(SEED, "")}
-        | {name: text for name, text in _describe(run).items() if name not in varied}
-        for (sweep, look, _, run), values in zip(jobs, keyed, strict=True)
+        {"sweep": sweep_id, "look": looks[sweep_id, job.grid]}
+        | {key: job.values.get(key, DEFAULT) for key in varied}
+        | {SEED: job.values.get(SEED, "")}
+        | {name: text for name, text in _describe(job.run).items() if name not in varied}
+        for sweep_id, job in jobs
     ]
     texts = pd.DataFrame(rows).fillna("")
     digests = sorted(name for name in texts if name.startswith(DIGEST))
-    metrics = pd.DataFrame([run.metrics if run else {} for *_, run in jobs], texts.index, dtype=float)
+    measured = [{name: value for name, value in job.run.metrics.items() if "/" in name} if job.run else {} for _, job in jobs]
+    metrics = pd.DataFrame(measured, texts.index, dtype=float)
     return pd.concat([texts.drop(columns=digests), texts[digests], metrics[sorted(metrics)]], axis=1)
 
 
-def _jobs(sweep: Sweep, children: Iterable[RunRecord]) -> Iterator[tuple[int, Sequence[str], RunRecord | None]]:
-    """Yield the look, the overrides and the run of each job of a sweep."""
+@dataclass(frozen=True)
+class _Job:
+    """A job of a sweep: the number of the grid that defines it, the values of its keys, and its run, None without one."""
+
+    grid: int
+    values: dict[str, str]
+    run: RunRecord | None
+
+
+def _jobs(sweep: Sweep, children: Iterable[RunRecord]) -> Iterator[_Job]:
+    """Yield the jobs of a sweep."""
     runs = latest_run_per_job(children)
+    default = next((run.params.get(SEED, "") for _, run in sorted(runs.items())), "")
+    for grid, overrides, run in _combinations(sweep, runs):
+        values = {key_of(override): text_of(override) for override in overrides}
+        yield _Job(grid, {SEED: run.params.get(SEED, default) if run else default} | values, run)
+
+
+def _combinations(sweep: Sweep, runs: Mapping[int, RunRecord]) -> Iterator[tuple[int, Sequence[str], RunRecord | None]]:
+    """Yield the number of the grid, the overrides and the run of each job of a sweep."""
     if sweep.sweeper != "grid":  # a search records what it has proposed
         yield from ((1, run.overrides, run) for _, run in sorted(runs.items()))
         return
-    looks: dict[tuple[str, ...], int] = {}
-    for look, grid in enumerate(sweep.grids, start=1):
+    grids: dict[tuple[str, ...], int] = {}
+    for number, grid in enumerate(sweep.grids, start=1):
         for combination in combinations(grid):
-            looks.setdefault(combination, look)
-    if sweep.total == len(looks):
-        yield from ((look, overrides, runs.get(number)) for number, (overrides, look) in enumerate(looks.items()))
+            grids.setdefault(combination, number)
+    if sweep.total == len(grids):
+        yield from ((grid, overrides, runs.get(number)) for number, (overrides, grid) in enumerate(grids.items()))
         return
     # Some combinations compose equal configurations, which are one job: a run is the first of them.
     found = {tuple(run.overrides): run for _, run in sorted(runs.items())}
-    yield from ((looks.get(overrides, 1), overrides, run) for overrides, run in found.items())
-    missing = [overrides for overrides in looks if overrides not in found]
-    yield from ((looks[overrides], overrides, None) for overrides in missing[: sweep.total - len(found)])
+    yield from ((grids.get(overrides, 1), overrides, run) for overrides, run in found.items())
+    missing = [overrides for overrides in grids if overrides not in found]
+    yield from ((grids[overrides], overrides, None) for overrides in missing[: sweep.total - len(found)])
 
 
 def _describe(run: RunRecord | None) -> dict[str, str]:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import unquote, urlsplit
 
@@ -44,6 +45,7 @@ from mnist_exp.tracking.views import CURVES, VIEW_PREFIX, artifact_path, curves_
 if TYPE_CHECKING:
     from mnist_exp.tracking.mlflow_tracker import MLflowTracker
 
+MAX_ANSWER = 1000  # characters of an answer in a description, of which MLflow keeps 8,000
 RUN_ID = re.compile("[0-9a-f]{32}")
 PROCESS_LEFT = "the process released its lock"
 
@@ -295,9 +297,11 @@ def _publish(client: MlflowClient, run_id: str, answer: Answer) -> str:
     text = " ".join([f"{answer.title}.", *answer.notes])
     # One paragraph for each factor, which its next comparison replaces.
     mark = f"**{answer.factor}**: "
-    others = re.sub(rf"^{re.escape(mark)}.*?\n\n", "", run.data.tags.get(tag.DESCRIPTION, ""), flags=re.DOTALL | re.MULTILINE)
+    others = re.sub(
+        rf"^{re.escape(mark)}.*?(\n\n|\Z)", "", run.data.tags.get(tag.DESCRIPTION, ""), flags=re.DOTALL | re.MULTILINE
+    )
     description = (
-        f"{mark}{text} See `{answer.report.name}` under Artifacts for the full report.\n"
+        f"{mark}{shorten(text, MAX_ANSWER, placeholder=' ...')} See `{answer.report.name}` under Artifacts for the full report.\n"
         f"![The comparison by {answer.factor}]({artifact_path(run_id, answer.picture.name)})\n\n{others}"
     )
     tags = {tag.ANSWER: answer.title, f"{tag.ANSWER}.{answer.factor}": text[:MAX_TAG], tag.DESCRIPTION: description}

@@ -106,7 +106,29 @@ def test_the_next_step_is_a_command_that_runs(run_compare: Compare, store: str) 
     assert f"mnist_exp.ui {sweep}" in shown
     one = make_sweep(store, ("se_cnn", "plain_cnn"), seeds=1)
     status, shown, _ = run_compare(one)
-    assert (status, "1 more pair gives an interval" in shown) == (0, True)
+    assert (status, "1 more pair needed for an interval" in shown) == (0, True)
+
+
+def test_a_key_that_cannot_be_compared_leaves_the_answers_of_the_others(run_compare: Compare, store: str) -> None:
+    sweep = make_sweep(store, ("se_cnn", "plain_cnn"), seeds=2, batch_size="128,256")
+    for child in MlflowClient(store).search_runs(["1"], f"tags.sweep_id = '{sweep}'"):
+        if "256" in child.data.tags["overrides"]:
+            MlflowClient(store).set_tag(child.info.run_id, "data", "other")
+    status, shown, _ = run_compare()
+    assert (status, "against model=se_cnn" in shown) == (0, True)
+    assert "batch_size is not compared: The runs differ in data" in shown
+
+
+def test_a_long_answer_leaves_the_rest_of_the_description(run_compare: Compare, store: str) -> None:
+    sizes = ",".join(map(str, range(100, 140)))
+    sweep = make_sweep(store, ("se_cnn", "plain_cnn"), seeds=1, batch_size=sizes)
+    for child in MlflowClient(store).search_runs(["1"], f"tags.sweep_id = '{sweep}'")[::2]:
+        MlflowClient(store).set_terminated(child.info.run_id, "FAILED")
+    for _ in range(2):
+        assert run_compare("--factor", "model")[0] == 0
+    note = tags(store, sweep)["mlflow.note.content"]
+    assert (note.count("**model**"), "| job | name |" in note) == (1, True)
+    assert len(tags(store, sweep)["answer.model"]) > 1500, "the tag has all notes"
 
 
 def test_a_search_is_ranked_not_compared(run_compare: Compare, store: str) -> None:
@@ -159,7 +181,7 @@ def test_several_sweeps_are_compared_together(run_compare: Compare, store: str) 
     status, shown, _ = run_compare(first, second[:8], "--factor", "model")
     assert status == 0
     assert "1 row and 2 looks" in shown
-    assert "6 runs repeat an earlier one" in shown
+    assert "6 runs with the same settings and seed" in shown
     assert tags(store, first)["answer"] == tags(store, second)["answer"]
 
 
@@ -193,7 +215,7 @@ def test_foreign_and_broken_stores_get_a_message(run_compare: Compare, store: st
     status, shown, _ = run_compare("--baseline", "[8,16]")
     assert status == 0, "an arm's name is the typed text, not a formula"
     assert "against model.name=[8,16]" in shown
-    assert "2 runs have no readable" in report_of(store, sweep, tmp_path, "model.name")
+    assert "which the figures omit: 2" in report_of(store, sweep, tmp_path, "model.name")
     (files / "compare-model.name.html").unlink()
     (files / "compare-model.name.html").mkdir()
     status, shown, error = run_compare()

@@ -203,6 +203,36 @@ def test_of_runs_that_repeat_others_the_first_finished_one_counts() -> None:
     assert only(compare(pd.concat([runs, again], ignore_index=True), "model")).is_complete
 
 
+def test_runs_that_repeat_failed_ones_fill_the_look_that_lacked_them() -> None:
+    """The survivors of the first look would else narrow the interval for good."""
+    runs = scored(grid(model=["plain_cnn", "se_cnn"], seed=map(str, range(10))))
+    worst = runs[runs["model"] == "se_cnn"].sort_values("test/accuracy").index[:6]
+    failed = runs.copy()
+    failed.loc[worst, "status"] = "FAILED"
+    pooled = compare(pd.concat([failed, runs.assign(look=2)], ignore_index=True), "model")
+    alone = only(compare(runs, "model")).estimate
+    assert (only(pooled).estimate.low, only(pooled).estimate.high) == pytest.approx((alone.low, alone.high))
+
+
+def test_the_mean_over_more_levels_is_another_quantity() -> None:
+    effect = {"64": 0.003, "128": 0.003, "512": -0.004}
+    chance = Random(0)
+    jobs = grid(model=["plain_cnn", "se_cnn"], batch_size=list(effect), seed=SEEDS)
+    runs = table(jobs, lambda job: 0.98 + (job["model"] == "se_cnn") * effect[job["batch_size"]] + chance.gauss(0, 1e-4))
+    runs["look"] = np.where(runs["batch_size"] == "512", 2, 1)
+    mean = compare(runs, "model").rows[-1]
+    assert mean.level == MEAN
+    assert mean.estimate.low < mean.estimate.difference < mean.estimate.high
+    part = runs[(runs["batch_size"] != "512") | (runs["model"] == "plain_cnn")]
+    found = compare(part, "model")
+    assert all(row.level != MEAN for row in found.rows), "the arm lacks a level"
+    assert "No row compares se_cnn with plain_cnn at batch_size=512" in " ".join(wording.notes(found))
+    apart = runs[(runs["batch_size"] == "64") | (runs["seed"] > "2")]
+    assert compare(apart[(apart["batch_size"] != "64") | (apart["seed"] <= "2")], "model").rows[-1].level != MEAN, (
+        "no common seed"
+    )
+
+
 def test_runs_on_two_processors_do_not_pair() -> None:
     runs = scored(TWO_MODELS, better=0.01)
     runs.loc[0, "processor"] = "another"
@@ -269,7 +299,7 @@ def test_arms_that_share_no_level_are_named() -> None:
     jobs = [*grid(model=["a", "b"], lr=["1"], seed=SEEDS), *grid(model=["c"], lr=["2"], seed=SEEDS)]
     found = compare(scored(jobs), "model")
     assert [row.arm for row in found.rows] == ["b"]
-    assert "No level has both a and c" in " ".join(wording.notes(found))
+    assert "No row compares c with a at lr=1, lr=2" in " ".join(wording.notes(found))
     assert refusal(scored(jobs[5:]), "model").key == "--factor"
 
 

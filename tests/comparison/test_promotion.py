@@ -81,6 +81,12 @@ def test_the_survivor_of_ten_seeds_is_no_champion() -> None:
     assert promoted(decide_by_sweep(runs, OLD)) is None
 
 
+def test_an_arm_without_pairs_does_not_hide_a_better_one() -> None:
+    runs = sweep(jobs=grid(model=["old", "elsewhere", "new"], seed=SEEDS))
+    runs.loc[runs["model"] == "elsewhere", "processor"] = "another"
+    assert decide_by_sweep(runs, OLD).tags["arm"] == "model=new"
+
+
 def test_one_seed_is_enough_for_the_first_champion_only() -> None:
     runs = sweep(jobs=grid(model=["old", "new"], seed=["0"]))
     assert decide_by_sweep(runs, None).tags == {"arm": "model=new"}

@@ -14,10 +14,8 @@ from mnist_exp.comparison.statistics import (
     POWER,
     Estimate,
     Look,
-    equivalence_power,
     error_of_look,
     estimate,
-    pairs_for_equivalence,
     pairs_to_detect,
     upper_std,
 )
@@ -103,24 +101,9 @@ def test_pairs_to_detect_cohens_small_medium_and_large_effect(effect: float, n: 
     assert pairs_to_detect(effect, 1, 0.05) == pairs_to_detect(effect / 100, 0.01, 0.05) == n
 
 
-def test_pairs_for_equivalence_agree_with_a_published_example() -> None:
-    """PASS has 36 by t, and 16 for a power of 70 % (chapter 519)."""
-    assert pairs_for_equivalence(0.05, 0.10, 0.10) == 36
-    assert equivalence_power(15, 20 / 28.284, 0.10) < 0.7 <= equivalence_power(16, 20 / 28.284, 0.10)
-
-
-@pytest.mark.parametrize("pairs", [pairs_to_detect, pairs_for_equivalence])
-def test_extreme_effects_need_two_pairs_or_more_than_anybody_runs(pairs) -> None:
-    assert pairs(1e9, 1, 0.05) == 2
-    assert pairs(1e-6, 1, 0.05) is None
-
-
-@pytest.mark.parametrize(("n", "ratio", "alpha"), [(2, 10, 0.05), (5, 1.5, 0.05), (36, 0.5, 0.10), (100, 0.25, 0.01)])
-def test_the_power_of_equivalence_is_the_share_of_intervals_inside(n: int, ratio: float, alpha: float) -> None:
-    draws = np.random.default_rng(n).normal(size=(50_000, n))
-    half = stats.t.isf(alpha / 2, n - 1) * draws.std(1, ddof=1) / math.sqrt(n)
-    power = equivalence_power(n, ratio, alpha)
-    assert within(int((abs(draws.mean(1)) + half < ratio).sum()), len(draws), power)
+def test_extreme_effects_need_two_pairs_or_more_than_anybody_plans() -> None:
+    assert pairs_to_detect(1e9, 1, 0.05) == 2
+    assert pairs_to_detect(1e-6, 1, 0.05) is None
 
 
 @pytest.mark.parametrize("n", [5, 10, 20])

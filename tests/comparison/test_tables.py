@@ -1,11 +1,12 @@
 """Tables of runs from CSV files."""
 
+import gzip
 from pathlib import Path
 
 import pytest
 from synthetic import TWO_MODELS, scored
 
-from mnist_exp.comparison.pairs import compare
+from mnist_exp.comparison.pairs import compare, varied_keys
 from mnist_exp.comparison.tables import read_tables
 from mnist_exp.errors import UserError
 
@@ -37,6 +38,26 @@ def test_an_exported_table_gives_the_same_comparison(tmp_path: Path) -> None:
     assert compare(again, "model").rows == compare(runs, "model").rows
 
 
+def test_the_index_of_a_data_frame_is_no_key(tmp_path: Path) -> None:
+    runs, _ = read_tables(written(tmp_path, ",model,seed,test/accuracy\n0,a,0,0.9\n1,b,0,0.8\n"))
+    assert varied_keys(runs) == ["model"]
+
+
+def test_tables_with_other_keys_are_not_pooled(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        read_tables(written(tmp_path, OWN, OWN.replace("model", "optimizer")))
+    assert "model, optimizer" in str(error.value)
+    with pytest.raises(UserError) as error:
+        read_tables(written(tmp_path, OWN), ["seed"])
+    assert error.value.key == "--metric"
+
+
+def test_a_compressed_table_is_not_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "runs.csv.gz").write_bytes(gzip.compress(OWN.encode()))
+    with pytest.raises(UserError):
+        read_tables([tmp_path / "runs.csv.gz"])
+
+
 def test_each_further_table_is_a_look(tmp_path: Path) -> None:
     further = OWN.replace(",0,", ",2,").replace(",1,", ",3,")
     runs, _ = read_tables(written(tmp_path, OWN, further))
@@ -53,9 +74,12 @@ def test_each_further_table_is_a_look(tmp_path: Path) -> None:
         ("model,seed\na,0\n", "a metric"),
         ("model,seed,test/accuracy\na,0,0.9\nb,0,good\n", "line 3: test/accuracy good"),
         ("model,seed,look,test/accuracy\na,0,first,0.9\n", "look first"),
-        ("a,b\n1,2,3,4\n5\n", "lacks seed"),
+        ("a,b\n1,2,3,4\n5\n", "as many cells"),
         ("model,seed,test/accuracy\na,0,0.9\nb,0,0.9,4,5\n", "CSV"),
         ("\x00\xff", "CSV"),
+        ("model,seed,test/accuracy\na,0,1,x\n", "as many cells"),
+        ("model,seed,look,test/accuracy\na,0,1.7,0.9\n", "whole numbers"),
+        ("model,seed,look,test/accuracy\na,0,inf,0.9\n", "whole numbers"),
     ],
 )
 def test_a_file_that_is_no_table_is_named(tmp_path: Path, text: str, part: str) -> None:

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic import SEEDS, TWO_MODELS, grid, scored
+from synthetic import SEEDS, TWO_MODELS, grid, scored, table
 
 from mnist_exp.comparison import wording
 from mnist_exp.comparison.pairs import compare
@@ -65,6 +65,23 @@ def test_the_causes_of_incomplete_rows_are_counted_in_each_arm() -> None:
     assert wording.title(compare(runs, "optimizer")) == "adam is incomplete (6 of 10 pairs)"
 
 
+def test_a_run_without_the_metric_has_not_diverged() -> None:
+    runs = scored(TWO_MODELS)
+    runs.loc[runs["model"] == "se_cnn", "test/accuracy"] = np.nan
+    assert wording.notes(compare(runs, "model"))[0].startswith(
+        "5 of 5 seeds of se_cnn have no test/accuracy, 0 of 5 of plain_cnn"
+    )
+    assert wording.differences_table(compare(runs, "model"))[0]["difference (95 %)"] == "-"
+
+
+def test_a_key_may_have_the_name_of_a_column() -> None:
+    runs = scored(TWO_MODELS)
+    for key in ("n", "p", "verdict", "runs", "value", "level"):
+        found = compare(runs.rename(columns={"model": key}), key)
+        assert next(iter(wording.differences_table(found)[0].values())) == "se_cnn"
+        assert list(wording.means_table(found)[0].values())[:2] == ["plain_cnn", "5"]
+
+
 def needed(runs: pd.DataFrame) -> tuple[int | None, str]:
     found = wording.seeds_needed(compare(runs, "model"))
     assert found
@@ -75,9 +92,8 @@ def test_the_number_of_seeds_has_an_upper_bound_and_depends_on_spread_and_margin
     advice = [needed(scored(TWO_MODELS, better, 0.0007)) for better in (0.0, 0.0001, 0.0002)]
     assert advice[0] == advice[1] == advice[2]
     number, text = advice[0]
-    shown = re.findall(r"(\d+) seeds \(at most (\d+), 80 % confidence\)", text)
-    assert [int(least) < int(most) for least, most in shown] == [True, True]
-    assert number == int(shown[1][0]), "that for equivalence is the larger one"
+    least, most = re.search(r"(\d+) seeds \(at most (\d+), 80 % confidence\)", text).groups()
+    assert number == int(least) < int(most)
 
 
 def test_a_pilot_of_fewer_than_five_seeds_plans_nothing() -> None:
@@ -86,6 +102,16 @@ def test_a_pilot_of_fewer_than_five_seeds_plans_nothing() -> None:
     wild = needed(scored(TWO_MODELS, noise=0.5))
     assert (wild[0], "more than 10,000 seeds" in wild[1]) == (None, True)
     assert wording.seeds_needed(compare(scored(TWO_MODELS, 0.01), "model")) is None, "nothing is undecided"
+    loss = compare(
+        scored(TWO_MODELS).assign(**{"test/loss": scored(TWO_MODELS)["test/accuracy"]}), "model", metrics=["test/loss"]
+    )
+    assert "--margin" in wording.seeds_needed(loss)[1], "without a margin there is no plan"
+    many = grid(model=["plain_cnn", "se_cnn"], seed=map(str, range(70)))
+    enough = compare(
+        table(many, lambda job: 0.9 + (job["model"] == "se_cnn") * (0.00025 + 0.0011 * (-1) ** int(job["seed"]))), "model"
+    )
+    assert enough.rows[0].verdict == "undecided"
+    assert wording.seeds_needed(enough) is None, "more seeds than the number are there"
 
 
 def test_looks_that_contradict_each_other_are_noted() -> None:

@@ -75,6 +75,29 @@ def test_a_swept_precision_is_shown_as_typed_before_the_seed() -> None:
     assert list(table).index("precision") < list(table).index("seed")
 
 
+def test_a_job_without_a_seed_has_that_of_its_run() -> None:
+    seedless, seeded = sweep(["model=a"], total=1), sweep(["model=b", "seed=0"], total=1, run_id="e" * 32)
+    runs = [run(0, "model=a"), run(0, "model=b", "seed=0")]
+    table = frame([(seedless, runs[:1]), (seeded, runs[1:])])
+    assert table["seed"].tolist() == ["0", "0"], "so that they pair"
+
+
+def test_looks_follow_the_start_of_their_first_jobs() -> None:
+    """A sweep that is extended after another one does not change the looks of that one."""
+    extended = sweep(["model=a", "seed=0"], ["model=a", "seed=0,1"], total=2)
+    other = sweep(["model=b", "seed=0"], total=1, run_id="e" * 32)
+    late = replace(run(1, "model=a", "seed=1"), started=99)
+    table = frame([(extended, [run(0, "model=a", "seed=0"), late]), (other, [replace(run(0, "model=b", "seed=0"), started=50)])])
+    assert table["look"].tolist() == [1, 3, 2]
+
+
+def test_only_names_with_a_slash_are_metrics() -> None:
+    """Training records `epoch`, which would else be a key that varies."""
+    measured = run(0, "model=a", "seed=0")
+    measured.metrics["epoch"] = 2.0
+    assert "epoch" not in frame([(sweep(["model=a", "seed=0"], total=1), [measured])])
+
+
 def test_a_search_has_the_jobs_that_it_has_proposed() -> None:
     trials = [run(1, "optimizer.lr=0.2"), run(0, "optimizer.lr=0.1")]
     table = frame([(sweep(["optimizer.lr=interval(0,1)"], total=20, sweeper="optuna"), trials)])
