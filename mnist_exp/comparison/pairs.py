@@ -77,6 +77,11 @@ class Row:
         return "equivalent" if is_inside and self.may_be_equivalent else "undecided"
 
     @property
+    def is_doubtful(self) -> bool:
+        """Whether the mean of all pairs lies outside of the interval, which an earlier look has narrowed."""
+        return self.estimate.has_interval and not self.estimate.low <= self.estimate.difference <= self.estimate.high
+
+    @property
     def exceeds_margin(self) -> bool:
         """Whether the whole interval lies beyond the margin."""
         low, high = self.ends

@@ -74,7 +74,7 @@ def decide_by_sweep(runs: pd.DataFrame, champion: str | None) -> Decision:
         return Decision(None, "The champion stays: for a verdict, its arm and another one must have finished all seeds.", {})
     row = max(rows, key=lambda row: row.estimate.difference)
     finding = f"{row.arm} against {row.baseline} in {OBJECTIVE}: {describe_verdict(row)}, {format_difference(row)}."
-    if row.verdict != "higher":
+    if row.verdict != "higher" or row.is_doubtful:
         return Decision(None, f"The champion stays: {finding}", {})
     return Decision(best_run(row.arm), finding, {"arm": row.arm, "verdict": row.verdict})
 

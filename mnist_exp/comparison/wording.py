@@ -19,7 +19,8 @@ MIN_PILOT = 5  # pairs whose spread is a basis for planning
 
 def describe_verdict(row: Row) -> str:
     """Return the verdict in words: higher by more than the margin."""
-    return f"{row.verdict} by more than the margin" if row.verdict in ("higher", "lower") and row.exceeds_margin else row.verdict
+    by_more = " by more than the margin" if row.verdict in ("higher", "lower") and row.exceeds_margin else ""
+    return f"{row.verdict}{by_more}{', but doubtful' if row.is_doubtful and row.is_complete else ''}"
 
 
 def format_difference(row: Row) -> str:
@@ -88,10 +89,11 @@ def _of_arm(rows: Sequence[Row], keys: Sequence[str]) -> str:
     text = f"{arm} is {first}{than}"
     if not rows[0].level:
         pairs = f" ({rows[0].estimate.n} of {rows[0].seeds} pairs)" if first == "incomplete" else ""
-        return text + (" by more than the margin" if rows[0].exceeds_margin and than else pairs)
+        return f"{text}{describe_verdict(rows[0]).removeprefix(first)}{pairs}"
     is_regular = len(keys) == 1 and re.fullmatch(r"\w+[^\Was_]", keys[0])
     levels = f"{keys[0].replace('_', ' ')}s" if is_regular else "settings"
-    others = (f", {verdict} at {counts[verdict]}" for verdict in rest)
+    others = [f", {verdict} at {counts[verdict]}" for verdict in rest]
+    others += [f"; {doubtful} of these verdicts doubtful"] if (doubtful := sum(row.is_doubtful for row in rows)) else []
     return f"{text} at {counts[first]} of {len(rows)} {levels}{''.join(others)}"
 
 
@@ -197,8 +199,11 @@ def _doubts(rows: Sequence[Row]) -> Iterator[str]:
             yield f"{label(row)}: {row.seeds - found.n} of {row.seeds} pairs ran on two processors and do not count."
         if found.low > found.high:
             yield f"{label(row)}: the intervals of the looks do not overlap: later seeds contradict earlier ones."
-        elif found.has_interval and not found.low <= found.difference <= found.high:
-            yield f"{label(row)}: the mean lies outside of the interval, which earlier looks have narrowed."
+        elif row.is_doubtful:
+            yield (
+                f"{label(row)}: doubtful, because the mean of all {found.n} pairs lies outside of the interval. "
+                "An earlier look has narrowed it, and later seeds do not confirm that look."
+            )
 
 
 def seeds_needed(comparison: Comparison) -> tuple[int | None, str] | None:

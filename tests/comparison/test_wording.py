@@ -123,6 +123,19 @@ def test_looks_that_contradict_each_other_are_noted() -> None:
     assert "do not overlap" in wording.notes(found)[0]
 
 
+def test_a_mean_outside_of_the_interval_makes_a_verdict_doubtful() -> None:
+    """Five seeds that happen to agree, and fifteen that show nothing."""
+    runs = scored(grid(model=["plain_cnn", "se_cnn"], seed=map(str, range(20))), noise=0.001)
+    early = runs["seed"].astype(int) < 5
+    lucky = early & (runs["model"] == "se_cnn")
+    runs.loc[early, "test/accuracy"] = 0.9 + lucky * (0.001 + runs["seed"].astype(int) * 1e-4)
+    found = compare(runs.assign(look=2 - early), "model")
+    assert found.rows[0].verdict == "higher", "a verdict once reached stays"
+    assert wording.differences_table(found)[0]["verdict"].endswith("doubtful")
+    assert wording.title(found).endswith("but doubtful")
+    assert "later seeds do not confirm" in wording.notes(found)[0]
+
+
 def test_means_have_a_row_for_each_arm_at_each_level() -> None:
     runs = scored(grid(model=["plain_cnn", "se_cnn"], batch_size=["64", "128"], seed=SEEDS))
     runs["time/train_seconds"] = 3.5
