@@ -99,15 +99,16 @@ def _of_arm(rows: Sequence[Row], keys: Sequence[str]) -> str:
 
 def differences_table(comparison: Comparison) -> list[dict[str, str]]:
     """Return the rows of the comparison as those of a table."""
-    level = comparison.keys[0] if len(comparison.keys) == 1 else "level"
+    key = comparison.keys[0] if len(comparison.keys) == 1 else ""
+    level = _heading(key) if key else "level"
     return [
         {
             _heading(comparison.factor): f"{row.arm} against {row.baseline}" if comparison.has_all_pairs else row.arm,
             "verdict": describe_verdict(row),
-            **({_heading(level): row.level.removeprefix(f"{level}=")} if comparison.keys else {}),
+            **({level: row.level.removeprefix(f"{key}=")} if comparison.keys else {}),
             "n": str(row.estimate.n) if row.is_complete else f"{row.estimate.n} of {row.seeds} pairs",
             "difference (95 %)": format_difference(row),
-            "p": f"{row.estimate.p:.2g}" if row.is_complete and math.isfinite(row.estimate.p) else "",
+            "p": f"{row.estimate.p:.2g}" if row.is_complete and row.estimate.has_interval else "",
         }
         for row in comparison.rows
     ]

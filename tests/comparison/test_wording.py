@@ -136,6 +136,13 @@ def test_a_mean_outside_of_the_interval_makes_a_verdict_doubtful() -> None:
     assert "later seeds do not confirm" in wording.notes(found)[0]
 
 
+def test_several_other_keys_are_one_column_of_levels() -> None:
+    jobs = grid(model=["plain_cnn", "se_cnn"], batch_size=["64", "128"], lr=["1", "2"], seed=SEEDS)
+    lines = wording.differences_table(compare(scored(jobs), "model"))
+    assert [line["level"] for line in lines][::4] == ["batch_size=64 lr=1", "mean of the levels"]
+    assert "at 4 of 4 settings" in wording.title(compare(scored(jobs, better=0.01), "model"))
+
+
 def test_means_have_a_row_for_each_arm_at_each_level() -> None:
     runs = scored(grid(model=["plain_cnn", "se_cnn"], batch_size=["64", "128"], seed=SEEDS))
     runs["time/train_seconds"] = 3.5
