@@ -95,7 +95,7 @@ def _combinations(sweep: Sweep, runs: Mapping[int, RunRecord]) -> Iterator[tuple
 def _describe(run: RunRecord | None) -> dict[str, str]:
     """Return the texts of a run by column."""
     if run is None:
-        return {"status": NOT_STARTED}
+        return dict.fromkeys(FIXED, "") | {"status": NOT_STARTED}
     params = {key: value for key, value in run.params.items() if key != SEED}
     return {
         "run": run.run_id,

@@ -28,6 +28,13 @@ def sweep(*grids: list[str], total: int = 4, sweeper: str = "grid", run_id: str 
 GRID = ["model=a,b", "batch_size=64", "seed=0,1"]
 
 
+def test_the_columns_have_one_order() -> None:
+    first, second = run(0, "model=a", "seed=0"), run(1, "model=a", "seed=1")
+    orders = [list(frame([(sweep(["model=a", "seed=0,1"], total=2), runs)])) for runs in ([first], [second], [first, second])]
+    assert orders[0] == orders[1] == orders[2]
+    assert orders[0][:4] == ["sweep", "look", "seed", "run"]
+
+
 def test_every_job_has_a_row_also_without_a_run() -> None:
     runs = [run(0, "model=a", "seed=0"), run(2, "model=b", "seed=0", status="FAILED", error="no disk", diverged="true")]
     table = frame([(sweep(GRID), runs)])
