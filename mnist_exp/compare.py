@@ -82,6 +82,8 @@ def compare(arguments: argparse.Namespace) -> None:
 
     sweeps: list[Sweep] = []
     remarks: list[str] = []
+    if arguments.results and arguments.sweeps:
+        raise UserError.invalid("--results", arguments.results[0], "no SWEEP besides it", "Compare either sweeps or tables.")
     if arguments.results:
         runs, remarks = tables.read_tables(arguments.results, arguments.metrics or ())
     else:

@@ -153,7 +153,7 @@ def learning_curves(comparison: Comparison, histories: Histories) -> Figure | No
         for arm, style in styles(comparison).items():
             lines = [line for run in histories[arm] if len((line := run.curve(metric))[0]) > 1]
             _draw_band(axes, metric, lines, {"label": _cut(arm)} | style)
-        if metric.endswith("loss"):
+        if metric.endswith("loss") and axes.lines:
             axes.set_yscale("log")
             low, high = axes.get_ylim()
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(5))
@@ -172,6 +172,8 @@ def _draw_band(axes: Axes, metric: str, lines: list[Curve], style: dict[str, str
         return
     start, end = max(line[0][0] for line in lines), min(line[0][-1] for line in lines)
     grid = np.array([x for x in lines[0][0] if start <= x <= end])
+    if not len(grid):  # runs of very different lengths share no range
+        return
     heights = _shown(metric, np.array([np.interp(grid, *line) for line in lines]))  # (runs, points)
     axes.fill_between(grid, heights.min(0), heights.max(0), color=style["color"], alpha=0.15, linewidth=0)
     markers = style if len(grid) < 20 else style | {"marker": ""}

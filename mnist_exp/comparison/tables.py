@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from mnist_exp.errors import UserError
-from mnist_exp.tracking.frame import DIGEST, FIRST, FIXED, SEED
+from mnist_exp.tracking.frame import DIGEST, FIRST, FIXED, NONE, SEED
 
 MAX_BYTES = 100_000_000
 DEFAULTS = {"sweep": "", "look": "1", **dict.fromkeys(FIXED, ""), "status": "FINISHED"}  # of absent columns
@@ -48,6 +48,8 @@ def read_tables(paths: Iterable[Path], metrics: Sequence[str] = ()) -> tuple[pd.
     runs = pd.concat(tables, ignore_index=True)
     texts = [name for name in runs if not pd.api.types.is_numeric_dtype(runs[name])]
     runs[texts] = runs[texts].fillna("")
+    names = list(next(iter(keys.values()), ()))
+    runs[names] = runs[names].replace("", NONE)
     note = f"No {', '.join(absent)} in the table: absent values count as equal, and runs as finished, at one look for each file."
     return runs, [note] if absent else []
 

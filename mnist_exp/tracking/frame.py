@@ -14,6 +14,7 @@ from mnist_exp.tracking.tags import CPU, DIVERGED, ERROR, GPU
 
 SEED = "seed"
 DEFAULT = "default"  # the value of a key that a job does not set
+NONE = "none"  # the value of a key that a job deletes
 NOT_STARTED = "NOT STARTED"  # the status of a job without a run
 DIGEST = "digest/"  # begins the columns with the digests of the splits
 # The columns of every table, before and after those of the keys that vary.
@@ -43,7 +44,7 @@ def frame(sweeps: Iterable[tuple[Sweep, Iterable[RunRecord]]]) -> pd.DataFrame:
     looks = {grid: look for look, grid in enumerate(sorted(started, key=lambda grid: started[grid]), start=1)}
     rows = [
         {"sweep": sweep_id, "look": looks[sweep_id, job.grid]}
-        | {key: job.values.get(key, DEFAULT) for key in varied}
+        | {key: job.values.get(key, DEFAULT) or NONE for key in varied}
         | {SEED: job.values.get(SEED, "")}
         | {name: text for name, text in _describe(job.run).items() if name not in varied}
         for sweep_id, job in jobs

@@ -58,6 +58,11 @@ def test_a_compressed_table_is_not_unpacked(tmp_path: Path) -> None:
         read_tables([tmp_path / "runs.csv.gz"])
 
 
+def test_an_empty_value_of_a_key_is_a_value(tmp_path: Path) -> None:
+    runs, _ = read_tables(written(tmp_path, "opt,drop,seed,test/accuracy\na,,0,0.98\na,,1,0.981\na,x,0,0.985\na,x,1,0.9855\n"))
+    assert compare(runs, "drop").baseline == "none"
+
+
 def test_each_further_table_is_a_look(tmp_path: Path) -> None:
     further = OWN.replace(",0,", ",2,").replace(",1,", ",3,")
     runs, _ = read_tables(written(tmp_path, OWN, further))
