@@ -92,8 +92,9 @@ def reported_errors() -> Iterator[None]:
             if TRACE or (message := explain(error)) is None:
                 traceback.print_exception(error)
             else:
-                text = "\n".join([message, *_notes(error)])  # an error may quote a file or a server
-                print("".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in text), file=sys.stderr)
+                from mnist_exp.console import plain  # takes a tenth of a second, which only an error needs
+
+                print(plain("\n".join([message, *_notes(error)])), file=sys.stderr)  # it may quote a file or a server
             sys.exit(1)
 
 

@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         dest="metrics",
         nargs="+",
         metavar="NAME",
-        help="metrics; the first is compared, of the others the means are shown (default: accuracy, loss, times)",
+        help="metrics; the first is compared, of the others the means are shown (default: accuracy, loss, time and parameters)",
     )
     result.add_argument(
         "--margin",

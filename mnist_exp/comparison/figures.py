@@ -162,7 +162,8 @@ def learning_curves(comparison: Comparison, histories: Histories) -> Figure | No
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.3)
     axes.set_xlabel("examples seen")
-    figure.axes[0].legend()
+    if figure.axes[0].lines:
+        figure.axes[0].legend()
     return figure
 
 

@@ -215,13 +215,18 @@ def choose_metrics(runs: pd.DataFrame, wanted: Sequence[str] | None) -> list[str
     return [*(usual or own[:1]), *(name for name in FURTHER if name in known and name not in own)]
 
 
+def has_value(runs: pd.DataFrame, metric: str) -> "pd.Series[bool]":
+    """Return whether each run has finished with a finite value of a metric."""
+    return (runs["status"] == "FINISHED") & np.isfinite(runs[metric])
+
+
 def _first_finished(runs: pd.DataFrame, metric: str, index: list[str]) -> tuple[pd.DataFrame, int]:
     """Return one row for each arm, level and seed, with the column VALUE, and the number of rows that are left out.
 
     Of several, the first one with a value counts, at the first look of all: the result of a look must not change later, and runs
     that are repeated because others failed fill the look that lacked them.
     """
-    valid = (runs["status"] == "FINISHED") & np.isfinite(runs[metric])
+    valid = has_value(runs, metric)
     looks = runs.groupby(index, sort=False)["look"].transform("min")
     valued = runs.assign(**{VALUE: runs[metric].where(valid), "look": looks})
     kept = valued.iloc[np.argsort(~valid, kind="stable")].drop_duplicates(index).sort_index()

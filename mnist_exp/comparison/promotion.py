@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
-from mnist_exp.comparison.pairs import compare, varied_keys
+from mnist_exp.comparison.pairs import compare, has_value, varied_keys
 from mnist_exp.comparison.wording import describe_verdict, format_difference
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import OBJECTIVE, format_metric
@@ -82,8 +81,7 @@ def decide_by_sweep(runs: pd.DataFrame, champion: str | None) -> Decision:
 def _means_of_finished_arms(runs: pd.DataFrame, sweep: str) -> "pd.Series[float]":
     """Return the mean objective of each arm that has finished all seeds; raises UserError unless all use the same images."""
     if OBJECTIVE in runs:
-        is_valid = (runs["status"] == "FINISHED") & np.isfinite(runs[OBJECTIVE])
-        finished = runs[is_valid].groupby(ARM, sort=False)[SEED].nunique() == runs[SEED].nunique()
+        finished = runs[has_value(runs, OBJECTIVE)].groupby(ARM, sort=False)[SEED].nunique() == runs[SEED].nunique()
         done = runs[runs[ARM].isin(finished[finished].index)]
     if OBJECTIVE not in runs or done.empty:
         raise UserError(

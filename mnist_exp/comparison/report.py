@@ -53,8 +53,8 @@ def render(
         page: Returns the address of a run's page, None without one.
     """
     has_one_test_set = comparison.runs.get(f"{DIGEST}test", pd.Series(dtype=str)).replace("", None).nunique() <= 1
-    ids = comparison.runs.groupby(comparison.factor, sort=False)["run"]
-    by_arm = {arm: [history for run in own if (history := histories.get(run))] for arm, own in ids}
+    ids = dict(list(comparison.runs.groupby(comparison.factor, sort=False)["run"]))
+    by_arm = {arm: [history for run in own if (history := histories.get(run))] for arm, own in ids.items()}
     with mpl.rc_context(STYLE):
         found = {
             "differences": figures.differences_or_curve(comparison),
@@ -83,7 +83,7 @@ def render(
             for item in (disagreements(by_arm, comparison.baseline) if has_one_test_set else [])
             if images is None or item.index < len(images)
         ],
-        params=_differing_params(comparison, records),
+        params=_differing_params({arm: [records[run].params for run in own if run in records] for arm, own in ids.items()}),
         without_history=sum(history is None for history in histories.values()),
     )
 
@@ -94,12 +94,8 @@ def draw_differences(comparison: Comparison, file: Path) -> None:
         figures.differences_or_curve(comparison).savefig(file, dpi=100)
 
 
-def _differing_params(comparison: Comparison, records: Mapping[str, RunRecord]) -> dict[str, dict[str, str]]:
-    """Return the parameters that differ between arms, as their values by arm."""
-    params = {
-        arm: [records[run].params for run in own if run in records]
-        for arm, own in comparison.runs.groupby(comparison.factor, sort=False)["run"]
-    }
+def _differing_params(params: Mapping[str, Sequence[Mapping[str, str]]]) -> dict[str, dict[str, str]]:
+    """Return the parameters that differ between arms, as their values by arm; params: those of each run, by arm."""
     table = {}
     for key in sorted({key for own in params.values() for run in own for key in run} - {SEED}):
         by_arm = {arm: ", ".join(sorted({run.get(key, "-") for run in own})) for arm, own in params.items()}

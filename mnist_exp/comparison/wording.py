@@ -187,8 +187,9 @@ def _causes(comparison: Comparison) -> Iterator[str]:
 def _gaps(comparison: Comparison) -> Iterator[str]:
     """Yield the arms and levels that have no row."""
     shown = {(row.arm, row.level) for row in comparison.rows}
+    levels = [level for level, _ in comparison.levels()]
     for arm in (arm for arm in comparison.arms if arm != comparison.baseline):
-        if apart := [level for level, _ in comparison.levels() if (arm, level) not in shown]:
+        if apart := [level for level in levels if (arm, level) not in shown]:
             yield f"No row compares {arm} with {comparison.baseline} at {', '.join(apart)}: one of them has no jobs there."
 
 

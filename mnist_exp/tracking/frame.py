@@ -105,12 +105,7 @@ def _describe(run: RunRecord | None) -> dict[str, str]:
         "data": run.data,
         "precision": run.params.get("precision", ""),
         **{name: run.tags.get(name, "") for name in ("code", "torch", "threads")},
-        "processor": processor(run.tags),
+        "processor": " with ".join(run.tags[name] for name in (CPU, GPU) if name in run.tags),
         "digest": hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()[:12],
         **{DIGEST + split: digest for split, digest in run.digests.items()},
     }
-
-
-def processor(tags: Mapping[str, str]) -> str:
-    """Return the processor of a run, and its GPU if it used one."""
-    return " with ".join(tags[name] for name in (CPU, GPU) if name in tags)

@@ -1,4 +1,4 @@
-"""Sweeps as tables: a row for each job, whatever became of it."""
+"""Sweeps as tables: a row for each job, with or without a run."""
 
 import json
 import math
