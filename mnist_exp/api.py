@@ -13,7 +13,8 @@ from mnist_exp.composing import compose_recipe
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.repeat import request
 from mnist_exp.experiment.runner import RunResult, run
-from mnist_exp.overrides import JOB_KEY, is_location, remember_locations, section_of
+from mnist_exp.nodes import is_location, remember_locations
+from mnist_exp.overrides import JOB_KEY, section_of
 from mnist_exp.paths import take_credentials
 from mnist_exp.serving import Classifier
 from mnist_exp.serving.classifier import load_from

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from mnist_exp import composing
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import locations, quoted, remember_locations
+from mnist_exp.nodes import build, remember_locations
+from mnist_exp.overrides import locations, quoted
 from mnist_exp.paths import CONFIG_DIR, LOCATIONS, NAME, take_credentials
-from mnist_exp.settings import build
 from mnist_exp.signals import Interrupted
 
 if TYPE_CHECKING:

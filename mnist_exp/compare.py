@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnist_exp import cli
-from mnist_exp.errors import UserError
+from mnist_exp.errors import Mark, UserError
 from mnist_exp.overrides import command
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mnist_exp.comparison.pairs import Comparison
+    from mnist_exp.learning.data import Dataset
     from mnist_exp.settings import Settings
     from mnist_exp.tracking.base import RunRecord, Store, Sweep
     from mnist_exp.tracking.mlflow_store import MLflowStore
@@ -109,7 +110,7 @@ def compare(arguments: argparse.Namespace) -> None:
     show_lines([f"{factor} is not compared: {refusal}" for factor, refusal in refusals.items()])
     if sweeps:  # a table has neither histories nor a run to publish in
         records = {run.run_id: run for run in chain(*jobs) if run.status == "FINISHED"}
-        images = find_images(settings, records)
+        images = find_images(store, settings, records)
         show_lines(publish(store, sweeps, records, images, comparisons, notes, arguments))
         show_lines(next_steps(store, sweeps, comparisons))
 
@@ -151,14 +152,22 @@ def compare_factors(runs: "pd.DataFrame", arguments: argparse.Namespace) -> "tup
     return comparisons, refusals
 
 
-def find_images(settings: "Settings", records: "Mapping[str, RunRecord]") -> "Tensor | None":
-    """Return the test images of the runs, None if they are not at hand."""
-    from mnist_exp.learning.datasets import find_test_images
+def find_images(store: "Store", settings: "Settings", records: "Mapping[str, RunRecord]") -> "tuple[Tensor, list[str]] | None":
+    """Return the images that the runs were scored on, and the names of their classes; None if they are not on this machine."""
+    from mnist_exp.experiment.repeat import locate_data
+    from mnist_exp.nodes import build, marked
+    from mnist_exp.settings import read_recipe
+    from mnist_exp.tracking.base import RECIPE
 
     with suppress(UserError, StopIteration):  # a damaged file, or no finished run
         run = next(iter(records.values()))
-        root = settings.data.get("root") or settings.data.get("default_root")
-        return find_test_images(run.data, root, run.digests.get("test", ""))
+        for content in store.read_artifacts([run], RECIPE).values():
+            recipe = read_recipe(content, f"{RECIPE} of run {run.run_id}")
+            node = locate_data(recipe.settings.data, settings.data)
+            kept = {key: value for key, value in node.items() if key not in marked(node, "data", Mark.NEUTRAL)}  # no download
+            data: Dataset = build(kept, "data", seed=recipe.settings.seed)
+            if data.digests[data.eval_split] == run.digests.get(data.eval_split):
+                return data.splits[data.eval_split].images, list(data.class_names)
     return None
 
 
@@ -166,7 +175,7 @@ def publish(
     store: "MLflowStore",
     sweeps: "Sequence[Sweep]",
     records: "Mapping[str, RunRecord]",
-    images: "Tensor | None",
+    images: "tuple[Tensor, list[str]] | None",
     comparisons: "Sequence[Comparison]",
     notes: Mapping[str, Sequence[str]],
     arguments: argparse.Namespace,
@@ -181,7 +190,7 @@ def publish(
     for comparison, sweep in product(comparisons, sweeps):
         shown = notes[comparison.factor]
         repeated = commands(sweeps, comparison, arguments)
-        page = report.render(comparison, shown, records, histories, sweep.record, repeated, images, store.page)
+        page = report.render(comparison, shown, records, histories, sweep.record, repeated, images, sweep.objective, store.page)
         with tempfile.TemporaryDirectory() as folder:
             factor = re.sub(r"[^-.\w]", "_", comparison.factor)  # a name for files and tags
             report_file, picture = (Path(folder, f"compare-{factor}.{suffix}") for suffix in ("html", "png"))

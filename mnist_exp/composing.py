@@ -1,6 +1,7 @@
 """Compose the configuration as the command line does, and explain what Hydra refuses."""
 
 import json
+import os
 import re
 from typing import Any
 
@@ -11,9 +12,10 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from mnist_exp.errors import UserError
+from mnist_exp.nodes import did_you_mean, walk
 from mnist_exp.overrides import GROUPS, PARTS, check_groups, not_an_override, quoted
 from mnist_exp.paths import CONF, HOME, config_dirs, take_credentials
-from mnist_exp.settings import Recipe, Settings, check_settings, did_you_mean, walk
+from mnist_exp.settings import Recipe, Settings, check_settings
 
 OmegaConf.register_new_resolver("root", lambda path: str(HOME / path), replace=True)
 OmegaConf.register_new_resolver("scaled", lambda value, at, to: value * to / at, replace=True)
@@ -61,6 +63,14 @@ def compose_recipe(*overrides: str) -> Recipe:
     except COMPOSING_ERRORS as error:
         raise explain(error) from error
     return Recipe(from_composed(composed), choices_of(composed.hydra), list(overrides))
+
+
+def local_defaults(group: str) -> dict[str, Any]:
+    """Return the keys of a group that the user's own defaults in conf/local set."""
+    file = CONF / "local" / f"{os.environ.get('MNIST_EXP_LOCAL', 'default')}.yaml"
+    content = OmegaConf.to_container(OmegaConf.load(file), resolve=False) if file.is_file() else {}
+    own = content.get(group) if isinstance(content, dict) else None
+    return own if isinstance(own, dict) else {}
 
 
 def choices_of(hydra: Any) -> dict[str, str]:

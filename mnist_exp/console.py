@@ -16,11 +16,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from mnist_exp.metrics import format_metric
+from mnist_exp.metrics import SHOWN, format_metric
 
 SHORT_ID = 8  # characters
 SHORT_TEXT = 24  # characters a line: a column of text that is narrower makes room by omitting optional columns
-OPTIONAL = ("time/total_seconds", "test/loss")  # columns of a sweep's table that a narrow terminal omits
 NUMBER = re.compile(r"([-+]?\d[\d,.]*(e[-+]?\d+)?%?( \S+)?|-|)$")  # with a unit, missing, or empty
 
 
@@ -38,12 +37,15 @@ class Display:
         totals: The number of examples of each phase, by name.
         epochs: The number of epochs of each phase, by name, in order.
         examples_seen: The examples of all phases that a resumed run has already seen.
+        objective: The metric that is shown besides those of training.
         quiet: Show only warnings.
     """
 
-    def __init__(self, totals: Mapping[str, int], epochs: Mapping[str, int], examples_seen: int, *, quiet: bool) -> None:
+    def __init__(
+        self, totals: Mapping[str, int], epochs: Mapping[str, int], examples_seen: int, objective: str, *, quiet: bool
+    ) -> None:
         self.console = Console()
-        self.quiet = quiet
+        self.quiet, self.objective = quiet, objective
         self.progress = Progress(
             TextColumn("{task.description:>10}", markup=False),
             BarColumn(),
@@ -88,8 +90,8 @@ class Display:
             return
         epoch = epochs_seen - self.epochs_before[phase]
         parts = [f"epoch {epoch} of {self.epochs[phase]}", f"loss {loss}", f"accuracy {accuracy}"]
-        if (name := "val/accuracy") in metrics:
-            parts.append(f"{name} {format_metric(name, metrics[name])}")
+        if self.objective in metrics:
+            parts.append(f"{self.objective} {format_metric(self.objective, metrics[self.objective])}")
         show_lines([f"{phase}: {', '.join([*parts, speed])}"])
 
     def warn(self, message: str) -> None:
@@ -159,7 +161,7 @@ class SweepDisplay:
 
     def results(self, rows: list[dict[str, str]], ui_command: str | None) -> None:
         """Show the table of all jobs, and the command that opens the sweep in the UI."""
-        show_table([{key: value for key, value in row.items() if key != "run"} for row in rows], OPTIONAL)
+        show_table([{key: value for key, value in row.items() if key != "run"} for row in rows], SHOWN[:0:-1])
         _show_ui_command(ui_command)
 
 

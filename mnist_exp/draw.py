@@ -3,6 +3,7 @@
 import argparse
 
 from mnist_exp import cli
+from mnist_exp.errors import UserError
 
 SECONDS_TO_END = 2  # for requests that are still answered after Ctrl-C
 
@@ -33,6 +34,8 @@ def draw(arguments: argparse.Namespace) -> None:
 
     with cli.listen(arguments.port) as server:
         classifier = load_from(cli.find_store(), arguments.model)
+        if classifier.data.preparation != "handwriting":
+            raise UserError.invalid("--model", arguments.model, "a model of handwriting", "Use predict with files.")
         port = server.getsockname()[1]
         print(f"http://127.0.0.1:{port}", flush=True)
         print(f"Model: {classifier.source.title}", flush=True)

@@ -1,15 +1,27 @@
 """Mistakes of the user: the exceptions, and the types of arguments that a mistake violates."""
 
+from enum import Enum
 from typing import Annotated, Self
 
-from annotated_types import Ge, Gt, Interval
+from annotated_types import Ge, Gt, Interval, MinLen
 
-# Types of arguments. `settings.build` checks the arguments of a node against the annotations of its target.
+
+class Mark(Enum):
+    """Marks of annotations: such an argument does not affect the results of a run, and is no part of its digest."""
+
+    LOCATION = "the place of data that are only read: a resumed or repeated run looks there, too"
+    NEUTRAL = "any other: of the data, a resumed or repeated run takes it from the present configuration"
+
+
+# Types of arguments. `nodes.build` checks the arguments of a node against the annotations of its target.
 Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
 Share = Annotated[float, Interval(ge=0, le=1)]
+Location = Annotated[str, MinLen(1), Mark.LOCATION]
+DownloadFolder = Annotated[str, MinLen(1), Mark.NEUTRAL]
+ParameterLimit = Annotated[Count | None, Mark.NEUTRAL]
 
 
 class UserError(Exception):

@@ -1,21 +1,26 @@
 """Command: score a stored model on a data set, and record the result: python -m mnist_exp.evaluate latest --data mnist."""
 
 import argparse
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnist_exp import cli
-from mnist_exp.errors import UserError
+from mnist_exp.errors import Mark, UserError
 from mnist_exp.metrics import EVALUATION, format_metric
 from mnist_exp.overrides import command, quoted
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mnist_exp.learning.data import Dataset
     from mnist_exp.learning.evaluation import Evaluation
     from mnist_exp.tracking.base import RunRecord
     from mnist_exp.tracking.mlflow_store import MLflowStore
     from mnist_exp.tracking.models import ModelSource
+
+NO_NAME = r"[^-\w. ]"  # what the name of a metric must not contain
 
 
 def main() -> None:
@@ -32,34 +37,43 @@ def parser() -> argparse.ArgumentParser:
         "model", nargs="?", default="latest", metavar="MODEL", help="a run, its start, latest, models:/NAME@ALIAS, or a folder"
     )
     result.add_argument("--data", metavar="OPTION", help="an option of conf/data/ (default: that of conf/config.yaml)")
-    result.add_argument("--data-root", metavar="FOLDER", help="the folder of its files (default: MNIST_ROOT)")
+    result.add_argument("--data-root", metavar="FOLDER", help="the folder of its files")
     return result
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Score the model on the test images of the data, show and record the result."""
     from mnist_exp.learning import evaluation
+    from mnist_exp.nodes import build, marked
     from mnist_exp.serving.classifier import load_from
-    from mnist_exp.settings import build
 
-    settings = cli.default_settings(*([f"data={quoted(arguments.data)}"] if arguments.data else []))
+    chosen = [f"data={quoted(arguments.data)}"] if arguments.data else []
+    settings = cli.default_settings(*chosen)
+    if arguments.data_root:
+        places = marked(settings.data, "data", Mark.LOCATION)
+        if not places:
+            raise UserError.invalid("--data-root", arguments.data_root, "nothing, because this data set has no folder")
+        settings = cli.default_settings(*chosen, f"data.{places[0]}={quoted(arguments.data_root)}")
     store = cli.find_store(settings)
     classifier = load_from(store, arguments.model)
     data = build(settings.data, "data", seed=0)
-    if data.shape != classifier.shape:
-        raise UserError.invalid("--data", data.name, f"data with the shape of the model, {classifier.shape}, not {data.shape}")
+    if data.shape != classifier.data.shape:
+        expected = f"data with the shape of the model, {classifier.data.shape}, not {data.shape}"
+        raise UserError.invalid("--data", data.name, expected)
     result = evaluation.evaluate(classifier.model, data.splits[data.eval_split])
-    repeat = command("evaluate", classifier.source.address, *(["--data", arguments.data] if arguments.data else []))
+    options = {"--data": arguments.data, "--data-root": arguments.data_root}
+    typed = [word for option, value in options.items() if value for word in (option, value)]
+    repeat = command("evaluate", classifier.source.address, *typed)
     record(store, classifier.source, data, result, repeat, settings.output_dir)
 
 
-def measures(evaluation: "Evaluation") -> dict[str, float]:
+def measures(evaluation: "Evaluation", class_names: "Sequence[str]") -> dict[str, float]:
     """Return the metrics of an evaluation, among them the accuracy on each class, by names that no run's metric has."""
     matrix = evaluation.confusion_matrix.double()  # (classes, classes), by label and prediction
     counts = matrix.sum(1)
     by_class = {
-        f"{EVALUATION}class_{label}/accuracy": float(matrix[label, label] / counts[label])
-        for label in range(len(matrix))
+        f"{EVALUATION}class_{re.sub(NO_NAME, '_', name)}/accuracy": float(matrix[label, label] / counts[label])
+        for label, name in enumerate(class_names)
         if counts[label] > 0
     }
     return {f"{EVALUATION}{name}": value for name, value in evaluation.metrics.items()} | by_class
@@ -96,7 +110,7 @@ def record(
     if source.run_id:
         with suppress(UserError):  # the run was deleted, its model was not
             trained = store.get_run(source.run_id)
-    split, warnings, results = data.eval_split, caveats(trained, data), measures(evaluation)
+    split, warnings, results = data.eval_split, caveats(trained, data), measures(evaluation, data.class_names)
     tags = provenance.git_tags() | provenance.software() | provenance.process_tags(output_dir)
     tags |= {DATA: data.name, MODEL: source.address} | ({TRAINED_BY: source.run_id} if source.run_id else {})
     rows = {name: format_metric(name, value) for name, value in results.items()} | {
@@ -108,7 +122,9 @@ def record(
         if source.model_id:
             tracker.use_model(source.model_id)
         tracker.log_results(results)
-        tracker.log_figure(confusion_matrix(evaluation, f"{data.name}, {split}"), "pictures/confusion_matrix.png")
+        tracker.log_figure(
+            confusion_matrix(evaluation, data.class_names, f"{data.name}, {split}"), "pictures/confusion_matrix.png"
+        )
         table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
         by = f"\n\nThe model was trained by [this run]({store.link(source.run_id)})." if source.run_id else ""
         tracker.set_description("\n\n".join([*warnings, f"| | |\n| --- | --- |\n{table}{by}"]))

@@ -1,7 +1,11 @@
 """The metrics of runs: display format, unit and direction, defined once for the terminal, tables, reports and MLflow."""
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,7 @@ METRICS = {
     )
 }
 OTHER = Metric("other", ".4g")
-OBJECTIVE = "val/accuracy"  # decides searches, rankings and promotions; never a metric of the test set
-MAIN_METRICS = (OBJECTIVE, "test/accuracy")  # in tables of runs and descriptions of models
+SHOWN = ("test/accuracy", "test/loss", "time/total_seconds")  # in tables of runs, after the objective
 EVALUATION = "evaluate/"  # begins the names of metrics of stored models: no command selects runs by them
 
 
@@ -60,6 +63,17 @@ def metric_of(name: str) -> Metric:
     """Return the metric that is recorded as `name`: of `test/accuracy` accuracy, of `time/train_seconds` seconds."""
     last = name.rpartition("/")[2]
     return METRICS.get("seconds" if last.endswith("_seconds") else last, OTHER)
+
+
+def best_first(name: str, items: Iterable[Item], value: Callable[[Item], float]) -> list[Item]:
+    """Return items sorted by their value of a metric, the best first; equal ones keep their order.
+
+    Args:
+        name: The name of the metric, which may have no direction: then the highest is first.
+        items: The items.
+        value: Returns the value of an item.
+    """
+    return sorted(items, key=value, reverse=metric_of(name).higher_is_better is not False)
 
 
 def format_metric(name: str, value: float, *, signed: bool = False, is_difference: bool = False, bare: bool = False) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import chain, product
-from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
@@ -15,12 +14,14 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp.errors import UserError
-from mnist_exp.paths import CONFIG_DIR, LOCATIONS, NAME, take_credentials, typed
+from mnist_exp.paths import CONFIG_DIR, LOCATIONS, NAME, typed
 
-PARTS = ("optimizer", "scheduler", "augmentation", "teacher")  # shared by all phases, each of which may choose its own
+# The parts of a phase, each a group in conf/, shared by all phases, each of which may choose its own. True: an option is called
+# later, with further arguments, so that its file needs no `_partial_: true`.
+PARTS = {"optimizer": True, "scheduler": True, "augmentation": False, "loss": False, "teacher": True, "callbacks": False}
 GROUPS = {"data", "model", "phase", "experiment", "arm", *PARTS}  # the groups of a recipe in conf/
-# The keys of a recipe: what affects a run's outcome, and how often it saves checkpoints.
-RECIPE = {"seed", "batch_size", "precision", "device", "phases", "data", "model", "parameter_limit", "save_every", *PARTS}
+# The keys of a recipe: what affects a run's results or its ranking, and how often it saves checkpoints.
+RECIPE = {"seed", "batch_size", "precision", "device", "phases", "data", "model", "objective", "save_every", *PARTS}
 JOB_KEY = "sweep_job"  # the hidden key with which a sweep passes a context to its jobs
 
 
@@ -97,12 +98,6 @@ def varied_keys(jobs: Sequence[Sequence[str]]) -> list[str]:
     return [key for key, seen in values.items() if len(set(seen)) > 1 or len(seen) < len(jobs)]
 
 
-def is_location(override: str) -> bool:
-    """Return whether an override sets a location."""
-    key = key_of(override)
-    return key in LOCATIONS or key.startswith("tracking.")
-
-
 def check_ids(overrides: Iterable[str]) -> None:
     """Raise UserError on an id that Hydra reads as a number: 1234e567 as infinity, 00123456 without its zeros."""
     for override in overrides:
@@ -128,16 +123,6 @@ def _are_names(override: str, value: str) -> bool:
     return not isinstance(items, list) or all(isinstance(item, str | QuotedString) for item in items)
 
 
-def remember_locations(overrides: Iterable[str], config_dir: str | None) -> None:
-    """Note the locations of a command line, which printed commands repeat; raises UserError on a folder that does not exist."""
-    typed.clear()
-    typed.update({key_of(override): take_credentials(text_of(override)) for override in overrides if is_location(override)})
-    if config_dir:
-        if not Path(config_dir).is_dir():
-            raise UserError.invalid(CONFIG_DIR, config_dir, "a folder that exists")
-        typed[CONFIG_DIR] = config_dir
-
-
 def locations() -> list[str]:
     """Return the locations that the user typed, as overrides."""
     return [f"{key}={text}" for key, text in typed.items() if key != CONFIG_DIR]
@@ -156,9 +141,8 @@ def command(module: str, *arguments: str) -> str:
     if module == "run":
         repeated = [override for override in locations() if override not in arguments]
     else:
-        options = {LOCATIONS[key]: str(parse(f"{key}={text}").value()) for key, text in typed.items() if key in LOCATIONS}
-        taken = ("--tracking-uri", "--experiment", "--output-dir", *(("--data-root",) if module == "evaluate" else ()))
-        repeated = [word for name in taken if name in options for word in (name, options[name])]
+        options = [(option, f"{key}={typed[key]}") for key, option in LOCATIONS.items() if option and key in typed]
+        repeated = [word for option, override in options for word in (option, str(parse(override).value()))]
     folder = [CONFIG_DIR, typed[CONFIG_DIR]] if CONFIG_DIR in typed else []
     return shlex.join(["python", "-m", f"{NAME}.{module}", *arguments, *repeated, *folder])
 
@@ -192,6 +176,6 @@ def _problem(override: str) -> str:
             return f"inserts an option at {parsed.package}"
         return "chooses no option by its plain name" if re.search(r"[/{]|\.\.", text_of(override)) else ""
     is_id = re.fullmatch(r"(resume|rerun)=[0-9a-f,']+", override)  # of runs whose own recipes are checked in turn
-    if is_location(override) or not (section_of(override) in RECIPE or is_id):
+    if not (section_of(override) in RECIPE or is_id):
         return "sets no key of the recipe and names no run by its id"
     return ""

@@ -12,13 +12,11 @@ CHECKOUT = PACKAGE.parent if (PACKAGE.parent / "conf" / "config.yaml").is_file()
 CONF = (CHECKOUT or PACKAGE) / "conf"
 HOME = CHECKOUT or Path.cwd()  # where runs, the default store and downloaded data go
 
-# The keys of locations, which the command line and the environment set but no store, with the option of commands without keys.
+# The keys of locations, with the option of commands without keys. Locations of data are arguments that are declared as such.
 LOCATIONS = {
     "tracking.uri": "--tracking-uri",
     "tracking.experiment": "--experiment",
     "output_dir": "--output-dir",
-    "data.root": "--data-root",
-    "data.default_root": None,
     "tracking": None,
 }
 CONFIG_DIR = "--config-dir"

@@ -1,4 +1,4 @@
-"""Command: classify pictures of digits: python -m mnist_exp.predict --model latest FILE..."""
+"""Command: classify pictures: python -m mnist_exp.predict --model latest FILE..."""
 
 import argparse
 import os
@@ -21,8 +21,8 @@ def main() -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    result = cli.parser("predict", "Classify pictures of digits.")
-    result.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a picture of one digit, or a folder of pictures")
+    result = cli.parser("predict", "Classify pictures.")
+    result.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a picture, or a folder of pictures")
     result.add_argument(
         "--model", default="latest", help="a run (its id or the start of one), latest, models:/NAME@ALIAS, or a folder"
     )
@@ -58,9 +58,9 @@ def predict(arguments: argparse.Namespace) -> int:
             [
                 {
                     "file": item.file,
-                    "label": str(item.label),
+                    "label": item.label,
                     "probability": f"{item.probability:.1%}",
-                    "runner-up": str(item.runner_up),
+                    "runner-up": item.runner_up,
                 }
                 for item in read[:MAX_SHOWN]
             ]

@@ -13,8 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 from mnist_exp.cli import check_order, leave_credentials, reported_errors
 from mnist_exp.composing import choices_of, config_dir_of, from_composed
 from mnist_exp.errors import UserError
-from mnist_exp.metrics import OBJECTIVE
-from mnist_exp.overrides import JOB_KEY, check_groups, check_ids, is_location, remember_locations, section_of
+from mnist_exp.nodes import is_location, remember_locations
+from mnist_exp.overrides import JOB_KEY, check_groups, check_ids, section_of
 from mnist_exp.paths import CONF, NAME
 from mnist_exp.settings import Recipe
 from mnist_exp.signals import install_signal_handlers
@@ -32,7 +32,7 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def task(composed: DictConfig) -> float | None:
-    """Run the composed configuration; return its last validation accuracy, for Hydra's sweepers."""
+    """Run the composed configuration; return the last value of its objective, for Hydra's sweepers."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:  # a job of a sweep: its error is the sweep's to report
         return run_composed(composed)
     with reported_errors():  # here, because Hydra prints a line of its own before it passes on an exception
@@ -41,7 +41,7 @@ def task(composed: DictConfig) -> float | None:
 
 
 def run_composed(composed: DictConfig) -> float | None:
-    """Train, resume or repeat the run that a composed configuration describes; return its last validation accuracy."""
+    """Train, resume or repeat the run that a composed configuration describes; return its last objective."""
     install_signal_handlers()
     from mnist_exp.experiment import repeat, runner  # after the command line is parsed: they take seconds to import
     from mnist_exp.sweep.search import make_pruning_callback
@@ -63,7 +63,7 @@ def run_composed(composed: DictConfig) -> float | None:
         raise UserError(f"{' '.join(in_sweep_only)} needs a sweep.", key=in_sweep_only[0], remedy="Add -m as the first argument.")
     prune = None
     if context and context.in_search:
-        prune = partial(make_pruning_callback, settings.output_dir / context.sweep_id, context.number)
+        prune = partial(make_pruning_callback, settings.output_dir / context.sweep_id, context.number, settings.objective)
     if settings.resume:
         result = repeat.resume(settings, typed, prune)
     elif settings.rerun:
@@ -71,7 +71,7 @@ def run_composed(composed: DictConfig) -> float | None:
     else:
         recipe = Recipe(settings, choices_of(job), [override for override in typed if not is_location(override)])
         result = runner.run(repeat.request(recipe, make_should_prune=prune))
-    return result.metrics.get(OBJECTIVE)
+    return result.metrics.get(settings.objective)
 
 
 if __name__ == "__main__":

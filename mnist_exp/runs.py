@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mnist_exp import cli
 from mnist_exp.errors import UserError
-from mnist_exp.metrics import MAIN_METRICS, OBJECTIVE, format_metric
+from mnist_exp.metrics import SHOWN, format_metric
 from mnist_exp.overrides import command
 from mnist_exp.paths import NAME
 
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     diff.add_argument("first", metavar="A", help=RUN)
     diff.add_argument("second", metavar="B", help=RUN)
     diff.set_defaults(run=diff_runs)
-    best = add("best", "print the command that trains the best arm of a sweep, by validation accuracy")
+    best = add("best", "print the command that trains the best arm of a sweep, by its objective")
     best.add_argument("sweep", nargs="?", default="latest", metavar="SWEEP", help=RUN)
     best.set_defaults(run=best_arm)
     delete = add("delete", "delete runs and their folders; a sweep with all its jobs")
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--keep-best", type=cli.count, default=5, metavar="N", help="keep the N best of each data set (default: 5)"
     )
-    prune.add_argument("--by", default=OBJECTIVE, metavar="METRIC", help=f"the metric of --keep-best (default: {OBJECTIVE})")
+    prune.add_argument("--by", metavar="METRIC", help="the metric of --keep-best (default: the objective)")
     prune.add_argument("--yes", action="store_true", help="delete them")
     prune.set_defaults(run=prune_runs)
     add("reap", "set runs to KILLED that are RUNNING in the store although their process is dead").set_defaults(run=reap_runs)
@@ -135,10 +135,12 @@ def list_runs(store: "MLflowStore", settings: "Settings", arguments: argparse.Na
             remedy=f"Set MLFLOW_TRACKING_URI or --tracking-uri to the store with your runs, or start one: {command('run')}.",
         )
     chosen = tables.filter_runs(records, arguments.data, arguments.since, arguments.last)
+    metrics = settings.objective, *SHOWN
     if arguments.sort:
-        show_table(tables.ranking(chosen, arguments.sort), optional=MAIN_METRICS)
+        rows = tables.ranking(chosen, arguments.sort, metrics)
     else:
-        show_table(tables.run_tree(records, chosen, with_jobs=arguments.jobs), optional=MAIN_METRICS[:1])
+        rows = tables.run_tree(records, chosen, metrics, with_jobs=arguments.jobs)
+    show_table(rows, optional=[name for name in reversed(metrics) if name != (arguments.sort or SHOWN[0])])
 
 
 def show_run(store: "MLflowStore", settings: "Settings", arguments: argparse.Namespace) -> None:
@@ -182,15 +184,16 @@ def best_arm(store: "MLflowStore", settings: "Settings", arguments: argparse.Nam
     from mnist_exp.sweep.summary import rank_arms
 
     sweep = store.find_sweep(arguments.sweep)
-    arms = rank_arms(store.children(sweep.run_id))
+    objective = sweep.objective
+    arms = rank_arms(store.children(sweep.run_id), objective)
     if not arms:
         raise UserError(
-            f"Sweep {sweep.run_id} has no finished job with {OBJECTIVE}, by which arms are ranked.",
+            f"Sweep {sweep.run_id} has no finished job with {objective}, by which arms are ranked.",
             remedy="Finish it, or start one with validation images, such as data=mnist_tuning.",
         )
     show_table(
         [
-            {"arm": " ".join(overrides), "n": str(len(values)), OBJECTIVE: format_metric(OBJECTIVE, statistics.mean(values))}
+            {"arm": " ".join(overrides), "n": str(len(values)), objective: format_metric(objective, statistics.mean(values))}
             for overrides, values in arms
         ]
     )
@@ -210,7 +213,7 @@ def promote_model(store: "MLflowStore", settings: "Settings", arguments: argpars
     else:
         champion = models.find_champion(store, arguments.name, arguments.alias)
         sweep = store.find_sweep(arguments.sweep)
-        decision = decide_by_sweep(frame([(sweep, store.children(sweep.run_id))]), champion)
+        decision = decide_by_sweep(frame([(sweep, store.children(sweep.run_id))]), sweep.objective, champion)
         if decision.run_id is None:
             show_lines([decision.reason])
             return
@@ -234,9 +237,11 @@ def prune_runs(store: "MLflowStore", settings: "Settings", arguments: argparse.N
     from mnist_exp.tracking.housekeeping import plan_pruning
 
     reap(store, settings.output_dir)
-    groups, kept = plan_pruning(store, settings.output_dir, arguments.older_than, arguments.keep_best, arguments.by)
+    by = arguments.by or settings.objective
+    groups, kept = plan_pruning(store, settings.output_dir, arguments.older_than, arguments.keep_best, by)
     if groups:
-        show_table([tables.run_row(tables.group_name(group), group[0]) for group in groups], optional=MAIN_METRICS)
+        metrics = settings.objective, *SHOWN
+        show_table([tables.run_row(tables.group_name(group), group[0], metrics) for group in groups], optional=metrics[::-1])
     show_lines([f"Kept: {'; '.join(f'{reason} ({count})' for reason, count in kept.items()) or 'none'}."])
     if arguments.yes:
         delete_groups(store, groups, settings.output_dir)

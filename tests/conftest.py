@@ -18,10 +18,11 @@ import torch
 from mnist_exp import paths
 from mnist_exp.composing import compose_recipe
 from mnist_exp.learning.data import Dataset, Split
-from mnist_exp.learning.datasets import MNIST_FILES, MNIST_SHAPE, load_digits
+from mnist_exp.learning.datasets import MNIST_FILES, load_digits
+from mnist_exp.nodes import build
 from mnist_exp.paths import HOME
 from mnist_exp.run import main
-from mnist_exp.settings import Recipe, Settings, build
+from mnist_exp.settings import DataDescription, Recipe, Settings
 from mnist_exp.signals import SIGNALS
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.tracking.base import RunInfo
@@ -30,6 +31,8 @@ from mnist_exp.tracking.mlflow_store import MLflowStore
 Compose = Callable[..., Settings]
 CommandLine = Callable[..., subprocess.CompletedProcess[str]]
 Call = Callable[..., subprocess.CompletedProcess[str]]
+MNIST = DataDescription(class_names=list("0123456789"), side=28, channels=1, preparation="handwriting")
+MNIST_SHAPE = MNIST.shape
 
 
 def pytest_configure() -> None:
@@ -40,13 +43,14 @@ def pytest_configure() -> None:
         torch.set_num_threads(1)
 
 
-def finished(settings: Settings, data: Dataset, output_dir: Path, epochs: float | None = None) -> str:
+def finished(settings: Settings, data: Dataset, output_dir: Path, *, ended: bool = True) -> str:
     """Leave what a finished run leaves, of a network that has not learned anything, and return the run's id."""
     run_id = uuid4().hex
-    state = {"model": build(settings.model, "model", **data.shape).state_dict()}
-    history = [(1, {"epoch": epochs or sum(phase["epochs"] for phase in settings.phases.values())})]
+    model = build(settings.model, "model", **data.shape)
+    state = {"model": model.state_dict(), "phase": list(settings.phases)[-1], "ended": ended}
+    history = [(1, {"epoch": 1.0})]
     folder = run_dir.ensure_writable_dir(output_dir / run_id)
-    recipe = Recipe(settings.model_copy(update={"shape": data.shape}))
+    recipe = Recipe(settings.model_copy(update={"data_description": DataDescription(**data.description)}))
     checkpoint.save(folder, checkpoint.Checkpoint(run_id, recipe, data.digests, {}, state, history, {}, 0.0))
     run_dir.mark_complete(folder)
     return run_id
@@ -117,7 +121,7 @@ def short_digits(digits: Dataset) -> Dataset:
 def one_split(name: str = "mnist", split: str = "test", digest: str = "ab12", shape: tuple[int, ...] = (1, 28, 28)) -> Dataset:
     """A data set of ten black images."""
     images, labels = torch.zeros(10, *shape, dtype=torch.uint8), torch.zeros(10, dtype=torch.int64)
-    return Dataset(name, "somewhere", 10, {split: Split(images, labels, 10, digest)}, validation=split)
+    return Dataset(name, "somewhere", "0123456789", {split: Split(images, labels, 10, digest)}, validation=split)
 
 
 @pytest.fixture
@@ -129,7 +133,7 @@ def composed() -> Compose:
 @pytest.fixture
 def stored_run(store: str, tmp_path: Path, composed: Compose) -> str:
     """The id of a finished run whose network has not learned anything."""
-    settings = composed().model_copy(update={"shape": MNIST_SHAPE})
+    settings = composed().model_copy(update={"data_description": MNIST})
     opened = MLflowStore(store, "mnist_exp")
     opened.open()
     with opened.start(RunInfo("se_cnn", "python -m mnist_exp.run", {"data": "mnist"})) as tracker:

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CommandLine, Compose, finished
+from conftest import MNIST, MNIST_SHAPE, CommandLine, Compose, finished
 
 from mnist_exp.errors import MissingDataError, UserError
 from mnist_exp.experiment.repeat import with_present_locations
 from mnist_exp.learning.data import Dataset
-from mnist_exp.learning.datasets import MNIST_SHAPE
 from mnist_exp.learning.training import fit, prepare_phases
+from mnist_exp.nodes import build
 from mnist_exp.paths import CONF
-from mnist_exp.settings import Recipe, Trial, build, read_recipe
+from mnist_exp.settings import Recipe, Trial, read_recipe
 
 # The files of all groups. A new one is tested without a change here.
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.parent not in (CONF, CONF / "local"))
@@ -39,7 +39,7 @@ def test_every_file_composes_and_trains(
         if group != "hydra/launcher":
             raise
         pytest.skip(str(error))  # its package is not installed
-    Trial().try_out(settings.model_copy(update={"shape": MNIST_SHAPE}))
+    Trial().try_out(settings.model_copy(update={"data_description": MNIST}))
     build(settings.tracking, "tracking")
     model = build(settings.model, "model", **MNIST_SHAPE)
     two_steps = replace(digits, splits={name: replace(split, epoch_size=64) for name, split in digits.splits.items()})
@@ -106,7 +106,7 @@ WRONG: dict[str, str] = dict.fromkeys(
 @pytest.mark.parametrize("overrides", WRONG)
 def test_a_wrong_value_is_named_with_its_key(composed: Compose, overrides: str) -> None:
     with pytest.raises(UserError) as error:
-        Trial().try_out(composed(*overrides.split()).model_copy(update={"shape": MNIST_SHAPE}))
+        Trial().try_out(composed(*overrides.split()).model_copy(update={"data_description": MNIST}))
     typed, _, value = overrides.split()[0].lstrip("+~").rpartition("=")
     assert error.value.key == (WRONG[overrides] or typed.rpartition("@")[2] or value)
     if typed.endswith("optimizer.lr"):
@@ -125,7 +125,7 @@ def test_images_that_this_machine_lacks_are_an_error_of_the_run_only(composed: C
 def test_the_parameter_limit_does_not_change_the_digest(composed: Compose) -> None:
     settings = composed()
     assert settings.digest() == composed("parameter_limit=null").digest()
-    with_shape = settings.model_copy(update={"shape": MNIST_SHAPE})
+    with_shape = settings.model_copy(update={"data_description": MNIST})
     assert settings.digest() == with_shape.digest() != composed("seed=1").digest()
 
 
@@ -160,7 +160,7 @@ def test_a_model_of_another_kind_has_arguments_of_its_own(
         "    return nn.Sequential(nn.Conv2d(in_channels, channels[0], 3), nn.Conv2d(*channels, 3))\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    settings = composed().model_copy(update={"shape": MNIST_SHAPE})
+    settings = composed().model_copy(update={"data_description": MNIST})
     node = {"_target_": "my_models.two_stages", "channels": [8, 16]}
     Trial().try_out(settings.model_copy(update={"model": node}))
     for key, value in (("channels", ["many"]), ("hue", 1)):

@@ -140,11 +140,11 @@ def _point(arm: str, run: "pd.Series[Any]") -> str:
     return f"{POINT}{run['run']}/{quote(name, safe='')}"
 
 
-def learning_curves(comparison: Comparison, histories: Histories) -> Figure | None:
-    """Draw the mean and the range of each arm's training loss and validation accuracy; None without data."""
+def learning_curves(comparison: Comparison, histories: Histories, objective: str) -> Figure | None:
+    """Draw the mean and the range of each arm's training loss and objective; None without data."""
     runs = [run for found in histories.values() for run in found]
-    # A run of one epoch has a single point of val/accuracy.
-    metrics = [name for name in ("train/loss", "val/accuracy") if any(len(run.curve(name)[0]) > 1 for run in runs)]
+    # A run of one epoch has a single point of a validation metric.
+    metrics = [name for name in ("train/loss", objective) if any(len(run.curve(name)[0]) > 1 for run in runs)]
     if not metrics:
         return None
     figure = Figure(figsize=(WIDTH, 2.4 * len(metrics)), layout="constrained")
@@ -181,14 +181,21 @@ def _draw_band(axes: Axes, metric: str, lines: list[Curve], style: dict[str, str
     axes.plot(grid, heights.mean(0), markersize=4, **markers)  # type: ignore[arg-type]
 
 
-def mistakes(comparison: Comparison, histories: Histories) -> Figure | None:
-    """Draw the most frequent confusions: how often an average run of each arm reads a label as another; None without any."""
+def mistakes(comparison: Comparison, histories: Histories, class_names: Sequence[str]) -> Figure | None:
+    """Draw the most frequent confusions: how often an average run of each arm reads a label as another; None without any.
+
+    Args:
+        comparison: The comparison.
+        histories: The histories of the runs, by arm.
+        class_names: The name of each class, none if unknown.
+    """
     found = {arm: mean_confusions(runs) for arm, runs in histories.items() if runs}
     totals = {pair: sum(counts.get(pair, 0) for counts in found.values()) for counts in found.values() for pair in counts}
     pairs = sorted(totals, key=lambda pair: (-totals[pair], pair))[:MAX_CONFUSIONS]
     if not pairs:
         return None
-    labels = [[f"{label} read as {prediction}"] for label, prediction in pairs]
+    names = dict(enumerate(class_names))
+    labels = [[" read as ".join(str(names.get(index, index)) for index in pair)] for pair in pairs]
     figure, axes = _figure_of_rows(labels, "images, in an average run")
     for arm, style in styles(comparison).items():
         if arm in found:

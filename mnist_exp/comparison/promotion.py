@@ -1,13 +1,14 @@
 """Decides by the objective, on validation images alone, which arm of a sweep becomes the champion."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
 from mnist_exp.comparison.pairs import compare, has_value, varied_keys
 from mnist_exp.comparison.wording import describe_verdict, format_difference
 from mnist_exp.errors import UserError
-from mnist_exp.metrics import OBJECTIVE, format_metric
+from mnist_exp.metrics import best_first, format_metric, metric_of
 from mnist_exp.overrides import command
 from mnist_exp.tracking.frame import DIGEST, SEED
 
@@ -29,14 +30,15 @@ class Decision:
     tags: dict[str, str]
 
 
-def decide_by_sweep(runs: pd.DataFrame, champion: str | None) -> Decision:
-    """Return which arm of a sweep becomes the champion: the best one, if it is higher than the champion's arm.
+def decide_by_sweep(runs: pd.DataFrame, objective: str, champion: str | None) -> Decision:
+    """Return which arm of a sweep becomes the champion: the best one, if it is better than the champion's arm.
 
     An arm is a combination of the values of all keys that vary, the seed aside. Only arms that have finished all seeds count,
     because an arm would look better without those of its seeds that diverged.
 
     Args:
         runs: The runs of the sweep, from `tracking.frame.frame`.
+        objective: The metric that decides.
         champion: The id of the run that trained the present champion, empty if unknown; None without a champion.
 
     Raises:
@@ -47,16 +49,20 @@ def decide_by_sweep(runs: pd.DataFrame, champion: str | None) -> Decision:
         " ".join(f"{key}={value}" for key, value in zip(keys, job, strict=True)) for job in runs[keys].itertuples(index=False)
     ]
     runs = runs.drop(columns=keys).assign(**{ARM: arms})
-    means = _means_of_finished_arms(runs, sweep)
+    means = _means_of_finished_arms(runs, objective, sweep)
+    is_low = metric_of(objective).higher_is_better is False
+
+    def best_of(values: "pd.Series[float]") -> Any:
+        return values.idxmin() if is_low else values.idxmax()  # the first of equal ones
 
     def best_run(arm: str) -> str:
         own = runs[runs[ARM] == arm]
-        return str(own.loc[own[OBJECTIVE].idxmax(), "run"])
+        return str(own.loc[best_of(own[objective]), "run"])
 
     if champion is None:
-        best = str(means.idxmax())  # the first of equal ones
-        mean = format_metric(OBJECTIVE, means[best])
-        reason = f"The first champion: {best or 'the only arm'} has the highest mean {OBJECTIVE}, {mean}."
+        best = str(best_of(means))
+        value = format_metric(objective, means[best])
+        reason = f"The first champion: {best or 'the only arm'} has the best mean {objective}, {value}."
         return Decision(best_run(best), reason, {"arm": best})
     own = runs.loc[runs["run"] == champion, ARM]
     if own.empty:
@@ -68,24 +74,24 @@ def decide_by_sweep(runs: pd.DataFrame, champion: str | None) -> Decision:
         )
     if runs[ARM].nunique() == 1:
         return Decision(None, "The champion stays: the sweep has no other arm.", {})
-    rows = [row for row in compare(runs, ARM, own.iloc[0], [OBJECTIVE]).rows if row.is_complete and row.estimate.n]
+    rows = [row for row in compare(runs, ARM, own.iloc[0], [objective]).rows if row.is_complete and row.estimate.n]
     if not rows:
         return Decision(None, "The champion stays: for a verdict, its arm and another one must have finished all seeds.", {})
-    row = max(rows, key=lambda row: row.estimate.difference)
-    finding = f"{row.arm} against {row.baseline} in {OBJECTIVE}: {describe_verdict(row)}, {format_difference(row)}."
-    if row.verdict != "higher" or row.is_doubtful:
+    row = best_first(objective, rows, lambda row: row.estimate.difference)[0]
+    finding = f"{row.arm} against {row.baseline} in {objective}: {describe_verdict(row)}, {format_difference(row)}."
+    if row.verdict != ("lower" if is_low else "higher") or row.is_doubtful:
         return Decision(None, f"The champion stays: {finding}", {})
     return Decision(best_run(row.arm), finding, {"arm": row.arm, "verdict": row.verdict})
 
 
-def _means_of_finished_arms(runs: pd.DataFrame, sweep: str) -> "pd.Series[float]":
+def _means_of_finished_arms(runs: pd.DataFrame, objective: str, sweep: str) -> "pd.Series[float]":
     """Return the mean objective of each arm that has finished all seeds; raises UserError unless all use the same images."""
-    if OBJECTIVE in runs:
-        finished = runs[has_value(runs, OBJECTIVE)].groupby(ARM, sort=False)[SEED].nunique() == runs[SEED].nunique()
+    if objective in runs:
+        finished = runs[has_value(runs, objective)].groupby(ARM, sort=False)[SEED].nunique() == runs[SEED].nunique()
         done = runs[runs[ARM].isin(finished[finished].index)]
-    if OBJECTIVE not in runs or done.empty:
+    if objective not in runs or done.empty:
         raise UserError(
-            f"No arm of sweep {sweep} has finished all seeds with a {OBJECTIVE}.",
+            f"No arm of sweep {sweep} has finished all seeds with a {objective}.",
             remedy=f"Finish it with `{command('run', '-m', f'sweep.resume={sweep}')}`, or promote a run with --run.",
         )
     images = set(done.get(f"{DIGEST}validation", pd.Series("")))
@@ -94,4 +100,4 @@ def _means_of_finished_arms(runs: pd.DataFrame, sweep: str) -> "pd.Series[float]
             f"The runs of sweep {sweep} are not validated on the same images, or also train on them.",
             remedy="Start a sweep on data=mnist_tuning, which validates on images of its own, or promote a run with --run.",
         )
-    return done.groupby(ARM, sort=False)[OBJECTIVE].mean()
+    return done.groupby(ARM, sort=False)[objective].mean()

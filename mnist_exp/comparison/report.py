@@ -13,7 +13,6 @@ import matplotlib as mpl
 import pandas as pd
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from PIL import Image
 
 from mnist_exp.comparison import figures, wording
@@ -37,7 +36,8 @@ def render(
     histories: Mapping[str, History | None],
     parent: RunRecord,
     commands: Sequence[str],
-    images: "Tensor | None",
+    images: "tuple[Tensor, Sequence[str]] | None",
+    objective: str,
     page: Callable[[str], str | None],
 ) -> str:
     """Return the report as HTML with all text escaped.
@@ -49,18 +49,21 @@ def render(
         histories: Those of the runs, by id; None for a run without a readable one.
         parent: The parent of the sweep.
         commands: The commands that repeat sweep and comparison.
-        images: The images (n, 1, h, w), uint8, that the mistakes were made on; None if they are not at hand.
+        images: The images (n, channels, h, w), uint8, that the mistakes were made on, and the names of their classes; None if
+            they are not at hand.
+        objective: The metric that decides.
         page: Returns the address of a run's page, None without one.
     """
     has_one_test_set = comparison.runs.get(f"{DIGEST}test", pd.Series(dtype=str)).replace("", None).nunique() <= 1
     ids = dict(list(comparison.runs.groupby(comparison.factor, sort=False)["run"]))
     by_arm = {arm: [history for run in own if (history := histories.get(run))] for arm, own in ids.items()}
+    pixels, names = images or (None, [])
     with mpl.rc_context(STYLE):
         found = {
             "differences": figures.differences_or_curve(comparison),
             "every_run": figures.every_run(comparison),
-            "learning_curves": figures.learning_curves(comparison, by_arm),
-            "mistakes": figures.mistakes(comparison, by_arm),
+            "learning_curves": figures.learning_curves(comparison, by_arm, objective),
+            "mistakes": figures.mistakes(comparison, by_arm, names),
         }
         inline = {name: _inline_svg(name, figure, page) if figure else None for name, figure in found.items()}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -79,9 +82,9 @@ def render(
         commands=commands,
         figures=inline,
         disagreements=[
-            (item, _png_address(images[item.index, 0].numpy()) if images is not None else None)
+            (item, names[item.label] if names else item.label, None if pixels is None else _png_address(pixels[item.index]))
             for item in (disagreements(by_arm, comparison.baseline) if has_one_test_set else [])
-            if images is None or item.index < len(images)
+            if pixels is None or (item.index < len(pixels) and item.label < len(names))
         ],
         params=_differing_params({arm: [records[run].params for run in own if run in records] for arm, own in ids.items()}),
         without_history=sum(history is None for history in histories.values()),
@@ -124,8 +127,9 @@ def _inline_svg(name: str, figure: Figure, page: Callable[[str], str | None]) ->
     return Markup(re.sub(point, describe, svg[svg.index("<svg") :], flags=re.DOTALL))
 
 
-def _png_address(pixels: NDArray[Any]) -> str:
-    """Return a data URI with an image, uint8 (h, w), as a PNG of dark digits on a light ground."""
+def _png_address(image: "Tensor") -> str:
+    """Return a data URI with an image, uint8 (channels, h, w), as a PNG."""
     content = io.BytesIO()
-    Image.fromarray(255 - pixels).save(content, format="png")
+    pixels = image.movedim(0, 2).numpy()  # (h, w, channels)
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(content, format="png")
     return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -37,23 +37,26 @@ def run_figures(
     sample = data.splits[first.split].images[:8]
     title = f"{split}, accuracy {format_metric('accuracy', accuracy(evaluation.logits, evaluation.labels))}"
     drawings: dict[str, Callable[[], Figure]] = {
-        "confusion_matrix": lambda: confusion_matrix(evaluation, title),
-        "worst_mistakes": lambda: worst_mistakes(evaluation, data.splits[split].images),
+        "confusion_matrix": lambda: confusion_matrix(evaluation, data.class_names, title),
+        "worst_mistakes": lambda: worst_mistakes(evaluation, data.splits[split].images, data.class_names),
         "learning_curves": lambda: learning_curves(history),
     }
     if with_recipe:
-        drawings["augmented_digits"] = lambda: augmented_digits(sample, first.augmentation, generator(seed, "picture"))
+        drawings["augmented_images"] = lambda: augmented_images(sample, first.augmentation, generator(seed, "picture"))
     return drawings
 
 
-def confusion_matrix(evaluation: Evaluation, title: str) -> Figure:
+def confusion_matrix(evaluation: Evaluation, class_names: Sequence[str], title: str) -> Figure:
     """Draw the number of images by label and prediction; the color shows the share of mistakes."""
     counts = evaluation.confusion_matrix
     mistakes = counts.float() / counts.sum(1, keepdim=True).clamp(min=1)  # (classes, classes) / (classes, 1)
     mistakes.fill_diagonal_(0)
-    figure = Figure(figsize=(6, 5.6))
+    has_long_names = max(map(len, class_names)) > 2
+    figure = Figure(figsize=(6, 5.6), layout="constrained" if has_long_names else None)
     ticks = range(len(counts))
-    axes = figure.add_subplot(xlabel="prediction", ylabel="label", title=title, xticks=ticks, yticks=ticks)
+    axes = figure.add_subplot(xlabel="prediction", ylabel="label", title=title)
+    axes.set_xticks(ticks, class_names, rotation=90 if has_long_names else 0)
+    axes.set_yticks(ticks, class_names)
     axes.imshow(mistakes.numpy(), cmap="Reds", vmin=0, vmax=max(0.02, float(mistakes.max()) * 1.5))
     for label, row in enumerate(counts.tolist()):
         for prediction, count in enumerate(row):
@@ -83,7 +86,7 @@ def learning_curves(history: History) -> Figure:
     return figure
 
 
-def augmented_digits(
+def augmented_images(
     images: Tensor,
     augment: Callable[[Tensor, torch.Generator], Tensor],
     generator: torch.Generator,
@@ -97,23 +100,24 @@ def augmented_digits(
         generator: Source of its randomness.
         versions: Number of augmented versions.
     """
-    columns = [_gray(images), *(_gray(augment(images, generator)) for _ in range(versions))]
-    framed = F.pad(torch.stack(columns, dim=1), (1, 1, 1, 1), value=255)  # (n, columns, side, side) -> each side + 2
-    sheet = framed.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)  # (n * (side + 2), columns * (side + 2))
+    columns = [_colors(images), *(_colors(augment(images, generator)) for _ in range(versions))]
+    framed = F.pad(torch.stack(columns, dim=1), (0, 0, 1, 1, 1, 1), value=1)  # (n, columns, side, side, 3) -> each side + 2
+    sheet = framed.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (n * (side + 2), columns * (side + 2), 3)
     figure = Figure(figsize=(sheet.shape[1] / 42, sheet.shape[0] / 42 + 0.4))
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.93)
     axes = figure.add_subplot(title="left: original; right: augmented, one draw per image")
-    axes.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=255)
+    axes.imshow(sheet.numpy())
     axes.axis("off")
     return figure
 
 
-def worst_mistakes(evaluation: Evaluation, images: Tensor, count: int = 25) -> Figure:
+def worst_mistakes(evaluation: Evaluation, images: Tensor, class_names: Sequence[str], count: int = 25) -> Figure:
     """Draw the mistakes with the largest loss, each with its label, prediction and confidence.
 
     Args:
         evaluation: Evaluation of the images.
         images: (n, channels, side, side).
+        class_names: Name of each class.
         count: Largest number of mistakes to draw.
     """
     worst = evaluation.worst_mistakes(count)
@@ -122,24 +126,26 @@ def worst_mistakes(evaluation: Evaluation, images: Tensor, count: int = 25) -> F
     columns = 5
     rows = -(-count // columns)
     cell = images.shape[-1] + 8
-    cells = torch.full((rows * columns, cell, cell), 255.0)  # each image has room for a line of text above
-    cells[: len(worst), 8:, 4:-4] = _gray(images[worst.to(images.device)])  # (m, side, side)
-    sheet = cells.view(rows, columns, cell, cell).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)  # (rows * cell, columns * cell)
+    cells = torch.ones(rows * columns, cell, cell, 3)  # each image has room for a line of text above
+    cells[: len(worst), 8:, 4:-4] = _colors(images[worst.to(images.device)])  # (m, side, side, 3)
+    grid = cells.view(rows, columns, cell, cell, 3)
+    sheet = grid.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (rows * cell, columns * cell, 3)
     figure = Figure(figsize=(6.5, 7))
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.94)
     title = f"The {len(worst)} worst of {total} mistakes: label > prediction, confidence"
     axes = figure.add_subplot(title=title)
     axes.title.set_fontsize(10)
-    axes.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=255)
+    axes.imshow(sheet.numpy())
     axes.axis("off")
     found = zip(evaluation.labels[worst].tolist(), predictions.tolist(), confidences.tolist(), strict=True)
     for position, (label, prediction, confidence) in enumerate(found):
         row, column = divmod(position, columns)
-        text = f"{label} > {prediction}, {confidence:.0%}"
-        axes.text((column + 0.5) * cell, row * cell + 6, text, ha="center", va="baseline", fontsize=9)
+        text = f"{class_names[label][:9]} > {class_names[prediction][:9]}, {confidence:.0%}"
+        axes.text((column + 0.5) * cell, row * cell + 6, text, ha="center", va="baseline", fontsize=9 if len(text) < 16 else 6)
     return figure
 
 
-def _gray(images: Tensor) -> Tensor:
-    """Return images on the CPU with the mean of their channels: (n, channels, h, w) -> (n, h, w) float32."""
-    return images.float().mean(1).cpu()
+def _colors(images: Tensor) -> Tensor:
+    """Return images on the CPU for matplotlib: (n, channels, h, w) from 0 to 255 -> (n, h, w, 3) float32 from 0 to 1."""
+    colors = images if images.shape[1] == 3 else images.float().mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    return (colors.float() / 255).clamp(0, 1).permute(0, 2, 3, 1).cpu()

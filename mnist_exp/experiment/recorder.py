@@ -70,6 +70,8 @@ class Recorder:
         self.history.append((report.examples_seen, report.metrics))
         self.seconds[report.phase] += report.seconds
         self.tracker.log_metrics(report.metrics, report.examples_seen)
+        for name, figure in report.figures.items():
+            self.tracker.log_figure(figure, f"pictures/{report.phase}_{name}.png")
         if report.state is not None:
             self.save_checkpoint(report.state)
             self.tracker.flush()
@@ -82,7 +84,8 @@ class Recorder:
     def prune(self) -> None:
         """End the run early: nothing is left to do for it."""
         run_dir.mark_complete(self.folder)
-        raise PrunedError(f"pruned at {self.history[-1][0]:,} examples: others have a better validation accuracy")
+        objective = self._initial.recipe.settings.objective
+        raise PrunedError(f"pruned at {self.history[-1][0]:,} examples: others have a better {objective}")
 
     def log_figures(self, drawings: Mapping[str, Callable[[], Figure]]) -> None:
         """Record each figure as `pictures/NAME.png`."""

@@ -1,16 +1,18 @@
 """The request of a run: new, resumed from a checkpoint, or repeated from its record."""
 
-import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from mnist_exp.errors import UserError
+from mnist_exp.composing import local_defaults
+from mnist_exp.errors import Mark, UserError
 from mnist_exp.experiment.runner import MakeShouldPrune, RunRequest, RunResult, run
 from mnist_exp.metrics import metric_of
+from mnist_exp.nodes import build, marked
 from mnist_exp.overrides import check_stored, command
-from mnist_exp.paths import HOME
-from mnist_exp.settings import Recipe, Settings, build, check_repeats, defaults_of_newer_keys
+from mnist_exp.paths import typed
+from mnist_exp.settings import Node, Recipe, Settings, check_repeats, defaults_of_newer_keys
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import Store
@@ -52,7 +54,7 @@ def resume(settings: Settings, overrides: list[str], make_should_prune: MakeShou
                 "examples in all."
             )
             if stored_job := saved.recipe.settings.sweep_job:  # it still belongs to its sweep
-                job = stored_job.model_copy(update={"data": None, "in_search": False})
+                job = stored_job.model_copy(update={"data": None})
         threads = saved.software.get("threads", "")
         rerun = saved.recipe.settings.rerun  # the digest of such a job
         stored = with_present_locations(saved.recipe, settings, resume=settings.resume, rerun=rerun, sweep_job=job)
@@ -92,7 +94,7 @@ def rerun(settings: Settings, overrides: list[str]) -> RunResult:
 
 
 def with_present_locations(stored: Recipe, settings: Settings, **changes: Any) -> Recipe:
-    """Return a stored recipe with all locations taken from the present settings, and say which newer keys get their defaults.
+    """Return a stored recipe with the locations of this machine, and say which newer keys get their defaults.
 
     Args:
         stored: The recipe of a checkpoint or a store.
@@ -101,8 +103,30 @@ def with_present_locations(stored: Recipe, settings: Settings, **changes: Any) -
     """
     for key, value in defaults_of_newer_keys(stored.settings).items():
         print(f"The stored recipe is older than the key {key}: its default {value} applies.", file=sys.stderr)
-    places = {"root": os.environ.get("MNIST_ROOT"), "default_root": str(HOME / "data")} | settings.data
-    data = stored.settings.data | {name: places[name] for name in ("root", "default_root") if name in stored.settings.data}
     present = {name: getattr(settings, name) for name in ("output_dir", "tracking", "sweep")}
-    cleared: dict[str, Any] = {"resume": None, "rerun": None}
-    return replace(stored, settings=stored.settings.model_copy(update=present | cleared | changes | {"data": data}))
+    present |= {"resume": None, "rerun": None, "data": locate_data(stored.settings.data, settings.data)}
+    return replace(stored, settings=stored.settings.model_copy(update=present | changes))
+
+
+def locate_data(stored: Node, present: Node) -> Node:
+    """Return the node of the data of a stored recipe, with the places where the data are on this machine.
+
+    The command line and conf/local go first, then the recorded place if it exists. Arguments that do not affect the results,
+    such as a folder to download to, are never taken from the recipe.
+
+    Args:
+        stored: The stored node.
+        present: The node of this command line, perhaps of another data set.
+    """
+    node, own = dict(stored), present if present["_target_"] == stored["_target_"] else {}
+    for name in marked(stored, "data", Mark.NEUTRAL):
+        node.pop(name, None)
+        node |= {name: own[name]} if name in own else {}
+    for name in marked(stored, "data", Mark.LOCATION):
+        is_chosen = f"data.{name}" in typed or name in local_defaults("data")
+        recorded = node.get(name)
+        if name in present and is_chosen:
+            node[name] = present[name]
+        elif name in own and not (recorded and Path(recorded).exists()):
+            node[name] = own[name]
+    return node

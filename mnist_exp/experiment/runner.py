@@ -19,10 +19,11 @@ from mnist_exp.experiment.recorder import Recorder, recording
 from mnist_exp.experiment.summary import describe_run, parameters, result_rows, run_name, short_override
 from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.evaluation import Evaluation, evaluate
-from mnist_exp.learning.models import create_model
+from mnist_exp.learning.models import count_parameters, create_model
 from mnist_exp.learning.training import Phase, choose_device, choose_precision, disable_malloc_trim, fit, prepare_phases
+from mnist_exp.nodes import build
 from mnist_exp.overrides import command, key_of, section_of
-from mnist_exp.settings import NEUTRAL, Recipe, Settings, Trial, build
+from mnist_exp.settings import NEUTRAL, DataDescription, Recipe, Settings, Trial
 from mnist_exp.storage import run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import provenance
@@ -76,7 +77,6 @@ class Prepared:
     data: Dataset
     precision: torch.dtype
     device: torch.device
-    parameter_count: int
     store: Store
     software: dict[str, str]
     changed: str  # how the environment differs from that of a resumed run
@@ -92,12 +92,14 @@ class RunResult:
         run_id: Its id.
         history: (examples seen, metrics) of every report and of its end.
         model: The trained model, in evaluation mode.
+        evaluation: Its logits on the split that scores it, and the labels.
         warning: A warning about the data, None without one.
     """
 
     run_id: str
     history: list[tuple[int, dict[str, float]]]
     model: nn.Module
+    evaluation: Evaluation
     warning: str | None = None
 
     @property
@@ -142,24 +144,25 @@ def prepare(request: RunRequest) -> Prepared:
     store = build(settings.tracking, "tracking")
     configs = {name: build(node, f"phases.{name}") for name, node in settings.phases.items()}
     data: Dataset = build(settings.data, "data", seed=settings.seed)
+    if settings.sweep_job and settings.sweep_job.in_search:
+        data = data.without_test()
     data.check_digests(saved.digests if saved else request.digests)
     if settings.sweep_job and settings.sweep_job.data not in (None, data.name):
         raise UserError(
             f"The sweep was started with {settings.sweep_job.data}, but the data here is {data.name}.",
             key="data",
-            remedy="Set MNIST_ROOT to the data of the sweep, or continue with sweep.force=true.",
+            remedy="Name the folder of the sweep's data, or continue with sweep.force=true.",
         )
     # What trains.
     device = choose_device(settings.device)
     make_model = partial(build, settings.model, "model", **data.shape)
-    model, parameter_count = create_model(make_model, settings.seed, settings.parameter_limit)
-    model, data = model.to(device), data.to(device)
+    model, data = create_model(make_model, settings.seed).to(device), data.to(device)
     phases = prepare_phases(model, configs, data, settings.output_dir)
     totals = {phase.name: data.splits[phase.config.split].epoch_size * phase.config.epochs for phase in phases}
     epochs = {phase.name: phase.config.epochs for phase in phases}
-    display = Display(totals, epochs, request.examples_seen, quiet=request.quiet)
+    display = Display(totals, epochs, request.examples_seen, settings.objective, quiet=request.quiet)
     precision = choose_precision(settings.precision, device)
-    return Prepared(model, phases, data, precision, device, parameter_count, store, software, changed, display, started)
+    return Prepared(model, phases, data, precision, device, store, software, changed, display, started)
 
 
 @cache  # before the first run changes it
@@ -174,8 +177,9 @@ def start_run(request: RunRequest, prepared: Prepared) -> AbstractContextManager
         prepared.display.warn(f"The environment differs from the original run's: {prepared.changed}. The results may differ.")
     if data.warning:
         prepared.display.warn(data.warning)
-    # The shape lets others rebuild the model without the data.
-    settings = request.settings.model_copy(update={"shape": data.shape})
+    # The description lets others use the model without the data; a resumed or repeated run looks for the data where they were.
+    found = {"data_description": DataDescription(**data.description), "data": {**request.settings.data, **data.locations}}
+    settings = request.settings.model_copy(update=found)
     initial = Checkpoint(
         run_id=saved.run_id if saved else "",
         recipe=replace(request.recipe, settings=settings),
@@ -249,12 +253,12 @@ def finalize(request: RunRequest, prepared: Prepared, recorder: Recorder, evalua
     recorder.log_history(split, evaluation.mistakes)
     recorder.log_model(prepared.model.eval(), f"{choices.get('model', 'model')}-{data.name}")
     results = {f"time/{phase}_seconds": seconds for phase, seconds in recorder.seconds.items()}
-    results["model/parameters"] = prepared.parameter_count
+    results["model/parameters"] = count_parameters(prepared.model)
     if split == "test":
         recorder.tracker.log_dataset(data, "test", "test")
         results |= {f"test/{name}": value for name, value in evaluation.metrics.items()}
     results["time/total_seconds"] = recorder.elapsed
-    result = RunResult(recorder.tracker.run_id, [*recorder.history, (0, results)], prepared.model, data.warning)
+    result = RunResult(recorder.tracker.run_id, [*recorder.history, (0, results)], prepared.model, evaluation, data.warning)
     rows = result_rows(result.metrics, data)
     picture = artifact_path(result.run_id, "pictures/worst_mistakes.png")
     recorder.finish(results, describe_run(rows, request.recipe.overrides, data.warning, picture))
@@ -263,6 +267,7 @@ def finalize(request: RunRequest, prepared: Prepared, recorder: Recorder, evalua
     if recorder.tracker.is_recording:
         model = ("--model", result.run_id[:8])
         use_commands["Classify a picture with it"] = command("predict", *model, "FILE")
-        use_commands["Draw digits for it"] = command("draw", *model)
+        if data.preparation == "handwriting":
+            use_commands["Draw digits for it"] = command("draw", *model)
     prepared.display.results(rows, recorder.tracker.ui_command(), use_commands)
     return result

@@ -2,12 +2,14 @@
 
 import re
 
+from mnist_exp.errors import Mark
 from mnist_exp.learning.data import Dataset
 from mnist_exp.metrics import METRICS, format_metric, metric_of
+from mnist_exp.nodes import marked, walk
 from mnist_exp.overrides import PARTS, command, key_of, text_of
-from mnist_exp.settings import Recipe, walk
+from mnist_exp.settings import Recipe
 
-CLASS_KEY = re.compile(rf"\w+\.({'|'.join(PARTS)})\._target_|model\..+\._target_")
+CLASS_KEY = re.compile(rf"\w+\.({'|'.join(PARTS)})(\..+)?\._target_|model\..+\._target_")
 
 
 def run_name(choices: dict[str, str], overrides: list[str], data: str) -> str:
@@ -17,29 +19,42 @@ def run_name(choices: dict[str, str], overrides: list[str], data: str) -> str:
 
 
 def short_override(override: str, choices: dict[str, str]) -> str:
-    """Return an override as names show it: `adam` for optimizer=adam, `bs=64` for batch_size=64, run ids cut to 8 digits."""
+    """Return an override as names show it.
+
+    `adam` for optimizer=adam, `bs=64` for batch_size=64, `finetune.bs=64` for that of a phase; ids have 8 digits, and numbers
+    with a fraction three significant ones.
+    """
     override = re.sub("([0-9a-f]{8})[0-9a-f]{24}", r"\1", override)
     key, value = key_of(override), text_of(override)
+    if not value:
+        return override
+    phase = re.search(r"phases\.(\w+)\.", key)
+    prefix = f"{phase[1]}." if phase else ""
     if choices.get(key) == value:
-        return value
-    return f"{'bs' if key == 'batch_size' else key.rpartition('.')[2]}={value}" if value else override
+        return prefix + value
+    if re.fullmatch(r"-?\d+\.\d+(e-?\d+)?", value):
+        value = f"{float(value):.3g}"
+    name = key.rpartition(".")[2]
+    return f"{prefix}{'bs' if name == 'batch_size' else name}={value}"
 
 
 def parameters(recipe: Recipe) -> dict[str, object]:
     """Return the flat, readable part of a recipe that becomes the run's parameters."""
     settings, choices = recipe.settings, recipe.choices
     shared: dict[str, object] = {group: choices[group] for group in PARTS if group in choices}
-    parts = {**settings.phases, "model": settings.model}
+    parts = {"data": settings.data, **settings.phases, "model": settings.model}
+    apart = {f"{group}.{name}" for group in ("data", "model") for name in marked(getattr(settings, group), group, *Mark)}
     return {
         **{group: choices[group] for group in ("model", "data") if group in choices},
         **({**shared, "batch_size": settings.batch_size} if "train" in settings.phases else {}),  # they belong to phase train
         "seed": settings.seed,
-        # An edited file in conf/ must show: the split of the data, and the classes that each phase uses.
-        **{
-            f"data.{key}": value for key, value in settings.data.items() if not re.match("_|root|default_root|fallback|seed", key)
-        },
+        # An edited file in conf/ must show: its values, and the classes that each phase uses.
         **{key.removesuffix("._target_"): value.rpartition(".")[2] for key, value in walk(parts) if CLASS_KEY.fullmatch(key)},
-        **{key: value for key, value in walk(parts) if not isinstance(value, dict) and not re.search(r"\._|\.\d", key)},
+        **{
+            key: value
+            for key, value in walk(parts)
+            if not (isinstance(value, dict) or key in apart or re.search(r"\._|\.\d", key))
+        },
     }
 
 

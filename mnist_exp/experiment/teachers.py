@@ -11,8 +11,9 @@ from torch import nn
 from mnist_exp.errors import UserError
 from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.distillation import Ensemble, Labels
+from mnist_exp.nodes import build
 from mnist_exp.overrides import command
-from mnist_exp.settings import RunId, build
+from mnist_exp.settings import RunId
 from mnist_exp.storage import checkpoint, run_dir
 
 RUNS = "teacher.runs"  # the key in messages
@@ -62,12 +63,12 @@ def _load_finished(run: str, output_dir: Path) -> checkpoint.Checkpoint:
             f"List the runs with `{command('runs', 'list')}`, or set output_dir to their folder.",
         )
     saved = checkpoint.load(folder / run_dir.CHECKPOINT)
-    settings = saved.recipe.settings
-    if settings.shape is None:
-        raise UserError.invalid(RUNS, run, "a run whose checkpoint contains the shape of its data")
-    epochs = sum(phase["epochs"] for phase in settings.phases.values())
-    if not saved.history or saved.history[-1][1].get("epoch", 0) < epochs:  # a run that a search stopped is finished, too
-        raise UserError.invalid(RUNS, run, "a run that was trained to its last epoch", "Choose another run.")
+    settings, state = saved.recipe.settings, saved.state or {}
+    if settings.data_description is None:
+        raise UserError.invalid(RUNS, run, "a run whose checkpoint describes its data")
+    has_ended = state.get("ended") and state.get("phase") == list(settings.phases)[-1]
+    if not has_ended:  # a run that a search stopped is complete, too
+        raise UserError.invalid(RUNS, run, "a run that was trained to its end", "Choose another run.")
     return saved
 
 
@@ -79,8 +80,10 @@ def _was_trained_on(saved: checkpoint.Checkpoint, data: Dataset, split: str) -> 
 
 def _load_network(saved: checkpoint.Checkpoint, device: torch.device) -> nn.Module:
     """Return the network in a checkpoint, ready for evaluation; raises UserError if this version builds another."""
-    network: nn.Module = build(saved.recipe.settings.model, "model", **(saved.recipe.settings.shape or {}))
+    settings = saved.recipe.settings
+    assert settings.data_description is not None
     assert saved.state is not None
+    network: nn.Module = build(settings.model, "model", **settings.data_description.shape)
     try:
         network.load_state_dict(saved.state["model"])
     except RuntimeError as error:

@@ -5,6 +5,7 @@ float32 images in the same range of values.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 import torch
@@ -21,6 +22,23 @@ class Unchanged:
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return the images as float32."""
         return images.float()
+
+
+class Compose:
+    """Apply several augmentations, one after the other.
+
+    Args:
+        parts: The augmentations by name, in order.
+    """
+
+    def __init__(self, parts: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]]) -> None:
+        self.parts = parts
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the images as float32, each transformed by all parts."""
+        for augment in self.parts.values():
+            images = augment(images, generator)
+        return images
 
 
 class RandomAffine:

@@ -4,8 +4,9 @@ All randomness derives from (seed, phase, epoch, step), so that a resumed run eq
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -75,17 +76,21 @@ class Dataset:
     Attributes:
         name: Such as `mnist`, or `mnist_1000` with a limited number of training images.
         source: Folder or function that the images come from.
-        classes: Number of classes.
+        class_names: Name of each class.
         splits: Splits by name. `test` is absent if the test set must not be read (`data=mnist_tuning`).
         validation: Name of the split that validates each phase, until a phase trains on it.
+        preparation: How pictures become images like these: `handwriting` for digits, else `plain`.
+        locations: The arguments, by name, that say where the data were found.
         warning: Shown to the user, or None.
     """
 
     name: str
     source: str
-    classes: int
+    class_names: Sequence[str]
     splits: dict[str, Split]
     validation: str
+    preparation: Literal["handwriting", "plain"] = "plain"
+    locations: Mapping[str, str] = field(default_factory=dict)
     warning: str | None = None
 
     def __post_init__(self) -> None:
@@ -96,6 +101,11 @@ class Dataset:
                 )
             if not (len(split) and 0 <= int(split.labels.min()) <= int(split.labels.max()) < self.classes):
                 raise ValueError(f"The split {name} is invalid: expected labels from 0 to {self.classes - 1}, at least one.")
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
 
     @property
     def side(self) -> int:
@@ -111,6 +121,12 @@ class Dataset:
     def shape(self) -> dict[str, int]:
         """The arguments that every model takes from the data."""
         return {"classes": self.classes, "side": self.side, "in_channels": self.channels}
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What models and their users need to know of the data."""
+        names = {"class_names": list(self.class_names), "preparation": self.preparation}
+        return names | {"side": self.side, "channels": self.channels}
 
     @property
     def eval_split(self) -> str:
@@ -129,8 +145,12 @@ class Dataset:
                 f"The data differs from the original run's in {', '.join(differing)}: expected {dict(expected)}, found "
                 f"{self.digests}.",
                 key="data",
-                remedy="Set MNIST_ROOT (or data.root) to the data that the run was started with, or start a new run.",
+                remedy="Name the folder of the original data, such as data.root=FOLDER, or start a new run.",
             )
+
+    def without_test(self) -> "Dataset":
+        """Return the data set without its test images, which a search must not see."""
+        return replace(self, splits={name: split for name, split in self.splits.items() if name != "test"})
 
     def to(self, device: torch.device) -> "Dataset":
         """Return the data set with its splits on `device`."""

@@ -1,9 +1,13 @@
-"""The data sets: MNIST, Fashion-MNIST, scikit-learn's digits. A new one is a function here and a file in conf/data/."""
+"""The data sets: MNIST, Fashion-MNIST, scikit-learn's digits, folders of pictures.
+
+A new one is a function and a file in conf/data/.
+"""
 
 import gzip
 import hashlib
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -12,15 +16,17 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, MinLen
+from annotated_types import Ge
 from torch import Tensor
 
-from mnist_exp.errors import Count, Fraction, MissingDataError, UserError
+from mnist_exp.errors import Count, DownloadFolder, Fraction, Location, Mark, MissingDataError, UserError
 from mnist_exp.learning.data import Dataset, Split, generator
+from mnist_exp.learning.pictures import find_pictures, open_picture, plain
 
 MNIST_EPOCH = 60_000
-CLASSES = 10
-MNIST_SHAPE = {"classes": CLASSES, "side": 28, "in_channels": 1}
+DIGITS = tuple("0123456789")
+CLOTHES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+TEST_SHARE = 5  # of the pictures in a folder without test/, one in this many is a test image
 
 # MD5 of the .gz files, as torchvision publishes them.
 MNIST_FILES = {
@@ -36,8 +42,6 @@ FASHION_MNIST_FILES = {
     "t10k-labels-idx1-ubyte": "bb300cfdad3c16e7a12a480ee83cd310",
 }
 
-Folder = Annotated[str, MinLen(1)]
-
 
 @dataclass(frozen=True)
 class _Source:
@@ -46,14 +50,22 @@ class _Source:
     Attributes:
         torchvision: Name of the data set's class in torchvision, and of its folder.
         files: MD5 of each file.
+        class_names: Name of each class.
+        preparation: As in `Dataset`.
     """
 
     torchvision: str
     files: dict[str, str]
+    class_names: Sequence[str]
+    preparation: Literal["handwriting", "plain"]
 
     def folder(self, root: str) -> Path:
         """Return the folder of the files below a root in torchvision's layout."""
         return Path(root).absolute() / self.torchvision / "raw"
+
+    def are_in(self, root: str) -> bool:
+        """Return whether all files are below a root."""
+        return all((self.folder(root) / f"{name}.gz").exists() for name in self.files)
 
     def read(self, root: str, part: str) -> tuple[Tensor, Tensor]:
         """Return the images (n, 1, h, w) uint8 and the labels (n,) int64 of a part."""
@@ -81,16 +93,19 @@ class _Source:
                 (self.folder(staging) / f"{name}.gz").replace(folder / f"{name}.gz")
 
 
-SOURCES = {"mnist": _Source("MNIST", MNIST_FILES), "fashion_mnist": _Source("FashionMNIST", FASHION_MNIST_FILES)}
+SOURCES = {
+    "mnist": _Source("MNIST", MNIST_FILES, DIGITS, "handwriting"),
+    "fashion_mnist": _Source("FashionMNIST", FASHION_MNIST_FILES, CLOTHES, "plain"),
+}
 
 
 def load_mnist(
-    root: Folder | None,
-    default_root: Folder,
-    fallback: Literal["digits"] | None,
+    root: Location | None,
     finetune_fraction: Fraction,
     validation_size: Annotated[int, Ge(0)],
     seed: int,
+    download_root: DownloadFolder | None = None,
+    fallback: Annotated[Literal["digits"] | None, Mark.NEUTRAL] = None,
     subset: Count | None = None,
     source: Literal["mnist", "fashion_mnist"] = "mnist",
 ) -> Dataset:
@@ -99,36 +114,36 @@ def load_mnist(
     The 60,000 training images become `train` and `finetune`, the 10,000 test images become `test`.
 
     Args:
-        root: Folder of the user in torchvision's layout, with the files in MNIST/raw, or None for `default_root`.
-        default_root: Folder in the same layout that is created if it is missing.
-        fallback: `digits` to load `load_digits` if `root` is None and MNIST is missing and cannot be downloaded, or None to
-            raise an error.
+        root: Folder in torchvision's layout, with the files in MNIST/raw, which is only read; None for `download_root`.
         finetune_fraction: Share of the training images in `finetune`, at least one image.
         validation_size: Number of training images at the end, the same for every seed, that become `validation`.
             If it is above 0, the test set is not read.
         seed: Decides which images fine-tune.
+        download_root: Folder in the same layout that is created and filled if it is missing; None to download nothing.
+        fallback: `digits` to load `load_digits` if MNIST is in no folder and cannot be downloaded, or None to raise an error.
         subset: Number of images to leave in `train`, with epochs of that length, or None for all.
         source: The data set: MNIST, or Fashion-MNIST with its files in FashionMNIST/raw (Xiao et al., Fashion-MNIST: a Novel
             Image Dataset for Benchmarking Machine Learning Algorithms, 2017).
 
     Raises:
-        UserError: An argument does not fit the images, `root` does not exist, a file is damaged or unreadable, or MNIST is
+        UserError: An argument does not fit the images, `root` does not have them, a file is damaged or unreadable, or MNIST is
             missing and no fallback is allowed.
     """
     files = SOURCES[source]
-    if root is not None and not Path(root).is_dir():
-        raise MissingDataError.invalid("root", root, "a folder that exists", "Set MNIST_ROOT or data.root to one.")
-    used_root = default_root if root is None else root
+    remedy = f"Set data.root to a folder with {files.torchvision}/raw/*-ubyte.gz, or choose data=digits."
+    if root is not None and not files.are_in(root):
+        raise MissingDataError.invalid("root", root, f"a folder that contains {files.torchvision}/raw", remedy)
+    used_root = root or download_root
     try:
-        if not all((files.folder(used_root) / f"{name}.gz").exists() for name in files.files):
+        if used_root is None:
+            raise MissingDataError("no folder is named")
+        if not files.are_in(used_root):
             files.download(used_root)
     except Exception as error:  # torchvision raises URLError, RuntimeError or OSError, depending on the mirror
         reason = " ".join(str(error).split()) or type(error).__name__
-        missing = MissingDataError(
-            f"{files.torchvision} is not in {used_root} and could not be downloaded: {reason}.",
-            remedy=f"Set MNIST_ROOT or data.root to a folder with {files.torchvision}/raw/*-ubyte.gz, or choose data=digits.",
-        )
-        if root is not None or fallback is None:
+        problem = f"{files.torchvision} is not in {used_root} and could not be downloaded: {reason}."
+        missing = MissingDataError(problem, remedy=remedy)
+        if fallback is None:
             raise missing from error
         warning = (
             f"{missing}\nUSING THE EMBEDDED digits INSTEAD: 1,797 images, not {files.torchvision}. "
@@ -145,7 +160,15 @@ def load_mnist(
     else:
         splits["test"] = files.test(used_root)
     validation = "validation" if validation_size else "finetune"
-    return Dataset(_name(source, subset), str(files.folder(used_root)), CLASSES, splits, validation)
+    return Dataset(
+        _name(source, subset),
+        str(files.folder(used_root)),
+        files.class_names,
+        splits,
+        validation,
+        files.preparation,
+        locations={"root": str(Path(used_root).absolute())},
+    )
 
 
 def load_digits(finetune_fraction: Fraction, seed: int, subset: Count | None = None) -> Dataset:
@@ -171,31 +194,76 @@ def load_digits(finetune_fraction: Fraction, seed: int, subset: Count | None = N
     test, train = order[:360], order[360:]
     splits = _train_and_finetune(images[train], labels[train], finetune_fraction, seed, subset, MNIST_EPOCH)
     splits["test"] = _split(images[test], labels[test], len(test))
-    return Dataset(_name("digits", subset), "sklearn.datasets.load_digits", CLASSES, splits, validation="finetune")
+    return Dataset(_name("digits", subset), "sklearn.datasets.load_digits", DIGITS, splits, "finetune", "handwriting")
 
 
-def find_test_images(data: str, root: str | None, digest: str) -> Tensor | None:
-    """Return the test images of a data set, without downloading them.
+def load_folder(
+    root: Location | None,
+    channels: Literal[1, 3],
+    side: Count,
+    finetune_fraction: Fraction,
+    seed: int,
+    subset: Count | None = None,
+) -> Dataset:
+    """Load the pictures in a folder: ROOT/CLASS/*, or ROOT/train/CLASS/* and ROOT/test/CLASS/*.
+
+    Without a folder test/, the pixels of an image decide whether it is a test image, so that equal pictures never lie in both.
 
     Args:
-        data: `mnist`, `fashion_mnist` or `digits`, perhaps with the size of a subset: `mnist_1000`.
-        root: Folder in torchvision's layout, or None to find only `digits`.
-        digest: Digest that the test split must have.
-
-    Returns:
-        Images (n, 1, 28, 28) uint8, or None if they have another digest.
+        root: The folder.
+        channels: 1 for gray values, 3 for colors.
+        side: Height and width of the images, into which `pictures.plain` scales the pictures.
+        finetune_fraction: Share of the training images in `finetune`, at least one image.
+        seed: Decides which images fine-tune.
+        subset: Number of images to leave in `train`, with epochs of that length, or None for all.
 
     Raises:
-        UserError: A file is missing or damaged.
+        UserError: The folder or a file cannot be read, has other classes than train/, or has no test images.
     """
-    name = re.sub(r"_\d+$", "", data)
-    if name == "digits":
-        test = load_digits(0.02, seed=0).splits["test"]
-    elif name in SOURCES and root is not None:
-        test = SOURCES[name].test(root)
+    layout = "a folder of pictures, ROOT/CLASS/*.png, or ROOT/train/CLASS/*.png and ROOT/test/CLASS/*.png"
+    if root is None or not Path(root).is_dir():
+        raise MissingDataError.invalid("root", root, layout, "Set it with data.root=FOLDER.")
+    parts = {part: Path(root, part) for part in ("train", "test")}
+    has_parts = all(folder.is_dir() for folder in parts.values())
+    base = parts["train"] if has_parts else Path(root)
+    names = sorted(folder.name for folder in base.iterdir() if folder.is_dir() and find_pictures(folder))
+    if len(names) < 2:
+        raise UserError.invalid("root", root, f"{layout}, with at least two classes", f"Found the classes {names}.")
+    images, labels = _read_classes(base, names, side, channels)
+    if has_parts:
+        test_images, test_labels = _read_classes(parts["test"], names, side, channels)
     else:
-        return None
-    return test.images if test.digest == digest else None
+        pixels = [hashlib.sha256(image.numpy().tobytes()).digest() for image in images]
+        is_test = torch.tensor([int.from_bytes(digest[:8]) % TEST_SHARE == 0 for digest in pixels])
+        test_images, test_labels = images[is_test], labels[is_test]
+        images, labels = images[~is_test], labels[~is_test]
+    if not (len(test_labels) and len(labels)):
+        raise UserError.invalid("root", root, "a folder with training and test images", "Add pictures, or ROOT/test/CLASS/*.")
+    splits = _train_and_finetune(images, labels, finetune_fraction, seed, subset, len(labels))
+    splits["test"] = _split(test_images, test_labels, len(test_labels))
+    name = _name("folder_" + re.sub(r"\W", "_", Path(root).absolute().name), subset)
+    return Dataset(name, str(Path(root).absolute()), names, splits, "finetune", locations={"root": str(Path(root).absolute())})
+
+
+def _read_classes(folder: Path, names: Sequence[str], side: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Return the images (n, channels, side, side) uint8 and the labels (n,) int64 of the pictures in FOLDER/CLASS/*."""
+    others = sorted(item.name for item in folder.iterdir() if item.name not in names and item.is_dir() and find_pictures(item))
+    if others:
+        raise UserError.invalid("root", folder, f"the classes {', '.join(names)}", f"Remove {', '.join(others)}.")
+    files = [(path, label) for label, name in enumerate(names) for path in find_pictures(folder / name)]
+    images = [_read_picture(path, path.stat().st_mtime_ns, side, channels) for path, _ in files]
+    stacked = torch.stack(images) if images else torch.empty(0, channels, side, side, dtype=torch.uint8)
+    return stacked, torch.tensor([label for _, label in files], dtype=torch.int64)
+
+
+@cache  # the jobs of a sweep share a process
+def _read_picture(path: Path, changed: int, side: int, channels: int) -> Tensor:
+    """Return the image (channels, side, side) uint8 of a picture; changed: the time of its last change."""
+    try:
+        pixels = plain(open_picture(path), side, channels)
+    except UserError as error:
+        raise UserError(f"{path}: {error}.", key="root", value=str(path), remedy="Correct the file, or remove it.") from error
+    return torch.from_numpy(pixels.copy()).view(side, side, channels).movedim(2, 0)
 
 
 def _name(data: str, subset: int | None) -> str:
@@ -233,7 +301,7 @@ def _split(images: Tensor, labels: Tensor, epoch_size: int) -> Split:
 @cache  # the jobs of a sweep share a process
 def _read(path: Path, md5: str) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
     """Return the unpacked bytes of a .gz file; raises UserError if it is damaged or unreadable."""
-    remedy = "Delete the file to download it on the next run, or set MNIST_ROOT or data.root to another copy."
+    remedy = "Delete the file to download it on the next run, or set data.root to another copy."
     try:
         packed = path.read_bytes()
     except OSError as error:

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnist_exp.errors import DivergedError
+from mnist_exp.errors import DivergedError, UserError
 from mnist_exp.learning.data import Split
+from mnist_exp.metrics import METRICS
 
 BATCH_SIZE = 250  # larger batches exceed the CPU's cache and take twice as long
 
@@ -35,6 +36,9 @@ def calibration_error(logits: Tensor, labels: Tensor) -> float:
 
 # The metrics of an evaluation: functions of logits (n, classes) float32 and labels (n,) int64. `metrics.py` has their formats.
 EVALUATED = [accuracy, loss, calibration_error]
+for function in EVALUATED:
+    if function.__name__ not in METRICS:
+        raise UserError(f"The metric {function.__name__} has no entry in metrics.py.", key="METRICS", remedy="Add a line there.")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnist_exp.errors import Count, Fraction, UserError
+from mnist_exp.errors import Count, Fraction, ParameterLimit, UserError
 from mnist_exp.learning.data import derive_seed
 from mnist_exp.learning.fused import norm_pool_activate
 
@@ -86,7 +86,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         features = self.conv(self.before(features))  # (n, in, h, w) -> (n, out, h, w)
-        if self.training and features.device.type == "cpu":
+        if self.norm.training and features.device.type == "cpu":
             features = norm_pool_activate(features, self.norm, NEGATIVE_SLOPE)  # (n, out, h // 2, w // 2)
         else:
             # The activation is monotonic, so pooling first gives the same values for a quarter of the work.
@@ -110,9 +110,10 @@ class CNN(nn.Module):
         side: Height and width of the images, at least 8.
         in_channels: Channels of the images.
         se: Returns the second block's attention from its number of channels; None for no attention.
+        parameter_limit: Largest number of parameters, None for no limit.
 
     Raises:
-        UserError: A kernel size is even, the images are too small, or `se` rejects its arguments.
+        UserError: A kernel size is even, the images are too small, `se` rejects its arguments, or there are too many parameters.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class CNN(nn.Module):
         side: int,
         in_channels: int,
         se: Callable[[int], nn.Module] | None = None,
+        parameter_limit: ParameterLimit = None,
     ) -> None:
         super().__init__()
         if not all(size % 2 for size in kernel_sizes):
@@ -152,6 +154,14 @@ class CNN(nn.Module):
         self.hidden = nn.Linear(features, hidden_features) if hidden_features else None
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(hidden_features or features, classes)
+        count = count_parameters(self)
+        if parameter_limit is not None and count > parameter_limit:
+            raise UserError.invalid(
+                "parameter_limit",
+                parameter_limit,
+                f"at least {count:,}, the number of parameters of the model",
+                "Lower model.channels or other sizes, or lift the limit with model.parameter_limit=null.",
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.blocks(images.float() / 255)  # (n, in_channels, side, side) -> (n, c, side // 8, side // 8)
@@ -162,29 +172,15 @@ class CNN(nn.Module):
         return logits
 
 
-def create_model(make: Callable[[], nn.Module], seed: int, limit: int | None) -> tuple[nn.Module, int]:
-    """Return a model with initial weights that depend on the seed alone, and the number of its parameters.
-
-    Args:
-        make: Builds the model. It is called on the meta device first, before memory is allocated.
-        seed: Seed of the weights.
-        limit: As for `count_parameters`.
-    """
+def create_model(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Return a model with initial weights that depend on the seed alone."""
     with torch.device("meta"):
-        count = count_parameters(make(), limit)
+        make()  # raises its errors, such as for too many parameters, before memory is allocated
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "weights"))
-        return make(), count
+        return make()
 
 
-def count_parameters(model: nn.Module, limit: int | None) -> int:
-    """Return the number of trainable parameters; raises UserError above `limit`, unless it is None."""
-    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if limit is not None and count > limit:
-        raise UserError(
-            f"The model has {count:,} parameters: at most {limit:,} are allowed.",
-            key="parameter_limit",
-            value=limit,
-            remedy="Lower model.channels or other sizes of the model, or raise parameter_limit (null: no limit).",
-        )
-    return count
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of trainable parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -1,7 +1,7 @@
 """Optimizers and LR schedules missing from torch.
 
-Like torch's own, an optimizer takes the parameters. A schedule takes the optimizer and the phase's number of steps, and is
-advanced after every step.
+Like torch's own, an optimizer takes the parameters, and a schedule takes the optimizer; it is advanced after every step. It gets
+the phase's number of steps as `total_steps`.
 """
 
 import math
@@ -42,11 +42,6 @@ def muon(
     convolutions = {"params": [parameter for parameter in params if parameter.ndim == 4], "lr": lr, "momentum": momentum}
     others = {"params": [parameter for parameter in params if parameter.ndim != 4], "lr": adamw_lr, "betas": tuple(adamw_betas)}
     return Muon([convolutions | {"weight_decay": weight_decay, "use_muon": True}, others | {"use_muon": False}])
-
-
-def constant(optimizer: Optimizer, total_steps: int) -> LambdaLR:
-    """Keep the optimizer's learning rate."""
-    return LambdaLR(optimizer, lambda step: 1.0)
 
 
 def cosine(optimizer: Optimizer, total_steps: int, min_factor: Share) -> LambdaLR:

@@ -1,27 +1,33 @@
 """The training loop over phases, epochs and steps. It yields reports and records nothing."""
 
 import ctypes
+import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mnist_exp.errors import Count, DivergedError, Fraction, Positive, UserError
+from mnist_exp.errors import Count, DivergedError, Positive, UserError
+from mnist_exp.learning.callbacks import Callback
 from mnist_exp.learning.data import Dataset, derive_seed, generator
 from mnist_exp.learning.distillation import Targets
 from mnist_exp.learning.evaluation import evaluate
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 REPORTS_PER_EPOCH = 20
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TrainState = dict[str, Any]  # keys: phase, steps (in the phase), examples_seen, model, optimizer, scheduler, scaler
+# Keys: phase, ended (whether the phase has), steps (in the phase), epochs_before (the phase), examples_seen, model, optimizer,
+# scheduler, scaler, callbacks.
+TrainState = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,12 @@ class PhaseConfig:
         epochs: Number of epochs.
         batch_size: Images per step.
         optimizer: Takes the parameters.
-        scheduler: Takes the optimizer and `total_steps`; advanced after every step.
+        scheduler: Takes the optimizer, and `total_steps` if its signature has it; advanced after every step.
         augmentation: Takes images (n, channels, side, side) uint8 and a generator, and returns float32 images.
+        loss: Takes logits (n, classes) float32 and targets, and returns a scalar.
         teacher: Takes the data set and the folder of all runs, and returns the targets.
         max_grad_norm: Limit of the norm of the whole gradient, or None for no limit.
-        label_smoothing: Share of each target that is spread over all classes (Szegedy et al., 2016).
+        callbacks: By name, in the order of their calls.
     """
 
     split: str
@@ -46,9 +53,10 @@ class PhaseConfig:
     optimizer: Callable[..., Optimizer]
     scheduler: Callable[..., LRScheduler]
     augmentation: Callable[[Tensor, torch.Generator], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
     teacher: Callable[[Dataset, Path], Targets]
     max_grad_norm: Positive | None
-    label_smoothing: Fraction
+    callbacks: Mapping[str, Callback] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,7 @@ class Report:
         metrics: Values by name. `epoch` counts over all phases.
         state: All that training needs to resume, where a checkpoint is due. Its tensors belong to the model and the
             optimizer: save it before asking for the next report.
+        figures: Figures by name, from callbacks at the end of a phase.
     """
 
     phase: str
@@ -92,6 +101,7 @@ class Report:
     seconds: float
     metrics: dict[str, float]
     state: TrainState | None = None
+    figures: "Mapping[str, Figure]" = field(default_factory=dict)
 
 
 def choose_device(device: str) -> torch.device:
@@ -138,40 +148,72 @@ def prepare_phases(model: nn.Module, phases: Mapping[str, PhaseConfig], data: Da
         output_dir: Folder of all runs, where a teacher finds its own.
 
     Raises:
-        UserError: A phase cannot use its split, or one of its parts rejects its arguments or the number of steps.
+        UserError: A phase cannot use its split, or one of its parts rejects its arguments, the number of steps or the classes.
     """
+    check_phases(phases, data, model)
     prepared: list[Phase] = []
-    trained_on: set[str] = set()
+    device = next(model.parameters()).device
     for name, config in phases.items():
-        check_split(name, config, data)
         steps_per_epoch = data.splits[config.split].steps(config.batch_size)
         total_steps = config.epochs * steps_per_epoch
+        if isinstance(config.loss, nn.Module):
+            config.loss.to(device)
         try:
             optimizer = config.optimizer(model.parameters())
-            scheduler = config.scheduler(optimizer, total_steps=total_steps)
+            scheduler = make_scheduler(config.scheduler, optimizer, total_steps)
             targets = config.teacher(data, output_dir)
-        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+            config.loss(torch.zeros(2, data.classes, device=device), torch.zeros(2, dtype=torch.int64, device=device)).item()
+        except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
             raise UserError(
-                f"phases.{name} is invalid: its optimizer, scheduler or teacher rejects its arguments or the phase's "
-                f"{total_steps} steps: {error}.",
+                f"phases.{name} is invalid: its optimizer, scheduler, teacher or loss rejects its arguments, the phase's "
+                f"{total_steps} steps, or {data.classes} classes: {error}.",
                 key=f"phases.{name}",
                 remedy="Their files in conf/ list the arguments.",
             ) from error
-        trained_on |= {config.split, data.validation} if targets.saw_validation_split else {config.split}
-        validation = None if data.validation in trained_on else data.validation
-        prepared.append(Phase(name, config, optimizer, scheduler, targets, steps_per_epoch, validation))
-    return prepared
+        prepared.append(Phase(name, config, optimizer, scheduler, targets, steps_per_epoch, None))
+    validations = check_phases(phases, data, model, [phase.name for phase in prepared if phase.targets.saw_validation_split])
+    return [replace(phase, validation=validations[phase.name]) for phase in prepared]
 
 
-def check_split(name: str, config: PhaseConfig, data: Dataset) -> None:
-    """Raise UserError unless the phase `name` can train on its split of the data."""
-    if config.split not in data.splits or config.split == "test":
-        allowed = " or ".join(known for known in data.splits if known != "test")
-        raise UserError.invalid(f"phases.{name}.split", config.split, f"{allowed} with this data")
-    if config.batch_size > (size := data.splits[config.split].epoch_size):
-        expected = f"at most {size}, the size of an epoch of the split {config.split}"
-        remedy = f"Lower phases.{name}.batch_size, or change data.finetune_fraction."
-        raise UserError.invalid(f"phases.{name}.batch_size", config.batch_size, expected, remedy)
+def make_scheduler(factory: Callable[..., LRScheduler], optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    """Return the scheduler of an optimizer; it gets `total_steps` if its signature has that and its options do not set it."""
+    is_open = "total_steps" in inspect.signature(factory).parameters and "total_steps" not in getattr(factory, "keywords", {})
+    return factory(optimizer, total_steps=total_steps) if is_open else factory(optimizer)
+
+
+def check_phases(
+    phases: Mapping[str, PhaseConfig], data: Dataset, model: nn.Module, leaking: Sequence[str] = ()
+) -> dict[str, str | None]:
+    """Return the split that validates each phase, None if training has used it.
+
+    Args:
+        phases: Configurations by name, in order.
+        data: The data set.
+        model: The model, perhaps without values.
+        leaking: The phases whose targets come from networks that were trained on the validation split.
+
+    Raises:
+        UserError: A phase cannot train on its split, or cannot use one of its callbacks.
+    """
+    validations: dict[str, str | None] = {}
+    trained_on: set[str] = set()
+    for name, config in phases.items():
+        if config.split not in data.splits or config.split == "test":
+            allowed = " or ".join(known for known in data.splits if known != "test")
+            raise UserError.invalid(f"phases.{name}.split", config.split, f"{allowed} with this data")
+        if config.batch_size > (size := data.splits[config.split].epoch_size):
+            expected = f"at most {size}, the size of an epoch of the split {config.split}"
+            remedy = f"Lower phases.{name}.batch_size, or train on more images."
+            raise UserError.invalid(f"phases.{name}.batch_size", config.batch_size, expected, remedy)
+        trained_on |= {config.split, data.validation} if name in leaking else {config.split}
+        validations[name] = None if data.validation in trained_on else data.validation
+        for key, callback in config.callbacks.items():
+            try:
+                callback.check(model, validations[name])
+            except UserError as error:
+                where = f"phases.{name}.callbacks.{key}.{error.key}"
+                raise UserError.invalid(where, error.value, error.expected, error.remedy) from error
+    return validations
 
 
 def fit(
@@ -209,19 +251,19 @@ def fit(
     names = [phase.name for phase in phases]
     if resume_from is not None and not _is_state_of(resume_from, names):
         raise UserError("The checkpoint contains no state of this run's phases.", remedy="Start a new run.")
-    first = names.index(resume_from["phase"]) if resume_from else 0
-    epochs_before, examples_seen = sum(phase.config.epochs for phase in phases[:first]), 0
+    first, epochs_before, examples_seen = 0, 0, 0
+    if resume_from:
+        first, epochs_before = names.index(resume_from["phase"]), resume_from["epochs_before"]
     for phase in phases[first:]:
         trainer = _PhaseTrainer(model, phase, data, seed, precision, save_every, epochs_before, examples_seen)
-        if resume_from and phase.name == resume_from["phase"]:
-            trainer.restore(resume_from)
-        for epoch in range(trainer.steps // phase.steps_per_epoch, phase.config.epochs):
-            yield from trainer.train_epoch(epoch)
-        epochs_before, examples_seen = epochs_before + phase.config.epochs, trainer.examples_seen
+        trainer.start(resume_from if phase is phases[first] else None)
+        while not trainer.ended:
+            yield from trainer.train_epoch()
+        epochs_before, examples_seen = epochs_before + trainer.epoch, trainer.examples_seen
 
 
 def _is_state_of(state: TrainState, phases: list[str]) -> bool:
-    counts = [state.get("steps"), state.get("examples_seen")]
+    counts = [state.get("steps"), state.get("epochs_before"), state.get("examples_seen")]
     return state.get("phase") in phases and all(isinstance(count, int) and count >= 0 for count in counts)
 
 
@@ -252,16 +294,25 @@ class _PhaseTrainer:
     epochs_before: int
     examples_seen: int
     steps: int = 0  # in this phase
+    ended: bool = False  # the phase
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
+        self.callbacks = self.phase.config.callbacks
 
-    def train_epoch(self, epoch: int) -> Iterator[Report]:
-        """Train an epoch, counted from 0, and yield its reports; a resumed epoch skips the steps before the checkpoint."""
-        phase, steps_per_epoch = self.phase, self.phase.steps_per_epoch
+    @property
+    def epoch(self) -> int:
+        """The number of epochs that are complete."""
+        return self.steps // self.phase.steps_per_epoch
+
+    def train_epoch(self) -> Iterator[Report]:
+        """Train the next epoch, and yield its reports; a resumed epoch skips the steps before the checkpoint."""
+        phase, steps_per_epoch, epoch = self.phase, self.phase.steps_per_epoch, self.epoch
         report_steps = {round(steps_per_epoch * (i + 1) / REPORTS_PER_EPOCH) for i in range(REPORTS_PER_EPOCH)}
         self.model.train()
+        for callback in self.callbacks.values():
+            callback.on_epoch_start()
         buffers, buffer, started = [], _MetricBuffer(), time.perf_counter()
         first = self.steps % steps_per_epoch
         order = generator(self.seed, phase.name, epoch, "order")
@@ -297,7 +348,7 @@ class _PhaseTrainer:
             with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
                 logits = self.model(images)  # (n, classes)
                 targets = self.phase.targets(images, labels)  # (n,) or (n, classes)
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
+        loss = config.loss(logits.float(), targets)
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(optimizer)
@@ -306,6 +357,8 @@ class _PhaseTrainer:
         self.scaler.step(optimizer)
         self.scaler.update()
         self.phase.scheduler.step()
+        for callback in self.callbacks.values():
+            callback.on_step()
         return loss.detach(), (logits.argmax(1) == labels).float().mean(), grad_norm.detach()
 
     def report(self, epoch: int, buffers: list[_MetricBuffer], started: float, is_checkpoint: bool) -> Iterator[Report]:
@@ -326,21 +379,27 @@ class _PhaseTrainer:
                 "train/lr": buffer.learning_rate,
                 "train/examples_per_second": 1 / seconds_per_example,
             }
-            state = None
+            state, figures = None, {}
             if is_checkpoint and buffer is buffers[-1]:
                 if not all(value.isfinite().all() for value in self.model.state_dict().values()):
                     raise self.not_finite("weights became infinite or NaN", epoch, buffer.last_step, buffer)
                 if buffer.last_step == self.phase.steps_per_epoch:
-                    metrics |= self.validate()
+                    figures = self.end_epoch(metrics)
                 state = self.state()
-            yield Report(self.phase.name, self.examples_seen, seconds_per_example * examples, metrics, state)
+            yield Report(self.phase.name, self.examples_seen, seconds_per_example * examples, metrics, state, figures)
 
-    def validate(self) -> dict[str, float]:
-        """Return the validation metrics, or none if training has used the validation split."""
-        if self.phase.validation is None:
-            return {}
-        evaluation = evaluate(self.model, self.data.splits[self.phase.validation])
-        return {f"val/{name}": value for name, value in evaluation.metrics.items()}
+    def end_epoch(self, metrics: dict[str, float]) -> "dict[str, Figure]":
+        """Add the validation metrics, unless training has used that split, and end the phase if it is time; return figures."""
+        if self.phase.validation is not None:
+            network = self.model
+            for callback in self.callbacks.values():
+                network = callback.validated(network)
+            evaluation = evaluate(network, self.data.splits[self.phase.validation])
+            metrics |= {f"val/{name}": value for name, value in evaluation.metrics.items()}
+        stops = [callback.on_epoch_end(metrics) for callback in self.callbacks.values()]
+        self.ended = any(stops) or self.epoch == self.phase.config.epochs
+        ending = self.callbacks.values() if self.ended else ()
+        return {name: figure for callback in ending for name, figure in callback.on_phase_end().items()}
 
     def not_finite(self, problem: str, epoch: int, step: int, buffer: _MetricBuffer) -> DivergedError:
         """Return the error for a loss or weights that are not finite."""
@@ -355,16 +414,29 @@ class _PhaseTrainer:
         return {"model": self.model, "optimizer": optimizer, "scheduler": scheduler, "scaler": self.scaler}
 
     def state(self) -> TrainState:
-        """Return all that `restore` needs, without copies."""
+        """Return all that `start` needs, without copies."""
         states = {name: part.state_dict() for name, part in self._modules().items()}
-        return {"phase": self.phase.name, "steps": self.steps, "examples_seen": self.examples_seen, **states}
+        callbacks = {name: callback.state_dict() for name, callback in self.callbacks.items()}
+        counts = {"steps": self.steps, "epochs_before": self.epochs_before, "examples_seen": self.examples_seen}
+        return {"phase": self.phase.name, "ended": self.ended, **counts, **states, "callbacks": callbacks}
 
-    def restore(self, state: TrainState) -> None:
-        """Load the state of a report; raises UserError if it belongs to another model or optimizer."""
+    def start(self, state: TrainState | None) -> None:
+        """Start the phase, or continue it from the state of a report.
+
+        Raises:
+            UserError: The state belongs to another model, optimizer or callback.
+        """
+        self.ended = bool(state and state.get("ended"))
+        for callback in () if self.ended else self.callbacks.values():
+            callback.on_phase_start(self.model)
+        if state is None:
+            return
         self.steps, self.examples_seen = state["steps"], state["examples_seen"]
         try:
             for name, part in self._modules().items():
                 part.load_state_dict(state[name])
+            for name, callback in () if self.ended else self.callbacks.items():
+                callback.load_state_dict(state["callbacks"][name])
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
                 f"The checkpoint's state does not fit phase {self.phase.name} as this version builds it: "

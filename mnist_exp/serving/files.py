@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 
 from mnist_exp.errors import UserError
-from mnist_exp.serving.classifier import FORMATS, Classifier, open_picture
-from mnist_exp.serving.preparation import flatten
+from mnist_exp.learning.pictures import FORMATS, find_pictures, flatten, open_picture
+from mnist_exp.serving.classifier import Classifier
 
 TILE = 84  # pixels of a picture on the sheet
 COLUMNS = 6  # pairs of pictures on a row of the sheet
@@ -24,30 +24,29 @@ class FilePrediction:
 
     Args:
         file: The path as typed.
-        label: The most probable class, None after an error.
+        label: The name of the most probable class, empty after an error.
         probability: Its probability.
-        runner_up: The second most probable class.
+        runner_up: The name of the second most probable class.
         error: The reason why there is no prediction, empty without an error.
-        seen: The image as the network sees it: uint8 (side, side).
+        seen: The image as the network sees it: uint8 (side, side), or with several channels (side, side, channels).
     """
 
     file: str
-    label: int | None = None
+    label: str = ""
     probability: float | None = None
-    runner_up: int | None = None
+    runner_up: str = ""
     error: str = ""
     seen: NDArray[np.uint8] | None = None
 
 
 def find_files(paths: Sequence[Path]) -> list[Path]:
     """Return files, and the pictures in folders in the order of their names; raises UserError for a folder without any."""
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(item for item in path.rglob("*") if item.suffix.lower() in suffixes and item.is_file())
+            inside = find_pictures(path, "**/*")
             if not inside:
-                raise UserError(f"{path} contains no pictures: expected files that end with {', '.join(sorted(suffixes))}.")
+                raise UserError(f"{path} contains no pictures: expected files in the formats {', '.join(FORMATS)}.")
             files += inside
         else:
             files.append(path)
@@ -78,7 +77,8 @@ def predict_files(
         predictions = classifier.classify(np.stack(images))
         ranked = predictions.probabilities.argsort(1)[:, ::-1]  # (n, classes)
         for item, order, probability in zip(read, ranked.tolist(), predictions.probabilities.max(1).tolist(), strict=True):
-            item.label, item.runner_up, item.probability = order[0], order[1], probability
+            item.label, item.runner_up = (classifier.data.class_names[index] for index in order[:2])
+            item.probability = probability
     return results
 
 

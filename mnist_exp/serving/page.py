@@ -9,7 +9,8 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.requests import ClientDisconnect
 
 from mnist_exp.errors import UserError
-from mnist_exp.serving.classifier import Classifier, open_picture
+from mnist_exp.learning.pictures import open_picture
+from mnist_exp.serving.classifier import Classifier
 
 PAGE = Path(__file__).with_name("page.html")
 MAX_REQUEST = 300_000  # bytes; the page's canvas takes some 5,000
@@ -68,6 +69,7 @@ def create_app(classifier: Classifier, port: int) -> FastAPI:
         return JSONResponse(
             {
                 "label": int(predictions.labels[0]),
+                "name": predictions.names[0],
                 "probabilities": [float(value) for value in predictions.probabilities[0]],
                 "image": predictions.images[0].tolist(),
             }

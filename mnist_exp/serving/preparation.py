@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 from scipy import ndimage
 
 from mnist_exp.errors import UserError
+from mnist_exp.learning.pictures import flatten
 
 BOX = 20 / 28  # the side of the box that the digit fills, as a share of the side of the image
 LARGEST = 400  # pixels on the longer side of the picture that is analyzed
@@ -46,29 +47,6 @@ def prepare(picture: Image.Image, side: int) -> NDArray[np.uint8]:
     middle = (side - 1) / 2
     top, left = (round(middle - center) for center in ndimage.center_of_mass(small))
     return _placed((small * 255).round().astype(np.uint8), top, left, side)
-
-
-def flatten(picture: Image.Image) -> Image.Image:
-    """Return a picture upright, in RGB, and without transparency: on white, or on black if what is opaque is light.
-
-    Raises:
-        UserError: The picture contains numbers that are not finite.
-    """
-    upright = ImageOps.exif_transpose(picture) or picture
-    if upright.mode.startswith(("I", "F")):  # 16 bits, or any numbers
-        values = np.asarray(upright, dtype=np.float64)
-        if not np.isfinite(values).all():
-            raise UserError("the picture contains values that are not finite")
-        low, high = float(values.min()), float(values.max())
-        scaled = (values - low) / (high - low) * 255 if high > low else np.zeros_like(values)
-        upright = Image.fromarray(scaled.astype(np.uint8))
-    if "A" not in upright.getbands() and "transparency" not in upright.info:
-        return upright.convert("RGB")
-    color = upright.convert("RGBA")
-    *channels, alpha = np.moveaxis(np.asarray(color, dtype=np.float32), 2, 0)
-    is_light = float((np.mean(channels, axis=0) * alpha).sum()) > 127.5 * float(alpha.sum())
-    paper = Image.new("RGBA", color.size, "black" if is_light and alpha.min() < 255 else "white")
-    return Image.alpha_composite(paper, color).convert("RGB")
 
 
 def _pixels(picture: Image.Image) -> NDArray[np.float32]:

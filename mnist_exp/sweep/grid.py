@@ -13,21 +13,21 @@ from omegaconf import DictConfig, OmegaConf
 from mnist_exp.composing import config_dir_of, from_composed, missing_extra
 from mnist_exp.console import SweepDisplay, show_lines, show_table
 from mnist_exp.errors import UserError
+from mnist_exp.nodes import build, is_location, remember_locations, walk
 from mnist_exp.overrides import (
     check_ids,
     choices,
     combinations,
     command,
-    is_location,
     key_of,
+    parse,
     quoted,
-    remember_locations,
     section_of,
     text_of,
     varied_keys,
 )
 from mnist_exp.paths import take_credentials
-from mnist_exp.settings import ID, NEUTRAL, Settings, build, read_recipe, walk
+from mnist_exp.settings import ID, NEUTRAL, Settings, read_recipe
 from mnist_exp.signals import install_signal_handlers
 from mnist_exp.storage import run_dir
 from mnist_exp.sweep.jobs import Composer, Job, failed
@@ -60,7 +60,7 @@ class GridSweep:
             if f"hydra_{package}_launcher" in launcher and find_spec(package) is None:
                 raise UserError(missing_extra(launcher) or "", key="hydra/launcher", value=launcher)
         self.composed, self.params = composed, params
-        self.composer = Composer(context.config_loader, composed, self.check)
+        self.composer = Composer(context.config_loader, composed)
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=context, task_function=task, config=composed
         )
@@ -75,12 +75,9 @@ class GridSweep:
         store: Store = build(settings.tracking, "tracking")
         if not settings.sweep.dry_run:
             run_dir.ensure_writable_dir(settings.output_dir)
-        # The command line: locations, the sweep's own keys, and the overrides that define its jobs.
+        arguments = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         locations = [override for override in arguments if is_location(override)]
-        apart = {*locations, *(override for override in arguments if section_of(override) == "sweep")}
-        overrides = [f"{key}={value}" for key, value in self.params.items()]
-        overrides += [with_whole_ids(store, override) for override in arguments if override not in apart]
-        overrides = self.composer.write_out(overrides)
+        overrides = self._defining(store, arguments, locations)
         with ExitStack() as lock:
             stored = self._find_stored(store, locations, lock)
             grids = self._grids(stored, overrides)
@@ -96,27 +93,41 @@ class GridSweep:
                 show_lines(notes)
                 return
             renumbered = [(child, number) for child, number in children if child.job != number]
-            has_all = total == len(jobs) and all(job.number in done for job in jobs)
+            has_all = total == len(jobs) and done.issuperset(job.number for job in jobs)
             if stored and stored.record.status == "FINISHED" and stored.total == total and has_all and not renumbered:
                 show_lines([f"Sweep {stored.run_id} has finished: nothing is left to run."])
                 return
             getattr(self.launcher, "warm_up", lambda: None)()  # now that nothing can be refused any more
             launching = [override for override in hydra.overrides.hydra if "launcher" in override]
-            plan = Plan(
-                self.name, grids, jobs, total, swept_keys, locations, selecting_overrides=[*self.selecting_overrides, *launching]
-            )
+            selecting = [*self.selecting_overrides, *launching]
+            objective = stored.objective if stored else settings.objective
+            plan = Plan(self.name, grids, jobs, total, swept_keys, locations, selecting, objective)
             parent = lock.enter_context(open_parent(store, settings, plan, stored))
             for child, number in renumbered:
                 store.set_tags(child.run_id, {JOB: NO_JOB if number is None else str(number)})
             display = SweepDisplay(total)
             try:
-                with display.polling(Progress(store, parent.tracker.run_id).read):
+                with display.polling(Progress(store, parent.tracker.run_id, objective).read):
                     self.run_jobs(parent)
             except BaseException:
                 with suppress(Exception):  # the error that ended the sweep matters, not that the store is unreachable, too
                     _show(parent, display)
                 raise
             _conclude(parent, _show(parent, display), self.next_command)
+
+    def _defining(self, store: Store, arguments: list[str], locations: list[str]) -> list[str]:
+        """Return the overrides that define jobs: all but locations and the sweep's own keys.
+
+        Raises:
+            UserError: A location has several values: no record of a job contains locations.
+        """
+        for override in locations:
+            if parse(override).is_sweep_override():
+                key, group = key_of(override), section_of(override)
+                remedy = f"Write an option for each place, conf/{group}/NAME.yaml, and sweep over {group}=NAME,NAME."
+                raise UserError.invalid(key, text_of(override), "one place for all jobs", remedy)
+        rest = [override for override in arguments if override not in locations and section_of(override) != "sweep"]
+        return self.composer.write_out([with_whole_ids(store, override) for override in rest])
 
     def _find_stored(self, store: Store, locations: list[str], lock: ExitStack) -> Sweep | None:
         """Return the sweep to resume or to extend, which stays locked, None for a new one; raises UserError."""
@@ -165,9 +176,6 @@ class GridSweep:
         if self.settings.sweep.extend and stored and len(jobs) == stored.total:
             raise UserError(f"sweep.extend={stored.run_id} adds no job: the sweep has all of these combinations.")
         return jobs
-
-    def check(self, settings: Settings) -> None:
-        """Raise UserError if this sweeper must not run a job of those settings."""
 
     def total(self, stored: Sweep | None, jobs: list[Job]) -> int:
         """Return the number of jobs of the sweep."""

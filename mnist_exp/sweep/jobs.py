@@ -2,7 +2,7 @@
 
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -43,8 +43,8 @@ class Composer:
     Hydra takes a fifth of a second for each job, too long to find a mistake in the last of hundreds.
     """
 
-    def __init__(self, loader: ConfigLoader, composed: DictConfig, check: Callable[[Settings], None]) -> None:
-        self._loader, self._composed, self._check = loader, composed, check
+    def __init__(self, loader: ConfigLoader, composed: DictConfig) -> None:
+        self._loader, self._composed = loader, composed
         self._bases: dict[tuple[str, ...], bytes] = {}  # pickled: copies of a configuration take four times as long
         self._trial = Trial()
 
@@ -84,7 +84,6 @@ class Composer:
     def _check_job(self, settings: Settings, overrides: Sequence[str]) -> None:
         check_repeats(settings, overrides)
         self._trial.try_out(settings, read_data=True)
-        self._check(settings)
 
     def _compose(self, overrides: Sequence[str]) -> DictConfig:
         plain = {override: parsed for override in overrides if (parsed := _plain_value(override))}

@@ -19,7 +19,7 @@ from mnist_exp.sweep.summary import describe_sweep, job_table, sweep_metrics
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import PROCESS_DIED, RunInfo, RunRecord, Store, Sweep, Tracker, grids_text, latest_run_per_job
 from mnist_exp.tracking.frame import frame
-from mnist_exp.tracking.tags import ANSWER, GRIDS, HOST, OUTPUT_DIR, OVERRIDES, PID, SWEEP_JOBS, SWEEPER
+from mnist_exp.tracking.tags import ANSWER, GRIDS, HOST, OBJECTIVE, OUTPUT_DIR, OVERRIDES, PID, SWEEP_JOBS, SWEEPER
 
 ORPHAN_PATIENCE = 60.0  # seconds for the jobs of a killed parent to end
 
@@ -36,6 +36,7 @@ class Plan:
         swept_keys: The keys that differ between jobs.
         locations: The overrides of locations on the command line, which every job receives.
         selecting_overrides: The overrides that select the sweeper and the launcher.
+        objective: The metric that decides.
     """
 
     sweeper: str
@@ -45,6 +46,7 @@ class Plan:
     swept_keys: list[str]
     locations: list[str]
     selecting_overrides: list[str]
+    objective: str
 
 
 @dataclass
@@ -131,14 +133,16 @@ class Parent:
         """Record the results of all jobs; return them as the rows of a table."""
         self.store.reap(self.settings.output_dir)
         children = self.children()
-        rows = job_table(self.plan.jobs, children, self.results)
+        rows = job_table(self.plan.jobs, children, self.results, self.plan.objective)
         if rows:
             if self.tracker.is_recording:
                 table = frame([(self.store.find_sweep(self.tracker.run_id), children)])
                 self.tracker.log_text(table.to_csv(index=False), "results.csv")
-            self.tracker.log_results(sweep_metrics(rows, children))
+            self.tracker.log_results(sweep_metrics(rows, children, self.plan.objective))
             self.tracker.set_description(
-                describe_sweep(rows, children, self.store, self.tracker.run_id, self.resume_command, self.plan.grids)
+                describe_sweep(
+                    rows, children, self.store, self.tracker.run_id, self.resume_command, self.plan.grids, self.plan.objective
+                )
             )
         return rows
 
@@ -148,7 +152,7 @@ def open_parent(store: Store, settings: Settings, plan: Plan, stored: Sweep | No
     """Start the parent's run, or resume that of `stored`, whose folder the caller has locked."""
     output_dir, first = settings.output_dir, plan.grids[0]
     process_tags = provenance.process_tags(output_dir)
-    sweep_tags = {GRIDS: grids_text(plan.grids), SWEEPER: plan.sweeper, SWEEP_JOBS: str(plan.total)}
+    sweep_tags = {GRIDS: grids_text(plan.grids), SWEEPER: plan.sweeper, SWEEP_JOBS: str(plan.total), OBJECTIVE: plan.objective}
     tags = provenance.git_tags() | provenance.software() | process_tags | sweep_tags | {OVERRIDES: shlex.join(first)}
     name = f"sweep {' by '.join(plan.swept_keys) or 'of one'}"
     info = RunInfo(name, command("run", "-m", *plan.selecting_overrides, *first), tags)

@@ -10,9 +10,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from mnist_exp.errors import UserError
-from mnist_exp.metrics import OBJECTIVE
+from mnist_exp.metrics import metric_of
 from mnist_exp.overrides import parse
-from mnist_exp.settings import Settings
 from mnist_exp.sweep.grid import GridSweep
 from mnist_exp.sweep.jobs import Job
 from mnist_exp.sweep.parent import Parent
@@ -32,7 +31,7 @@ class SearchSweep(GridSweep):
     """Searches the values that the command line leaves open: choice(...), range(...), interval(...), tag(log, interval(...)).
 
     The study is in the parent's output folder, where `sweep.resume` finds it. TPE proposes the trials (Bergstra et al. 2011). A
-    trial is pruned if its validation accuracy is below the median at the same step.
+    trial is pruned if its objective is worse than the median at the same step. No trial is scored on the test set.
 
     Args:
         context: As for `GridSweep`.
@@ -71,20 +70,14 @@ class SearchSweep(GridSweep):
         changed = any(override.startswith("hydra.sweeper.n_trials=") for override in self.composed.hydra.overrides.hydra)
         return max(len(jobs), stored.total if stored and not changed else self.n_trials)
 
-    def check(self, settings: Settings) -> None:
-        """Raise UserError if the search could see the test set."""
-        if not settings.data.get("validation_size"):
-            raise UserError("A search must not see the test set: add data=mnist_tuning, which validates on training images.")
-
     def define(self, stored: Sweep | None, grids: list[list[str]]) -> list[Job]:
         """Return the trials of a stored search; Optuna proposes others while it runs."""
         if stored is None:
-            self.check(self.settings)
             return []
         folder = self.settings.output_dir / stored.run_id
         if not (folder / DATABASE).exists():
             raise UserError(f"The study of this search is not in {folder}: set output_dir to the folder it started with.")
-        study = open_study(folder, self.settings.seed)
+        study = open_study(folder, self.settings.seed, stored.objective)
         try:
             return [self._job(_continued(study, trial), grids) for trial in study.trials]
         except ValueError as error:
@@ -96,7 +89,7 @@ class SearchSweep(GridSweep):
 
     def run_jobs(self, parent: Parent) -> None:
         """Propose jobs, run them, and report their results to the study, until there are n_trials jobs."""
-        study = open_study(parent.folder, self.settings.seed)
+        study = open_study(parent.folder, self.settings.seed, parent.plan.objective)
         plan = parent.plan
         jobs = list(plan.jobs)
         while True:
@@ -129,8 +122,14 @@ class SearchSweep(GridSweep):
         return space
 
 
-def open_study(folder: Path, seed: int) -> "Study":
-    """Return the study in a sweep's folder, created if missing."""
+def open_study(folder: Path, seed: int, objective: str) -> "Study":
+    """Return the study in a sweep's folder, which is created if missing.
+
+    Args:
+        folder: The folder of the sweep.
+        seed: The seed of the proposals.
+        objective: The metric that decides.
+    """
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -143,7 +142,7 @@ def open_study(folder: Path, seed: int) -> "Study":
             study_name=STUDY,
             storage=f"sqlite:///{database}",
             load_if_exists=True,
-            direction="maximize",
+            direction="minimize" if metric_of(objective).higher_is_better is False else "maximize",
             pruner=optuna.pruners.MedianPruner(),
         )
         done = len(study.trials)
@@ -176,32 +175,33 @@ def tell_study(study: "Study", parent: Parent) -> None:
     """Report the results of the jobs that have ended to the study."""
     from optuna.trial import TrialState
 
-    children = latest_run_per_job(parent.children())
+    children, objective = latest_run_per_job(parent.children()), parent.plan.objective
     for trial in study.get_trials(states=[TrialState.RUNNING]):
         child = children.get(trial.number)
-        if child and child.status == "FINISHED" and OBJECTIVE in child.metrics:
-            study.tell(trial.number, child.metrics[OBJECTIVE])
+        if child and child.status == "FINISHED" and objective in child.metrics:
+            study.tell(trial.number, child.metrics[objective])
         elif child and PRUNED in child.tags:
             study.tell(trial.number, state=TrialState.PRUNED)
         elif child:
             study.tell(trial.number, state=TrialState.FAIL)
 
 
-def make_pruning_callback(folder: Path, number: int) -> Callable[[int, Mapping[str, float]], bool]:
+def make_pruning_callback(folder: Path, number: int, objective: str) -> Callable[[int, Mapping[str, float]], bool]:
     """Return the function that decides whether to prune a job, called with the examples seen and the metrics of each report.
 
     Args:
         folder: The folder of the sweep.
         number: The number of the job.
+        objective: The metric that decides.
     """
-    study = open_study(folder, seed=0)
+    study = open_study(folder, seed=0, objective=objective)
     (frozen,) = [trial for trial in study.get_trials() if trial.number == number]
     trial = _continued(study, frozen)
 
     def should_prune(examples_seen: int, metrics: Mapping[str, float]) -> bool:
-        if OBJECTIVE not in metrics or frozen.state.is_finished():  # finished: the job failed and is repeated
+        if objective not in metrics or frozen.state.is_finished():  # finished: the job failed and is repeated
             return False
-        trial.report(metrics[OBJECTIVE], examples_seen)
+        trial.report(metrics[objective], examples_seen)
         return trial.should_prune()
 
     return should_prune

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 
 from hydra.core.utils import JobStatus
 
-from mnist_exp.metrics import OBJECTIVE, format_metric
+from mnist_exp.metrics import SHOWN, best_first, format_metric
 from mnist_exp.overrides import key_of
 from mnist_exp.sweep.jobs import Job, JobResults, failure_reason, result_of
 from mnist_exp.tracking.base import RunRecord, Store, latest_run_per_job
 from mnist_exp.tracking.tags import ERROR, PRUNED
 
-SHOWN = ("val/accuracy", "test/accuracy", "test/loss", "time/total_seconds")
 ROWS_SHOWN = 50  # MLflow truncates descriptions after 8,000 characters
 BEST_SHOWN = 3
 MAX_CLOCK_SKEW = 60_000  # ms, between the machines of a cluster
@@ -25,12 +24,14 @@ class Progress:
     """The results of a sweep's jobs so far.
 
     Args:
-        ended: The status and the validation accuracy of each ended job.
+        objective: The metric that decides.
+        ended: The status and the objective of each ended job.
         until: Milliseconds since 1970 when the last job ended.
     """
 
     store: Store
     sweep_id: str
+    objective: str
     ended: dict[int, tuple[str, float | None]] = field(default_factory=dict)
     until: int = 0
 
@@ -38,11 +39,12 @@ class Progress:
         """Read the jobs that ended since the last call; return jobs finished, jobs failed, and the best result."""
         children = self.store.children(self.sweep_id, ended_after=self.until - MAX_CLOCK_SKEW if self.until else 1)
         for number, child in latest_run_per_job(children).items():
-            self.ended[number] = child.status, child.metrics.get(OBJECTIVE)
+            self.ended[number] = child.status, child.metrics.get(self.objective)
             self.until = max(self.until, child.ended or 0)
         statuses = Counter(status for status, _ in self.ended.values())
-        best = [accuracy for status, accuracy in self.ended.values() if status == "FINISHED" and accuracy is not None]
-        shown = format_metric(OBJECTIVE, max(best)) if best else "-"
+        values = [value for status, value in self.ended.values() if status == "FINISHED" and value is not None]
+        best = best_first(self.objective, values, float)
+        shown = format_metric(self.objective, best[0]) if best else "-"
         return statuses["FINISHED"], statuses["FAILED"] + statuses["KILLED"], shown
 
 
@@ -63,23 +65,24 @@ def preview(jobs: Sequence[Job], done: Container[int | None], total: int) -> tup
     return rows, [*notes, "Nothing was recorded: sweep.dry_run=true."]
 
 
-def rank_arms(children: Iterable[RunRecord]) -> list[tuple[list[str], list[float]]]:
-    """Return the overrides of each arm and the OBJECTIVE of its finished jobs, the best mean first, else in the sweep's order."""
+def rank_arms(children: Iterable[RunRecord], objective: str) -> list[tuple[list[str], list[float]]]:
+    """Return the overrides of each arm and the objective of its finished jobs, the best mean first, else in the sweep's order."""
     arms = defaultdict[tuple[str, ...], list[float]](list)
     for _, child in sorted(latest_run_per_job(children).items()):
-        if child.status == "FINISHED" and OBJECTIVE in child.metrics:
-            arms[tuple(item for item in child.overrides if key_of(item) != "seed")].append(child.metrics[OBJECTIVE])
+        if child.status == "FINISHED" and objective in child.metrics:
+            arms[tuple(item for item in child.overrides if key_of(item) != "seed")].append(child.metrics[objective])
     ranked = [(list(overrides), values) for overrides, values in arms.items()]
-    return sorted(ranked, key=lambda arm: statistics.mean(arm[1]), reverse=True)
+    return best_first(objective, ranked, lambda arm: statistics.mean(arm[1]))
 
 
-def job_table(jobs: list[Job], children: list[RunRecord], results: JobResults) -> list[dict[str, str]]:
+def job_table(jobs: list[Job], children: list[RunRecord], results: JobResults, objective: str) -> list[dict[str, str]]:
     """Return a row for each job: number, name, status, metrics, run, error.
 
     Args:
         jobs: The jobs.
         children: The runs of the jobs.
         results: The reports of the launcher.
+        objective: The metric that decides.
     """
     latest = latest_run_per_job(children)
     rows = []
@@ -93,32 +96,36 @@ def job_table(jobs: list[Job], children: list[RunRecord], results: JobResults) -
             status = "FINISHED"
         else:
             status = "NOT STARTED" if returned is None or returned.status == JobStatus.UNKNOWN else "FAILED"
-        metrics = child.metrics if child else {OBJECTIVE: value} if isinstance(value, float) else {}
+        metrics = child.metrics if child else {objective: value} if isinstance(value, float) else {}
         name = child.name if child else " ".join(job.overrides)
         rows.append(
             {"job": str(job.number), "name": name, "status": status}
-            | {key: format_metric(key, metrics[key]) if key in metrics else "" for key in SHOWN}
+            | {key: format_metric(key, metrics[key]) if key in metrics else "" for key in (objective, *SHOWN)}
             | {"run": child.run_id if child else "", "error": error}
         )
     return rows
 
 
-def sweep_metrics(rows: list[dict[str, str]], children: list[RunRecord]) -> dict[str, float]:
+def sweep_metrics(rows: list[dict[str, str]], children: list[RunRecord], objective: str) -> dict[str, float]:
     """Return the metrics of a sweep's parent; none has the name of a run's, so that charts keep them apart.
 
     Args:
         rows: From `job_table`.
         children: The runs of the jobs.
+        objective: The metric that decides.
     """
     statuses = Counter(row["status"] for row in rows)
     finished, failed = statuses["FINISHED"], statuses["FAILED"] + statuses["KILLED"]
-    best = [
-        child.metrics[OBJECTIVE]
-        for child in latest_run_per_job(children).values()
-        if child.status == "FINISHED" and OBJECTIVE in child.metrics
-    ]
+    best = _ranked(children, objective)
     counts = {"sweep/jobs_finished": float(finished), "sweep/jobs_failed": float(failed)}
-    return counts | ({"sweep/best_val_accuracy": max(best)} if best else {})
+    return counts | ({f"sweep/best_{objective.replace('/', '_')}": best[0].metrics[objective]} if best else {})
+
+
+def _ranked(children: Iterable[RunRecord], objective: str) -> list[RunRecord]:
+    """Return the finished runs of the jobs with an objective, the best first, equal ones in the order of their jobs."""
+    runs = [child for _, child in sorted(latest_run_per_job(children).items())]
+    scored = [child for child in runs if child.status == "FINISHED" and objective in child.metrics]
+    return best_first(objective, scored, lambda child: child.metrics[objective])
 
 
 def describe_sweep(
@@ -128,8 +135,9 @@ def describe_sweep(
     sweep_id: str,
     resume_command: str,
     grids: Sequence[Sequence[str]],
+    objective: str,
 ) -> str:
-    """Return the parent's description in Markdown: counts by status, the best jobs by validation, history, the table.
+    """Return the parent's description in Markdown: counts by status, the best jobs by the objective, history, the table.
 
     Args:
         rows: From `job_table`.
@@ -138,24 +146,23 @@ def describe_sweep(
         sweep_id: The id of the parent.
         resume_command: The command that resumes the sweep.
         grids: The overrides of each grid.
+        objective: The metric that decides.
     """
     counts = ", ".join(f"{count} {status}" for status, count in Counter(row["status"] for row in rows).most_common())
-    latest = latest_run_per_job(children).values()
-    scored = [child for child in latest if child.status == "FINISHED" and OBJECTIVE in child.metrics]
     lines = [f"{len(rows)} jobs: {counts}."]
-    if scored:
-        highest = max(child.metrics[OBJECTIVE] for child in scored)
-        best = [child for child in sorted(scored, key=lambda child: child.job or 0) if child.metrics[OBJECTIVE] == highest]
+    if ranked := _ranked(children, objective):
+        highest = ranked[0].metrics[objective]
+        best = [child for child in ranked if child.metrics[objective] == highest]
         links = ", ".join(f"[{child.name}]({store.link(child.run_id)})" for child in best[:BEST_SHOWN])
         more = f" and {len(best) - BEST_SHOWN} more" if len(best) > BEST_SHOWN else ""
         tied = f"{len(best)} tie: " if len(best) > 1 else ""
-        lines.append(f"Best by {OBJECTIVE}, {format_metric(OBJECTIVE, highest)}: {tied}{links}{more}.")
+        lines.append(f"Best by {objective}, {format_metric(objective, highest)}: {tied}{links}{more}.")
     finished = sum(row["status"] == "FINISHED" for row in rows)
     if finished and (curves := store.link_curves(sweep_id, finished)):
         lines += ["", f"[Curves by arm]({curves}), each the mean over its runs."]
     if len(grids) > 1:
         lines += ["", "Its grids:", *(f"- `{shlex.join(grid)}`" for grid in grids)]
-    shown = ("job", "name", "status", *SHOWN)
+    shown = ("job", "name", "status", objective, *SHOWN)
     lines += ["", f"| {' | '.join(shown)} |", f"|{' --- |' * len(shown)}"]
     lines += [f"| {' | '.join(row[key] for key in shown)} |" for row in rows[:ROWS_SHOWN]]
     lines += [f"\n... and {len(rows) - ROWS_SHOWN} more, in `results.csv`."] if len(rows) > ROWS_SHOWN else []

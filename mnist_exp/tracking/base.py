@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from mnist_exp.errors import ResumableError, UserError
 from mnist_exp.overrides import check_stored
 from mnist_exp.settings import Recipe, Settings
-from mnist_exp.tracking.tags import COMMIT, DATA, GRIDS, JOB, OVERRIDES, PRUNED, SWEEP_JOBS, SWEEPER
+from mnist_exp.tracking.tags import COMMIT, DATA, GRIDS, JOB, OBJECTIVE, OVERRIDES, PRUNED, SWEEP_JOBS, SWEEPER
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -134,6 +134,11 @@ class Sweep:
     def sweeper(self) -> str:
         """The name of what proposes the jobs: `grid` or `optuna`."""
         return self.record.tags.get(SWEEPER, "")
+
+    @property
+    def objective(self) -> str:
+        """The metric that decides."""
+        return self.record.tags.get(OBJECTIVE, str(Settings.model_fields["objective"].default))
 
     @property
     def total(self) -> int:

@@ -1,7 +1,7 @@
 """Trained models: save, load, find and register them.
 
-A model is a folder of three files: the weights, the settings of its run, and an `MLmodel`, through which MLflow's own loader and
-server call `_load_pyfunc`.
+A model is a folder of three files: the weights; the node of the model and the description of its data; and an `MLmodel`, through
+which MLflow's own loader and server call `_load_pyfunc`.
 """
 
 import json
@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mnist_exp.errors import UserError
-from mnist_exp.metrics import MAIN_METRICS, format_metric
+from mnist_exp.metrics import format_metric
+from mnist_exp.nodes import build
 from mnist_exp.overrides import command
-from mnist_exp.settings import Settings, build, stored_node
+from mnist_exp.settings import FORMAT, DataDescription, Settings, check_format, stored_node
 from mnist_exp.storage.checkpoint import read_archive
 from mnist_exp.storage.run_dir import disk_error, remove_folder
 from mnist_exp.tracking.base import RunRecord
@@ -47,22 +48,23 @@ def save_model(folder: Path, model: nn.Module, settings: Settings) -> None:
     Args:
         folder: The folder.
         model: Maps uint8 images (n, channels, side, side) to logits (n, classes).
-        settings: The settings of the model's run, with the `shape` of the data.
+        settings: The settings of the model's run, with the description of the data.
 
     Raises:
         UserError: The disk refuses.
     """
-    assert settings.shape
-    side = settings.shape["side"]
+    data = settings.data_description
+    assert data
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, settings.shape["in_channels"], side, side))]),
-        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, settings.shape["classes"]))]),
+        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, data.channels, data.side, data.side))]),
+        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(data.class_names)))]),
     )
+    content = {"format": FORMAT, "model": settings.model, "data_description": data.model_dump()}
     try:
         remove_folder(folder)
         folder.mkdir()
         torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, folder / WEIGHTS)
-        (folder / SETTINGS).write_text(settings.model_dump_json(indent=2))
+        (folder / SETTINGS).write_text(json.dumps(content, indent=2))
         description = Model(signature=signature)
         add_to_model(description, loader_module=__name__)  # type: ignore[no-untyped-call]  # MLflow's
         description.save(str(folder / MLMODEL))
@@ -70,8 +72,8 @@ def save_model(folder: Path, model: nn.Module, settings: Settings) -> None:
         raise disk_error(folder, error) from error
 
 
-def read_model(uri: str) -> tuple[nn.Module, dict[str, int]]:
-    """Return a model in evaluation mode, and the shape of its data. No file of its folder can run code.
+def read_model(uri: str) -> tuple[nn.Module, DataDescription]:
+    """Return a model in evaluation mode, and the description of its data. No file of its folder can run code.
 
     Args:
         uri: A folder, or MLflow's `models:/...` in the store that MLFLOW_TRACKING_URI names.
@@ -81,19 +83,20 @@ def read_model(uri: str) -> tuple[nn.Module, dict[str, int]]:
     """
     folder = _download(uri)
     try:
-        settings = json.loads((folder / SETTINGS).read_bytes())
-        shape = {key: int(settings["shape"][key]) for key in ("classes", "side", "in_channels")}
-        node = stored_node("model", settings["model"], str(folder))
+        content = json.loads((folder / SETTINGS).read_bytes())
+        check_format(content, f"{folder / SETTINGS}")
+        data = DataDescription.model_validate_json(json.dumps(content["data_description"]))
+        node = stored_node("model", content["model"], str(folder))
         weights = torch.load(read_archive(folder / WEIGHTS), map_location="cpu", weights_only=True)
         with torch.device("meta"):  # a network of another size is refused before it takes memory
-            build(node, "model", **shape).load_state_dict(weights, assign=True)
-        model: nn.Module = build(node, "model", **shape)
+            build(node, "model", **data.shape).load_state_dict(weights, assign=True)
+        model: nn.Module = build(node, "model", **data.shape)
         model.load_state_dict(weights)
     except UserError:
         raise
     except Exception as error:  # a forged file can fail anywhere within torch
         raise UserError(f"{folder} is not a model of this program, or is damaged: {first_line(error)}.") from error
-    return model.eval(), shape
+    return model.eval(), data
 
 
 class PyfuncModel:
@@ -215,7 +218,8 @@ def register(store: "MLflowStore", record: RunRecord, name: str, alias: str, rea
     source = _of_run(store, record.run_id)
     _check_written_by_us(_download(source.address))
     link = f"[Run {record.run_id[:8]}]({run_path(record.experiment_id, record.run_id)[1:]})"
-    results = [f"{metric} {format_metric(metric, record.metrics[metric])}" for metric in MAIN_METRICS if metric in record.metrics]
+    scores = sorted(item for item in record.metrics.items() if item[0].startswith(("test/", "val/")))
+    results = [f"{metric} {format_metric(metric, value)}" for metric, value in scores]
     description = f"{reason}\n\n{', '.join([f'{link} on {record.data}', *results])}."
     try:
         version = mlflow.register_model(source.address, name, tags=tags)  # also links the logged model to the version

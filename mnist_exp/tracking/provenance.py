@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
+from mnist_exp.nodes import targets
 from mnist_exp.paths import CHECKOUT, NAME, PACKAGE, config_dirs, without_credentials
-from mnist_exp.settings import targets
 from mnist_exp.tracking.tags import BRANCH, COMMIT, CPU, DIRTY, GPU, HOST, OUTPUT_DIR, PID, REPOSITORY, USER
 
 if TYPE_CHECKING:

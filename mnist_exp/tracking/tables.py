@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pydantic import ValidationError
 
 from mnist_exp.errors import UserError
-from mnist_exp.metrics import MAIN_METRICS, format_metric, metric_of
+from mnist_exp.metrics import best_first, format_metric
+from mnist_exp.nodes import did_you_mean, walk
 from mnist_exp.overrides import JOB_KEY
-from mnist_exp.settings import did_you_mean, walk
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import RunRecord, StoredRun
 from mnist_exp.tracking.mlflow_store import MLflowStore
@@ -54,19 +54,22 @@ def filter_runs(records: Sequence[RunRecord], data: str | None, since: float, la
     return [record for record in records if record.run_id in ids]
 
 
-def run_tree(records: Iterable[RunRecord], chosen: Iterable[RunRecord], *, with_jobs: bool) -> list[dict[str, str]]:
+def run_tree(
+    records: Iterable[RunRecord], chosen: Iterable[RunRecord], metrics: Sequence[str], *, with_jobs: bool
+) -> list[dict[str, str]]:
     """Return the rows of a table: the newest run last, and jobs below their sweep.
 
     Args:
         records: All runs, the newest first.
         chosen: The runs of the table.
+        metrics: The metrics of the columns.
         with_jobs: Whether the table has the jobs of sweeps.
     """
     ids = {record.run_id for record in chosen}
     rows = []
     for group in reversed(group_by_sweep(records)):
         named = [(group_name(group), group[0]), *((f"  {job.name}", job) for job in group[1:] if with_jobs)]
-        rows += [run_row(name, run) for name, run in named if run.run_id in ids]
+        rows += [run_row(name, run, metrics) for name, run in named if run.run_id in ids]
     return rows
 
 
@@ -77,17 +80,22 @@ def group_name(group: Group) -> str:
     return f"{group[0].name} ({len(finished)} of {total} jobs)" if total else group[0].name
 
 
-def ranking(records: Sequence[RunRecord], metric: str) -> list[dict[str, str]]:
-    """Return the runs that have a metric as the rows of a table, the best first; the highest, if the metric has no direction."""
+def ranking(records: Sequence[RunRecord], metric: str, metrics: Sequence[str]) -> list[dict[str, str]]:
+    """Return the runs that have a metric as the rows of a table, the best first.
+
+    Args:
+        records: The runs.
+        metric: The metric.
+        metrics: The metrics of the columns, after that one.
+    """
     known = {name for record in records for name in record.metrics}
     if metric not in known:
         raise UserError.invalid("--sort", metric, f"one of {', '.join(sorted(known))}{did_you_mean(metric, known)}")
-    found = [record for record in records if metric in record.metrics]
-    found.sort(key=lambda record: record.metrics[metric], reverse=metric_of(metric).higher_is_better is not False)
-    return [run_row(record.name, record, (metric, *(other for other in MAIN_METRICS if other != metric))) for record in found]
+    found = best_first(metric, (record for record in records if metric in record.metrics), lambda record: record.metrics[metric])
+    return [run_row(record.name, record, (metric, *(other for other in metrics if other != metric))) for record in found]
 
 
-def run_row(name: str, record: RunRecord, metrics: Sequence[str] = MAIN_METRICS) -> dict[str, str]:
+def run_row(name: str, record: RunRecord, metrics: Sequence[str]) -> dict[str, str]:
     """Return a run as the row of a table.
 
     Args:

@@ -10,6 +10,7 @@ DIVERGED = "diverged"  # set if the loss or the weights became infinite or NaN
 
 SWEEP_JOBS = "sweep_jobs"  # of a sweep's parent: the number of its jobs
 GRIDS = "grids"  # of a sweep's parent: the overrides of each grid, as JSON
+OBJECTIVE = "objective"  # of a sweep's parent: the metric that decides
 SWEEPER = "sweeper"  # of a sweep's parent: grid or optuna
 SWEEP = "sweep_id"  # of a job: the id of the parent
 JOB = "job_num"  # of a job: its number; NO_JOB if the sweep, as it is now, has no such job

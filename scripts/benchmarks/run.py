@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mnist_exp.composing import compose_recipe
-from mnist_exp.learning.datasets import MNIST_FILES, MNIST_SHAPE
+from mnist_exp.learning.datasets import MNIST_FILES
 from mnist_exp.learning.training import choose_precision, disable_malloc_trim, fit, prepare_phases
-from mnist_exp.settings import build
+from mnist_exp.nodes import build
 
 OURS = "mnist_exp"
 TRANSFORMS = {"DataLoader, v2 on tensors": "v2", "DataLoader, PIL": "pil"}
@@ -123,7 +123,7 @@ def training_parts(overrides: list[str]) -> Measurement:
     """Train in this process and take the time between hooks; return seconds by part, and of the whole as `training`."""
     settings = compose_recipe("data.fallback=null", "device=cpu", "tracking=none", "~phases.finetune", *overrides).settings
     data = build(settings.data, "data", seed=0)
-    model = build(settings.model, "model", **MNIST_SHAPE)
+    model = build(settings.model, "model", classes=10, side=28, in_channels=1)
     phase_config = build(settings.phases["train"], "phases.train")
     parts: dict[str, float] = defaultdict(float)
     last = time.perf_counter()

@@ -30,8 +30,8 @@ import torch
 from playwright.sync_api import sync_playwright
 
 from mnist_exp.composing import compose_recipe
-from mnist_exp.learning.datasets import MNIST_SHAPE
-from mnist_exp.settings import build
+from mnist_exp.nodes import build
+from mnist_exp.settings import DataDescription
 from mnist_exp.tracking.base import RunInfo
 from mnist_exp.tracking.mlflow_store import MLflowStore
 from mnist_exp.tracking.models import register
@@ -43,11 +43,12 @@ AIM = 100  # ms from a stroke to its answer
 def promote_model(folder: Path) -> None:
     """Register an untrained network as mnist@champion in a new store, which the commands then use."""
     os.environ["MLFLOW_TRACKING_URI"] = uri = f"sqlite:///{folder / 'mlflow.db'}"
-    settings = compose_recipe().settings.model_copy(update={"shape": MNIST_SHAPE})
+    data = DataDescription(class_names=list("0123456789"), side=28, channels=1, preparation="handwriting")
+    settings = compose_recipe().settings.model_copy(update={"data_description": data})
     store = MLflowStore(uri, "mnist_exp")
     store.open()
     with store.start(RunInfo("se_cnn", "", {})) as tracker:
-        tracker.log_model("se_cnn", build(settings.model, "model", **MNIST_SHAPE), settings, folder / "model")
+        tracker.log_model("se_cnn", build(settings.model, "model", **data.shape), settings, folder / "model")
     register(store, store.get_run(tracker.run_id), "mnist", "champion", "For the benchmark.", {})
 
 

@@ -24,8 +24,8 @@ from mnist_exp.api import load
 from mnist_exp.learning.datasets import load_digits
 from mnist_exp.learning.evaluation import evaluate
 from mnist_exp.metrics import format_metric
+from mnist_exp.nodes import build
 from mnist_exp.paths import CHECKOUT
-from mnist_exp.settings import build
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.tracking.provenance import ORIGIN, PATCH, Origin, changed_files, uncommitted
 from mnist_exp.tracking.tags import BRANCH, DIRTY

@@ -9,7 +9,7 @@ from mnist_exp.errors import UserError
 from mnist_exp.experiment.teachers import ensemble
 from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.distillation import Labels
-from mnist_exp.settings import build
+from mnist_exp.nodes import build
 from mnist_exp.storage import checkpoint, run_dir
 
 

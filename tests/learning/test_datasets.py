@@ -16,7 +16,7 @@ from mnist_exp.learning.data import Dataset, Split
 from mnist_exp.learning.datasets import FASHION_MNIST_FILES, MNIST_FILES, find_test_images, load_digits, load_mnist
 from mnist_exp.learning.evaluation import evaluate
 from mnist_exp.learning.training import fit, prepare_phases
-from mnist_exp.settings import build
+from mnist_exp.nodes import build
 
 
 def stripes(count: int, seed: int, channels: int = 1) -> Split:

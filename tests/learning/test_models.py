@@ -3,13 +3,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import MNIST_SHAPE
 from torch import Tensor, nn
 
 from mnist_exp.errors import UserError
-from mnist_exp.learning.datasets import MNIST_SHAPE
 from mnist_exp.learning.fused import norm_pool_activate
 from mnist_exp.learning.models import count_parameters
-from mnist_exp.settings import build
+from mnist_exp.nodes import build
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("se_cnn", 19_674), ("plain_cnn", 19_526), ("plain_cnn_matched", 19_717)])

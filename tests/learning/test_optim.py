@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from mnist_exp.settings import build
+from mnist_exp.nodes import build
 
 STEPS = 115
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import finished
+from conftest import MNIST_SHAPE, finished
 from torch import Tensor, nn
 
 from mnist_exp.errors import DivergedError, UserError
 from mnist_exp.learning.data import Dataset, derive_seed
-from mnist_exp.learning.datasets import MNIST_SHAPE, load_digits
+from mnist_exp.learning.datasets import load_digits
 from mnist_exp.learning.distillation import Labels
 from mnist_exp.learning.evaluation import evaluate
 from mnist_exp.learning.training import (
@@ -24,7 +24,8 @@ from mnist_exp.learning.training import (
     fit,
     prepare_phases,
 )
-from mnist_exp.settings import Settings, build
+from mnist_exp.nodes import build
+from mnist_exp.settings import Settings
 
 
 def train(config: Settings, data: Dataset | None = None) -> tuple[nn.Module, list[Report], Dataset]:

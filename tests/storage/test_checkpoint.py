@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Bomb, Compose
+from conftest import MNIST, MNIST_SHAPE, Bomb, Compose
 
 from mnist_exp.composing import compose_recipe
 from mnist_exp.errors import ResumableError, UserError
-from mnist_exp.learning.datasets import MNIST_SHAPE
-from mnist_exp.settings import Recipe, build
+from mnist_exp.nodes import build
+from mnist_exp.settings import Recipe
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.storage.run_dir import CHECKPOINT, PREVIOUS_CHECKPOINT
@@ -32,7 +32,7 @@ def one(run_id: str = "abc", recipe: Recipe | None = None, state: dict | None = 
 
 
 def test_a_model_rebuilt_from_its_checkpoint_predicts_the_same(composed: Compose, tmp_path: Path) -> None:
-    recipe = Recipe(composed().model_copy(update={"shape": MNIST_SHAPE}))
+    recipe = Recipe(composed().model_copy(update={"data_description": MNIST}))
     model = build(recipe.settings.model, "model", **MNIST_SHAPE).eval()
     model.blocks[0].norm.running_mean.uniform_()
     checkpoint.save(tmp_path, one("abc", recipe, {"model": model.state_dict()}))

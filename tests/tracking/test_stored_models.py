@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import Bomb, Compose
+from conftest import MNIST, MNIST_SHAPE, Bomb, Compose
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from mnist_exp.composing import compose_recipe
 from mnist_exp.errors import UserError
-from mnist_exp.learning.datasets import MNIST_SHAPE
+from mnist_exp.nodes import build
 from mnist_exp.paths import CONF
-from mnist_exp.settings import build
 from mnist_exp.tracking import models
 from mnist_exp.tracking.mlflow_store import MLflowStore
 
@@ -28,7 +27,7 @@ from mnist_exp.tracking.mlflow_store import MLflowStore
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("original") / "model"
-    settings = compose_recipe().settings.model_copy(update={"shape": MNIST_SHAPE})
+    settings = compose_recipe().settings.model_copy(update={"data_description": MNIST})
     network = build(settings.model, "model", **MNIST_SHAPE)
     network.blocks[0].norm.running_mean.add_(1)  # a buffer that training moves
     models.save_model(folder, network, settings)
@@ -58,7 +57,7 @@ def test_mlflow_s_loader_gives_the_logits_of_the_network(original: Path, count: 
 
 @pytest.mark.parametrize("option", sorted(path.stem for path in CONF.glob("model/*.yaml")))
 def test_mlflow_s_loader_reads_every_architecture(option: str, composed: Compose, tmp_path: Path) -> None:
-    settings = composed(f"model={option}").model_copy(update={"shape": MNIST_SHAPE})
+    settings = composed(f"model={option}").model_copy(update={"data_description": MNIST})
     network = build(settings.model, "model", **MNIST_SHAPE).eval()
     models.save_model(tmp_path / "model", network, settings)
     loaded = mlflow.pyfunc.load_model(str(tmp_path / "model"))
@@ -90,7 +89,7 @@ def test_a_full_disk_is_reported(composed: Compose, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(torch, "save", fill_disk)
     with pytest.raises(UserError):
-        models.save_model(tmp_path / "model", torch.nn.Identity(), composed().model_copy(update={"shape": MNIST_SHAPE}))
+        models.save_model(tmp_path / "model", torch.nn.Identity(), composed().model_copy(update={"data_description": MNIST}))
 
 
 def test_a_changed_bit_changes_no_answer(folder: Path) -> None:

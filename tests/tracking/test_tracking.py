@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Compose, one_split
+from conftest import MNIST, Compose, one_split
 from mlflow import MlflowClient
 from mlflow.data import from_numpy
 from torch import nn
 
 from mnist_exp.errors import UserError
-from mnist_exp.learning.datasets import MNIST_SHAPE
 from mnist_exp.tracking.base import RunInfo
 from mnist_exp.tracking.connection import connect
 from mnist_exp.tracking.mlflow_store import MLflowStore
@@ -80,7 +79,7 @@ def test_an_experiment_gets_its_views_its_description_and_its_kind(store: str) -
 
 
 def test_final_metrics_are_linked_to_the_model_and_recorded_once(store: str, tmp_path: Path, composed: Compose) -> None:
-    settings = composed().model_copy(update={"shape": MNIST_SHAPE})
+    settings = composed().model_copy(update={"data_description": MNIST})
     with MLflowStore(store, "test").start(RunInfo("name", "")) as tracker:
         tracker.log_dataset(one_split(split="finetune", digest="cd34"), "finetune", "validation")
         tracker.log_dataset(one_split(), "test", "test")
