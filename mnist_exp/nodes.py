@@ -32,31 +32,38 @@ def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_nodes(config: Mapping[str, Any]) -> None:
-    """Raise UserError on a target that no file of its group names, or on text that Hydra would resolve again."""
+    """Raise UserError on a target that no file of its group names at its place, or on text that Hydra would resolve again.
+
+    The options of a part of a phase may contain each other, as those of an augmentation that composes others.
+    """
     for key, value in walk(config):
         if isinstance(value, str) and "${" in value:
             raise UserError.invalid(key, value, "a plain value, without ${...}")
-        if key.endswith("_target_") and (_group(key), str(value)) not in targets(tuple(config_dirs())):
-            raise UserError.invalid(
-                key,
-                value,
-                f"a target that a file of conf/{_group(key)}/ names",
-                f"Write it into a file, conf/{_group(key)}/NAME.yaml, and choose {_group(key)}=NAME. If the file is in another "
-                f"folder, add {CONFIG_DIR} FOLDER.",
-            )
+        if key.endswith("_target_"):
+            place = _place(key)
+            group = place.partition(".")[0]
+            places = {place, f"{group}._target_"} if group in PARTS else {place}
+            if not {(allowed, str(value)) for allowed in places} & targets(tuple(config_dirs())):
+                raise UserError.invalid(
+                    key,
+                    value,
+                    f"a target that a file of conf/{group}/ names at this place",
+                    f"Write it into a file, conf/{group}/NAME.yaml, and choose {group}=NAME. If the file is in another folder, "
+                    f"add {CONFIG_DIR} FOLDER.",
+                )
 
 
-def _group(key: str) -> str:
-    """Return the group of a node, given its dotted key: optimizer, for phases.train.optimizer._target_."""
+def _place(key: str) -> str:
+    """Return the dotted key of a node from its group on: optimizer._target_, for phases.train.optimizer._target_."""
     first, *rest = key.split(".")
     if first != "phases":
-        return first
-    return rest[1] if len(rest) > 1 and rest[1] in PARTS else "phase"
+        return key
+    return ".".join(rest[1:] if len(rest) > 2 and rest[1] in PARTS else ["phase", *rest[1:]])
 
 
 @cache
 def targets(folders: tuple[Path, ...]) -> set[tuple[str, str]]:
-    """Return the group and the name of each target in the files of options."""
+    """Return the place and the name of each target in the files of options."""
     found = set()
     nodes = {*PARTS, "data", "model", "tracking"}
     for folder, group in ((folder, group) for folder in folders for group in {"", "local", *GROUPS, *nodes}):
@@ -64,7 +71,7 @@ def targets(folders: tuple[Path, ...]) -> set[tuple[str, str]]:
             try:
                 content = yaml.load(file.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}  # safe, in C
                 prefix = "phases.any." if group == "phase" else f"{group}." if group in nodes else ""
-                found |= {(_group(prefix + key), str(value)) for key, value in walk(content) if key.endswith("_target_")}
+                found |= {(_place(prefix + key), str(value)) for key, value in walk(content) if key.endswith("_target_")}
             except (yaml.YAMLError, TypeError) as error:
                 raise UserError(f"{file} is not valid YAML: {error}.", key=str(file), remedy="Correct it, or move it.") from error
     return found
@@ -208,8 +215,8 @@ def remember_locations(overrides: Iterable[str], config_dir: str | None) -> None
 def _data_locations(folders: tuple[Path, ...]) -> set[str]:
     """Return the names of the arguments that say where data lie, of all data sets in the files of options."""
     names: set[str] = set()
-    for group, target in targets(folders):
-        if group == "data":
+    for place, target in targets(folders):
+        if place == "data._target_":
             try:
                 names.update(marked({"_target_": target}, "data", Mark.LOCATION))
             except UserError:  # its package is not installed; a run that chooses it says so

@@ -31,7 +31,7 @@ def test_every_file_composes_and_trains(
     composed: Compose, path: Path, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group, option = str(path.parent), path.stem
-    override = f"+phase@phases.more={option}" if group == "phase" else f"{group}={option}"
+    override = f"{group}=[{option}]" if group in ("phase", "callbacks") else f"{group}={option}"
     run = finished(composed("data=digits"), digits, tmp_path) if teachers(path) else ""
     try:
         settings = composed(override, *teachers(path, run))
@@ -43,7 +43,7 @@ def test_every_file_composes_and_trains(
     build(settings.tracking, "tracking")
     model = build(settings.model, "model", **MNIST_SHAPE)
     two_steps = replace(digits, splits={name: replace(split, epoch_size=64) for name, split in digits.splits.items()})
-    phases = {name: build(node | {"epochs": 1, "batch_size": 32}, name) for name, node in settings.phases.items()}
+    phases = {name: build(node | {"epochs": 1, "batch_size": 32}, f"phases.{name}") for name, node in settings.phases.items()}
     prepared = prepare_phases(model, phases, two_steps, tmp_path)
     reports = list(fit(model, prepared, two_steps, seed=0, precision=torch.float32))
     assert reports[-1].metrics["train/loss"] < 10
@@ -75,7 +75,8 @@ def test_the_scaled_learning_rate_grows_with_the_batch_size(composed: Compose) -
 WRONG: dict[str, str] = dict.fromkeys(
     [
         "seed=-1", "seed=true", "batch_size=0", "batch_size=12.5", "batch_size=true", "precision=fp8", "device=tpu",
-        "parameter_limit=0", "parameter_limit=19000", "save_every=0", "resume=123456", "resume=xyz", "sweep.dry_run=3",
+        "model.parameter_limit=0", "model.parameter_limit=19000", "save_every=0",
+        "objective=test/accuracy", "objective=val/hue", "resume=123456", "resume=xyz", "sweep.dry_run=3",
         "tracking.uri=5", "~data", "+sede=1", "+sweep.hue=1",
         "data.finetune_fraction=2", "data.finetune_fraction=nan", "data.subset=0", "data.validation_size=-1", "data.root=''",
         "data.fallback=cifar", "+data.hue=1",
@@ -88,7 +89,8 @@ WRONG: dict[str, str] = dict.fromkeys(
         "scheduler.gamma=0 scheduler=step", "+scheduler.hue=1",
         "augmentation.degrees=-5", "augmentation.degrees=181", "augmentation.scale=[1]", "augmentation.scale=[1.2,1]",
         "augmentation.translate=1", "+augmentation.hue=1", "teacher.runs=[] teacher=ensemble", "+teacher.hue=1",
-        "phases.train.epochs=0", "phases.train.label_smoothing=1", "phases.train.max_grad_norm=0", "phases.train.split=3",
+        "phases.train.epochs=0", "loss.label_smoothing=1 loss=focal", "loss.gamma=-1 loss=focal",
+        "phases.train.max_grad_norm=0", "phases.train.split=3",
         "+phases.train.hue=1", "+tracking.hue=1", "phases.train.optimizer=null", "+phase@phases.seed=finetune",
     ],
     "",
@@ -100,6 +102,7 @@ WRONG: dict[str, str] = dict.fromkeys(
     "optimizer.lr=-0.1": "optimizer",
     "phases.finetune.optimizer.lr=-1": "phases.finetune.optimizer",
     "+phases.more.epochs=1": "phases.more",
+    "+callbacks.x=1": "phases.train.callbacks",
 }  # fmt: skip
 
 
@@ -124,14 +127,14 @@ def test_images_that_this_machine_lacks_are_an_error_of_the_run_only(composed: C
 
 def test_the_parameter_limit_does_not_change_the_digest(composed: Compose) -> None:
     settings = composed()
-    assert settings.digest() == composed("parameter_limit=null").digest()
+    assert settings.digest() == composed("model.parameter_limit=null").digest()
     with_shape = settings.model_copy(update={"data_description": MNIST})
     assert settings.digest() == with_shape.digest() != composed("seed=1").digest()
 
 
 # Options of one's own: a file is enough.
 
-LION = "_target_: pytorch_optimizer.Lion\n_partial_: true\nlr: 1.0e-3\n"
+LION = "_target_: pytorch_optimizer.Lion\nlr: 1.0e-3\n"
 
 
 def test_an_optimizer_of_another_package_needs_one_file(in_process: CommandLine, tmp_path: Path) -> None:

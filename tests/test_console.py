@@ -48,7 +48,7 @@ UNMEASURED = {"run", "checkpoint", "p", "time/total_seconds"}  # ids, and column
 def shown_at(width: int, table: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     monkeypatch.setenv("COLUMNS", str(width))
     if table == "end of a run":
-        Display({}, {}, 0, quiet=False).results(RESULTS, None, {})
+        Display({}, {}, 0, "val/accuracy", quiet=False).results(RESULTS, None, {})
     elif table == "sweep":
         SweepDisplay(3).results(SWEPT, None)
     elif table == "comparison":
@@ -79,7 +79,7 @@ def test_text_is_shown_as_it_is_but_for_control_characters(monkeypatch, capsys) 
     """A name is not markup, and an error of a server cannot change the title of the terminal."""
     monkeypatch.setenv("COLUMNS", "120")
     text = "[red]se_cnn[/red] :warning: [/] \x1b]0;title\x07"
-    display = Display({text: 60}, {text: 1}, 0, quiet=False)
+    display = Display({text: 60}, {text: 1}, 0, "val/accuracy", quiet=False)
     show_table([{"name": text, "status": "FAILED", "error": text}])
     show_pairs(text, {text: text})
     show_lines([text])
@@ -96,7 +96,7 @@ EPOCH = {"train/loss": 0.05581, "train/accuracy": 0.98061, "train/examples_per_s
 
 
 def test_without_a_terminal_each_epoch_has_a_line(capsys) -> None:
-    with Display({"train": 200, "finetune": 10}, {"train": 2, "finetune": 1}, 0, quiet=False) as display:
+    with Display({"train": 200, "finetune": 10}, {"train": 2, "finetune": 1}, 0, "val/accuracy", quiet=False) as display:
         for examples, epoch in ((50, 0.5), (100, 1.0), (150, 1.5), (200, 2.0 - 1e-12)):
             validation = {"val/accuracy": 0.9825} if examples % 100 == 0 else {}
             display.update("train", examples, EPOCH | validation | {"epoch": epoch})
@@ -110,7 +110,7 @@ def test_without_a_terminal_each_epoch_has_a_line(capsys) -> None:
 
 
 def test_a_job_of_a_sweep_shows_only_warnings(capsys) -> None:
-    with Display({"train": 100}, {"train": 1}, 0, quiet=True) as display:
+    with Display({"train": 100}, {"train": 1}, 0, "val/accuracy", quiet=True) as display:
         display.update("train", 100, EPOCH | {"epoch": 1.0})
         display.results(RESULTS, None, {})
         assert not capsys.readouterr().out
@@ -127,7 +127,7 @@ def test_without_a_terminal_a_sweep_has_a_line_when_jobs_have_ended(capsys) -> N
 
 def test_a_bar_shows_no_figure_that_nobody_measured() -> None:
     """A resumed run with nothing left to train has measured nothing."""
-    display = Display({"train": 58_800, "finetune": 1_200}, {"train": 1, "finetune": 1}, 60_000, quiet=False)
+    display = Display({"train": 58_800, "finetune": 1_200}, {"train": 1, "finetune": 1}, 60_000, "val/accuracy", quiet=False)
     shown = io.StringIO()
     Console(file=shown, width=100).print(display.progress)
     assert shown.getvalue().count("100%") == 2

@@ -4,7 +4,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from mnist_exp.errors import UserError
-from mnist_exp.overrides import check_stored, command, parse, quoted, remember_locations
+from mnist_exp.nodes import remember_locations
+from mnist_exp.overrides import check_stored, command, parse, quoted
 
 STORABLE = [
     "model=se_cnn", "model=plain_cnn,se_cnn", "model=glob(*)", "seed=range(0,3)", "seed=1", "~phases.train", "optimizer=null",
@@ -16,8 +17,8 @@ HOSTILE = [
     "hydra.job_logging.handlers.file.filename=/tmp/x", "hydra/job_logging=default", "hydra.searchpath=[file:///tmp]",
     "+hydra.x=1", "++x=1", "+phase@hydra.launcher=finetune", "model@hydra=se_cnn", "--config-dir=/tmp", "--multirun", "",
     "model=../../tmp/evil", "model=se_cnn,/tmp/evil", "output_dir=/tmp", "tracking=none", "tracking.uri=sqlite:////tmp/x.db",
-    "data.root=/tmp", "++data.root=/tmp", "sweep.force=true", "+sweep_job=x", "resume=latest", "rerun=../x",
-    "model='..'", "+model=a/b", "data@_global_=mnist", "model@tracking=se_cnn", "+tracking.x=1", "++data.default_root=x",
+    "sweep.force=true", "+sweep_job=x", "resume=latest", "rerun=../x",
+    "model='..'", "+model=a/b", "data@_global_=mnist", "model@tracking=se_cnn", "+tracking.x=1", "++hydra.x=x",
     "data={root:x}", "+local=default", "model.hue='\\${oc.create:{_target_:os.getcwd}}'",
     "seed=${oc.env:HOME}", "batch_size=${ oc.env:HOME }", "phases.train.split='${${phases.finetune.split}:HOME}'",
 ]  # fmt: skip

@@ -19,8 +19,6 @@ from mnist_exp.errors import UserError
 from mnist_exp.settings import Recipe, read_recipe
 from mnist_exp.storage.run_dir import CHECKPOINT, PREVIOUS_CHECKPOINT, create, disk_error, sync
 
-FORMAT_VERSION = 7
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -48,7 +46,7 @@ class Checkpoint:
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write `checkpoint` to `folder`, and keep the previous good one; raises UserError."""
-    values = vars(checkpoint) | {"recipe": checkpoint.recipe.as_json(), "format_version": FORMAT_VERSION}
+    values = vars(checkpoint) | {"recipe": checkpoint.recipe.as_json()}
     buffer = io.BytesIO()
     torch.save(values, buffer)
     tmp_path = folder / f"{CHECKPOINT}.partial"
@@ -86,9 +84,6 @@ def load(path: Path) -> Checkpoint:
     archive = read_archive(path)
     try:
         values = torch.load(archive, map_location="cpu", weights_only=True)
-        version = values.pop("format_version")
-        if version != FORMAT_VERSION:
-            raise UserError(f"{path} has format version {version}, expected {FORMAT_VERSION}. Use the version that wrote it.")
         recipe = read_recipe(values["recipe"], str(path))
         return TypeAdapter(Checkpoint).validate_python(values | {"recipe": recipe})
     except UserError:

@@ -70,9 +70,9 @@ def make_sweep(uri: str, arms: Sequence[str], seeds: int, factor: str = "model",
             child.log_text(json.dumps({"split": "test", "history": history, "mistakes": mistakes}), OUTCOME)
     children = store.children(parent.run_id)
     with store.start(info, parent.run_id) as tracker:
-        rows = job_table([Job(number, [], "") for number in range(len(children))], children, {})
-        tracker.log_results(sweep_metrics(rows, children))
-        tracker.set_description(describe_sweep(rows, children, store, parent.run_id, "resume", [grid]))
+        rows = job_table([Job(number, [], "") for number in range(len(children))], children, {}, "val/accuracy")
+        tracker.log_results(sweep_metrics(rows, children, "val/accuracy"))
+        tracker.set_description(describe_sweep(rows, children, store, parent.run_id, "resume", [grid], "val/accuracy"))
     return parent.run_id
 
 

@@ -49,7 +49,7 @@ def test_one_process_resumes_a_run_and_completes_its_model(call: Call, unfinishe
         done = call(main, "resume=latest", f"output_dir={unfinished.parent}")
     assert done.returncode == 1
     assert unfinished.name in done.stderr
-    assert call(main, f"resume={unfinished.name[:6]}", f"output_dir={unfinished.parent}").returncode == 0
+    assert call(main, f"resume='{unfinished.name[:6]}'", f"output_dir={unfinished.parent}").returncode == 0
     run = client.get_run(unfinished.name)
     assert run.info.status == "FINISHED"
     (model,) = client.search_logged_models(["1"])

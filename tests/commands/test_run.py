@@ -115,7 +115,7 @@ def test_data_sets_are_recorded_with_their_digests(finished) -> None:
 def test_pictures_are_there(finished) -> None:
     run, client, _ = finished
     pictures = {Path(item.path).stem: item.file_size for item in client.list_artifacts(run.info.run_id, "pictures")}
-    assert set(pictures) == {"confusion_matrix", "learning_curves", "augmented_digits", "worst_mistakes"}
+    assert set(pictures) == {"confusion_matrix", "learning_curves", "augmented_images", "worst_mistakes"}
     assert min(pictures.values()) > 5_000
 
 
@@ -210,7 +210,7 @@ def test_checkpoint_and_logged_model_predict_what_was_scored(finished, monkeypat
     saved = checkpoint.load(artifact(finished, run_dir.CHECKPOINT))
     assert saved.run_id == run.info.run_id
     settings = saved.recipe.settings
-    model = build(settings.model, "model", **settings.shape)
+    model = build(settings.model, "model", **settings.data_description.shape)
     model.load_state_dict(saved.state["model"])
     test = load_digits(0.02, seed=0).splits["test"]  # the same for every subset
     evaluation = evaluate(model, test)
@@ -229,7 +229,7 @@ def test_checkpoint_and_logged_model_predict_what_was_scored(finished, monkeypat
 
 def test_a_changed_module_of_ones_own_is_noticed(command_line: CommandLine, store: str, tmp_path: Path) -> None:
     (tmp_path / "conf" / "optimizer").mkdir(parents=True)
-    (tmp_path / "conf" / "optimizer" / "mine.yaml").write_text("_target_: my_layers.Adam\n_partial_: true\nlr: 0.001\n")
+    (tmp_path / "conf" / "optimizer" / "mine.yaml").write_text("_target_: my_layers.Adam\nlr: 0.001\n")
     (tmp_path / "my_layers.py").write_text("from torch.optim import Adam\n")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
 
@@ -266,7 +266,7 @@ def test_without_mnist_the_run_warns_that_it_uses_digits(
     in_process: CommandLine, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MNIST_ROOT", raising=False)
-    done = in_process("~phases.train", "data.default_root=/proc/nowhere")
+    done = in_process("~phases.train", "data.download_root=/proc/nowhere")
     assert done.returncode == 0, done.stderr
     (run,) = all_runs(store)
     assert run.data.tags["data"] == run.data.params["data"] == "digits"

@@ -32,17 +32,29 @@ def changed(runs: pd.DataFrame, number: int, **values: object) -> pd.DataFrame:
     return runs
 
 
+def decide(runs: pd.DataFrame, champion: str | None, objective: str = "val/accuracy") -> Decision:
+    return decide_by_sweep(runs, objective, champion)
+
+
 def promoted(decision: Decision) -> int | None:
     """Return the number of the job that is promoted."""
     return int(decision.run_id, 16) if decision.run_id else None
 
 
 def test_the_first_champion_is_the_best_arm_by_validation_and_its_best_run() -> None:
-    assert promoted(decide_by_sweep(sweep(), None)) == 9, "the best run of the arm `new`, although its test accuracy is worse"
+    assert promoted(decide(sweep(), None)) == 9, "the best run of the arm `new`, although its test accuracy is worse"
+
+
+def test_of_a_loss_the_lowest_arm_is_the_best() -> None:
+    runs = sweep().rename(columns={"val/accuracy": "val/loss"})
+    chosen = decide(runs, None, "val/loss")
+    assert (promoted(chosen), chosen.tags) == (0, {"arm": "model=old"})
+    new = f"{9:032x}"
+    assert decide(runs, new, "val/loss").tags == {"arm": "model=old", "verdict": "lower"}
 
 
 def test_a_higher_arm_takes_the_place() -> None:
-    chosen = decide_by_sweep(sweep(), OLD)
+    chosen = decide(sweep(), OLD)
     assert promoted(chosen) == 9
     assert chosen.tags == {"arm": "model=new", "verdict": "higher"}
 
@@ -50,59 +62,59 @@ def test_a_higher_arm_takes_the_place() -> None:
 @pytest.mark.parametrize(("better", "noise"), [(0.0005, 0.01), (-0.002, 0.0002), (0.00001, 0.00002), (0.0, 0.0), (0.002, 0.0)])
 def test_an_arm_that_is_undecided_lower_or_equivalent_changes_nothing(better: float, noise: float) -> None:
     """Among them one that is better by the same number of images in each pair, which has no interval."""
-    assert promoted(decide_by_sweep(sweep(better, noise), OLD)) is None
+    assert promoted(decide(sweep(better, noise), OLD)) is None
 
 
 def test_of_several_keys_the_best_combination_is_the_arm() -> None:
     runs = sweep(jobs=grid(model=["old", "new"], batch_size=["512", "new"], seed=SEEDS))
-    chosen = decide_by_sweep(runs, None)
+    chosen = decide(runs, None)
     assert chosen.tags == {"arm": "model=new batch_size=new"}
-    assert decide_by_sweep(runs, OLD).tags == chosen.tags | {"verdict": "higher"}
-    assert promoted(decide_by_sweep(runs, chosen.run_id)) is None, "it is the champion already"
+    assert decide(runs, OLD).tags == chosen.tags | {"verdict": "higher"}
+    assert promoted(decide(runs, chosen.run_id)) is None, "it is the champion already"
 
 
 def test_of_equal_arms_the_first_is_promoted() -> None:
-    assert decide_by_sweep(sweep(0, 0), None).tags == {"arm": "model=old"}
+    assert decide(sweep(0, 0), None).tags == {"arm": "model=old"}
 
 
 @pytest.mark.parametrize("failed", [{"status": "FAILED"}, {"status": "DIVERGED"}, {"val/accuracy": np.nan}])
 def test_an_arm_with_an_unfinished_or_diverged_seed_does_not_count(failed: dict[str, object]) -> None:
     runs = changed(sweep(), 7, **failed)
-    assert decide_by_sweep(runs, None).tags == {"arm": "model=old"}
-    assert promoted(decide_by_sweep(runs, OLD)) is None
-    assert promoted(decide_by_sweep(changed(sweep(), 0, **failed), OLD)) is None, "a seed of the champion's arm"
+    assert decide(runs, None).tags == {"arm": "model=old"}
+    assert promoted(decide(runs, OLD)) is None
+    assert promoted(decide(changed(sweep(), 0, **failed), OLD)) is None, "a seed of the champion's arm"
     with pytest.raises(UserError):
-        decide_by_sweep(changed(runs, 0, **failed), None)
+        decide(changed(runs, 0, **failed), None)
 
 
 def test_the_survivor_of_ten_seeds_is_no_champion() -> None:
     runs = sweep(jobs=grid(model=["old", "new"], seed=map(str, range(10))))
     runs.loc[13:, "status"] = "DIVERGED"
-    assert promoted(decide_by_sweep(runs, OLD)) is None
+    assert promoted(decide(runs, OLD)) is None
 
 
 def test_an_arm_without_pairs_does_not_hide_a_better_one() -> None:
     runs = sweep(jobs=grid(model=["old", "elsewhere", "new"], seed=SEEDS))
     runs.loc[runs["model"] == "elsewhere", "processor"] = "another"
-    assert decide_by_sweep(runs, OLD).tags["arm"] == "model=new"
+    assert decide(runs, OLD).tags["arm"] == "model=new"
 
 
 def test_one_seed_is_enough_for_the_first_champion_only() -> None:
     runs = sweep(jobs=grid(model=["old", "new"], seed=["0"]))
-    assert decide_by_sweep(runs, None).tags == {"arm": "model=new"}
-    assert promoted(decide_by_sweep(runs, OLD)) is None
+    assert decide(runs, None).tags == {"arm": "model=new"}
+    assert promoted(decide(runs, OLD)) is None
 
 
 def test_a_sweep_over_seeds_alone_is_one_arm() -> None:
     runs = sweep(jobs=grid(seed=SEEDS))
-    assert promoted(decide_by_sweep(runs, None)) == 4
-    assert promoted(decide_by_sweep(runs, OLD)) is None
+    assert promoted(decide(runs, None)) == 4
+    assert promoted(decide(runs, OLD)) is None
 
 
 @pytest.mark.parametrize("champion", ["f" * 32, ""])
 def test_a_champion_of_another_sweep_is_not_compared(champion: str) -> None:
     with pytest.raises(UserError) as error:
-        decide_by_sweep(sweep(), champion)
+        decide(sweep(), champion)
     assert error.value.key == "--sweep"
 
 
@@ -110,5 +122,5 @@ def test_a_champion_of_another_sweep_is_not_compared(champion: str) -> None:
 @pytest.mark.parametrize("champion", [None, OLD])
 def test_runs_without_validation_images_of_their_own_are_refused(digest: str, champion: str | None) -> None:
     with pytest.raises(UserError) as error:
-        decide_by_sweep(changed(sweep(), 9, **{"digest/validation": digest}), champion)
+        decide(changed(sweep(), 9, **{"digest/validation": digest}), champion)
     assert "data=mnist_tuning" in error.value.remedy

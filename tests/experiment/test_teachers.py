@@ -19,7 +19,7 @@ def test_the_targets_are_the_mean_predictions_of_the_runs(composed: Compose, dig
     predictions = []
     for run in runs:
         saved = checkpoint.load(tmp_path / run / "checkpoint.pt")
-        network = build(saved.recipe.settings.model, "model", **saved.recipe.settings.shape).eval()
+        network = build(saved.recipe.settings.model, "model", **saved.recipe.settings.data_description.shape).eval()
         network.load_state_dict(saved.state["model"])
         predictions.append(network(images).softmax(1))
     targets = ensemble(digits, tmp_path, runs)(images, labels)
@@ -50,7 +50,7 @@ def test_a_student_is_trained_resumed_and_rerun(in_process: CommandLine, store: 
 
 def test_runs_that_cannot_teach(composed: Compose, digits: Dataset, tmp_path: Path) -> None:
     settings = composed("data=digits")
-    run, pruned = finished(settings, digits, tmp_path), finished(settings, digits, tmp_path, epochs=0.5)
+    run, pruned = finished(settings, digits, tmp_path), finished(settings, digits, tmp_path, ended=False)
     other = replace(digits, splits=digits.splits | {"test": replace(digits.splits["test"], digest="other")})
     old = finished(settings, digits, tmp_path)
     saved = checkpoint.load(tmp_path / old / run_dir.CHECKPOINT)

@@ -8,10 +8,10 @@ import torch
 
 from mnist_exp.errors import UserError
 from mnist_exp.learning.data import derive_seed, generator
-from mnist_exp.learning.datasets import MNIST_FILES, find_test_images, load_digits, load_mnist
+from mnist_exp.learning.datasets import MNIST_FILES, load_digits, load_mnist
 
 NOWHERE = "/proc/nowhere"  # nothing can be downloaded into it
-load = partial(load_mnist, root=None, default_root=NOWHERE, fallback=None, finetune_fraction=0.02, validation_size=0, seed=0)
+load = partial(load_mnist, root=None, download_root=NOWHERE, fallback=None, finetune_fraction=0.02, validation_size=0, seed=0)
 
 
 @pytest.fixture
@@ -53,17 +53,6 @@ def test_tuning_never_reads_the_test_set(copy: Path) -> None:
     assert data.validation == "validation"
 
 
-def test_test_images_are_found_by_their_digest(copy: Path) -> None:
-    test = load(root=str(copy)).splits["test"]
-    digits = load_digits(0.5, seed=1).splits["test"]
-    assert find_test_images("mnist", str(copy), test.digest).equal(test.images)
-    assert find_test_images("digits", None, digits.digest).equal(digits.images)
-    assert find_test_images("mnist", None, test.digest) is None
-    assert find_test_images("mnist", str(copy), digits.digest) is None
-    with pytest.raises(UserError):
-        find_test_images("mnist", str(copy / "nothing"), test.digest)
-
-
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "empty"])
 def test_a_damaged_file_is_named(copy: Path, damage: str) -> None:
     path = copy / "MNIST" / "raw" / "t10k-labels-idx1-ubyte.gz"
@@ -72,7 +61,7 @@ def test_a_damaged_file_is_named(copy: Path, damage: str) -> None:
     plain[-1] ^= 1
     path.write_bytes({"truncated": content[:-100], "flipped": gzip.compress(plain), "foreign": b"hello", "empty": b""}[damage])
     with pytest.raises(UserError) as error:
-        load(default_root=str(copy), fallback="digits")
+        load(download_root=str(copy), fallback="digits")
     assert str(path) in str(error.value)
     assert error.value.remedy
 
@@ -81,13 +70,13 @@ def test_a_damaged_file_is_named(copy: Path, damage: str) -> None:
 def test_a_root_that_does_not_exist_is_named(tmp_path: Path, fallback: str | None) -> None:
     root = str(tmp_path / "nothing")
     with pytest.raises(UserError) as error:
-        load(root=root, default_root=str(tmp_path), fallback=fallback)
+        load(root=root, download_root=str(tmp_path), fallback=fallback)
     assert (error.value.key, error.value.value) == ("root", root)
-    assert "MNIST_ROOT" in error.value.remedy
+    assert "data.root" in error.value.remedy
     assert not Path(root).exists()
 
 
-@pytest.mark.parametrize("arguments", [{"root": "/proc", "fallback": "digits"}, {"default_root": NOWHERE}], ids=str)
+@pytest.mark.parametrize("arguments", [{"root": "/proc", "fallback": "digits"}, {"download_root": NOWHERE}], ids=str)
 def test_missing_files_are_an_error_in_a_root_of_the_user_or_without_fallback(arguments: dict[str, str]) -> None:
     with pytest.raises(UserError) as error:
         load(**arguments)

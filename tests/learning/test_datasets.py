@@ -10,10 +10,11 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mnist_exp.errors import UserError
 from mnist_exp.learning.data import Dataset, Split
-from mnist_exp.learning.datasets import FASHION_MNIST_FILES, MNIST_FILES, find_test_images, load_digits, load_mnist
+from mnist_exp.learning.datasets import FASHION_MNIST_FILES, MNIST_FILES, load_digits, load_folder, load_mnist
 from mnist_exp.learning.evaluation import evaluate
 from mnist_exp.learning.training import fit, prepare_phases
 from mnist_exp.nodes import build
@@ -31,13 +32,13 @@ def stripes(count: int, seed: int, channels: int = 1) -> Split:
 
 def three_classes(channels: int = 1) -> Dataset:
     splits = {name: stripes(count, seed, channels) for seed, (name, count) in enumerate(SIZES.items())}
-    return Dataset("stripes", "made by the test", 3, splits, validation="finetune")
+    return Dataset("stripes", "made by the test", ("left", "middle", "right"), splits, validation="finetune")
 
 
 SIZES = {"train": 640, "finetune": 128, "test": 100}
 load = partial(
     load_mnist, source="fashion_mnist", fallback=None,
-    root=None, default_root="/proc/nowhere", finetune_fraction=0.02, validation_size=0, seed=0,
+    root=None, download_root="/proc/nowhere", finetune_fraction=0.02, validation_size=0, seed=0,
 )  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def test_images_and_labels_that_do_not_fit_are_refused() -> None:
         (good.images, good.labels + 1),
     ):
         with pytest.raises(ValueError, match="train"):
-            Dataset("x", "x", 3, {"test": data.splits["test"], "train": Split(images, labels, 10, "")}, validation="test")
+            Dataset("x", "x", "abc", {"test": data.splits["test"], "train": Split(images, labels, 10, "")}, validation="test")
 
 
 def write_fashion_mnist(folder: Path) -> dict[str, str]:
@@ -96,10 +97,8 @@ def test_fashion_mnist_is_read(fashion_root: Path, composed) -> None:
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 490, "finetune": 10, "test": 100}
     content = gzip.decompress((fashion_root / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte.gz").read_bytes())
     assert data.splits["test"].images.flatten().tolist() == list(content[16:])
-    test = data.splits["test"]
-    assert find_test_images("fashion_mnist", str(fashion_root), test.digest).equal(test.images)
-    with pytest.raises(UserError):
-        find_test_images("mnist", str(fashion_root), test.digest)
+    assert data.class_names[9] == "ankle boot"
+    assert data.preparation == "plain"
     tuning = load(root=str(fashion_root), validation_size=100)
     assert {name: len(split) for name, split in tuning.splits.items()} == {"train": 392, "finetune": 8, "validation": 100}
     with pytest.raises(UserError) as error:
@@ -118,7 +117,7 @@ def test_the_checksums_are_torchvisions() -> None:
 def test_missing_files_are_downloaded_by_torchvision(
     has_own_root: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """Into the root that the user set, which must exist, or else into the default one, which need not."""
+    """Into the folder for downloads, which need not exist; never into the root that a user, or a stored run, names."""
     import torchvision.datasets
 
     sums = write_fashion_mnist(tmp_path / "mirror")
@@ -132,13 +131,20 @@ def test_missing_files_are_downloaded_by_torchvision(
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [mirror])
     resources = [(f"{name}.gz", checksum) for name, checksum in sums.items()]
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "resources", resources)
-    own, default = tmp_path / "own", tmp_path / "new" / "default"
+    own, downloads = tmp_path / "own", tmp_path / "new" / "downloads"
     own.mkdir()
-    data = load(root=str(own) if has_own_root else None, default_root=str(default))
+    if has_own_root:
+        with pytest.raises(UserError):
+            load(root=str(own), download_root=str(downloads))
+        assert not list(own.iterdir())
+        assert not downloads.exists()
+        return
+    data = load(download_root=str(downloads))
     assert len(data.splits["test"]) == 100
-    used = (own if has_own_root else default) / "FashionMNIST" / "raw"
-    assert {path.name for path in used.iterdir()} == {f"{name}.gz" for name in FASHION_MNIST_FILES}
-    assert default.exists() != has_own_root
+    assert {path.name for path in (downloads / "FashionMNIST" / "raw").iterdir()} == {
+        f"{name}.gz" for name in FASHION_MNIST_FILES
+    }
+    assert data.locations == {"root": str(downloads)}
 
 
 def test_a_subset_is_a_fixed_part_of_the_training_images() -> None:
@@ -152,8 +158,85 @@ def test_a_subset_is_a_fixed_part_of_the_training_images() -> None:
     images = {seed: rows(load_digits(0.02, seed=seed, subset=200)) for seed in (0, 1)}
     assert len(images[0] & images[1]) > 180, "another seed changes it only where its split does"
     assert images[0] <= rows(whole)
-    assert find_test_images("digits_200", None, part.splits["test"].digest) is not None
 
 
 def rows(data: Dataset) -> set[bytes]:
     return {image.numpy().tobytes() for image in data.splits["train"].images}
+
+
+def write_pictures(folder: Path, split: Split, names: tuple[str, ...] = ("left", "middle", "right")) -> None:
+    """Write the images of a split as PNG files by class."""
+    for number, (image, label) in enumerate(zip(split.images, split.labels.tolist(), strict=True)):
+        file = folder / names[label] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = image.movedim(0, 2).numpy()
+        Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file)
+
+
+folder = partial(load_folder, side=20, finetune_fraction=0.1, seed=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_folder_of_pictures_is_read_pixel_by_pixel(tmp_path: Path, channels: int) -> None:
+    written = {"train": stripes(100, 1, channels), "test": stripes(30, 2, channels)}
+    for part, split in written.items():
+        write_pictures(tmp_path / "my pictures" / part, split)
+    data = folder(root=str(tmp_path / "my pictures"), channels=channels)
+    assert data.name == "folder_my_pictures"
+    assert data.class_names == ["left", "middle", "right"]
+    assert {name: len(split) for name, split in data.splits.items()} == {"train": 90, "finetune": 10, "test": 30}
+    by_label = written["test"].labels.argsort(stable=True)
+    order = [
+        index for label in range(3) for index in sorted(by_label[written["test"].labels[by_label] == label].tolist(), key=str)
+    ]
+    assert data.splits["test"].images.equal(written["test"].images[order])
+    assert data.splits["test"].labels.equal(written["test"].labels[order])
+
+
+def test_equal_pictures_never_lie_in_training_and_test(tmp_path: Path) -> None:
+    """Without a folder test/, the pixels decide: also for copies in another format and in another class."""
+    write_pictures(tmp_path, stripes(200, 0))
+    for number, file in enumerate(sorted(tmp_path.glob("*/*.png"))):
+        Image.open(file).save(tmp_path / "left" / f"copy {number}.bmp")
+    (tmp_path / "left" / "notes.txt").write_text("no picture")
+    data = folder(root=str(tmp_path), channels=1)
+    test = {image.numpy().tobytes() for image in data.splits["test"].images}
+    train = {image.numpy().tobytes() for name in ("train", "finetune") for image in data.splits[name].images}
+    assert not test & train
+    assert len(test) + len(train) == 200
+    assert 20 < len(test) < 60
+    again = folder(root=str(tmp_path), channels=1, seed=1)
+    assert again.splits["test"].digest == data.splits["test"].digest
+
+
+def test_pictures_of_any_size_are_scaled_with_their_aspect_ratio(tmp_path: Path) -> None:
+    for name in ("wide", "high"):
+        (tmp_path / name).mkdir()
+        for number in range(20):
+            size = (40, 20) if name == "wide" else (20, 40)
+            Image.new("RGB", size, (250, number, 0)).save(tmp_path / name / f"{number}.png")
+    data = folder(root=str(tmp_path), channels=3)
+    images = torch.cat([split.images for split in data.splits.values()])
+    labels = torch.cat([split.labels for split in data.splits.values()])
+    wide, high = images[labels == 1], images[labels == 0]
+    assert (wide[:, 0, 6:14] == 250).all()
+    assert not wide[:, :, :4].any(), "black above"
+    assert not high[:, :, :, :4].any(), "black on the left"
+
+
+@pytest.mark.parametrize("problem", ["no root", "no folder", "one class", "damaged", "other classes"])
+def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path, problem: str) -> None:
+    for part in ("train", "test"):
+        write_pictures(tmp_path / part, stripes(20, 0))
+    root = {"no root": None, "no folder": str(tmp_path / "nothing"), "one class": str(tmp_path / "one")}.get(
+        problem, str(tmp_path)
+    )
+    write_pictures(tmp_path / "one", Split(torch.zeros(3, 1, 20, 20, dtype=torch.uint8), torch.zeros(3, dtype=torch.long), 3, ""))
+    if problem == "damaged":
+        (tmp_path / "train" / "left" / "x.png").write_bytes(b"not a picture")
+    if problem == "other classes":
+        write_pictures(tmp_path / "test", stripes(20, 0), ("other", "middle", "right"))
+    with pytest.raises(UserError) as error:
+        folder(root=root, channels=1)
+    assert error.value.key == "root"
+    assert error.value.remedy

@@ -15,8 +15,8 @@ from mnist_exp.nodes import build
 @pytest.mark.parametrize(("name", "parameters"), [("se_cnn", 19_674), ("plain_cnn", 19_526), ("plain_cnn_matched", 19_717)])
 def test_sizes(composed, name: str, parameters: int) -> None:
     model = build(composed(f"model={name}").model, "model", **MNIST_SHAPE)
-    assert count_parameters(model, 25_000) == parameters
-    assert abs(count_parameters(model, None) / 19_674 - 1) < 0.01
+    assert count_parameters(model) == parameters
+    assert abs(parameters / 19_674 - 1) < 0.01
 
 
 ACCURATE = {"se_cnn_wide": 23_386, "se_cnn_deep": 24_496, "se_cnn_separable": 24_157, "se_cnn_separable_small": 9_715}
@@ -25,7 +25,7 @@ ACCURATE = {"se_cnn_wide": 23_386, "se_cnn_deep": 24_496, "se_cnn_separable": 24
 @pytest.mark.parametrize(("name", "parameters"), ACCURATE.items())
 def test_sizes_of_the_larger_models(composed, name: str, parameters: int) -> None:
     model = build(composed(f"model={name}").model, "model", **MNIST_SHAPE)
-    assert count_parameters(model, 25_000) == parameters
+    assert count_parameters(model) == parameters
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 
@@ -72,11 +72,13 @@ def test_scaling_is_part_of_the_model(composed) -> None:
 
 
 def test_too_large_a_model_is_refused(composed) -> None:
-    model = build(composed("model.hidden_features=120").model, "model", **MNIST_SHAPE)
     with pytest.raises(UserError) as error:
-        count_parameters(model, 25_000)
-    assert (error.value.key, error.value.value) == ("parameter_limit", 25_000)
-    assert count_parameters(model, None) == count_parameters(model, 30_000) > 25_000
+        build(composed("model.hidden_features=120").model, "model", **MNIST_SHAPE)
+    assert (error.value.key, error.value.value) == ("model.parameter_limit", 25_000)
+    assert "model.parameter_limit=null" in error.value.remedy
+    for limit in ("null", "30000"):
+        large = composed("model.hidden_features=120", f"model.parameter_limit={limit}").model
+        assert count_parameters(build(large, "model", **MNIST_SHAPE)) > 25_000
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from mnist_exp.learning.training import make_scheduler
 from mnist_exp.nodes import build
 
 STEPS = 115
@@ -27,7 +28,7 @@ def test_muon_orthogonalizes_convolutions_and_leaves_the_others_to_adamw(compose
 
 def rates(node: dict, base: float) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=base, momentum=0.9)
-    scheduler = build(node, "scheduler")(optimizer, total_steps=STEPS)
+    scheduler = make_scheduler(build(node, "scheduler"), optimizer, STEPS)
     seen = []
     for _ in range(STEPS):
         seen.append(optimizer.param_groups[0]["lr"])

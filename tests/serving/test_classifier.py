@@ -16,8 +16,9 @@ from mnist_exp import evaluate, predict
 from mnist_exp.api import load
 from mnist_exp.errors import UserError
 from mnist_exp.learning.data import Dataset
+from mnist_exp.learning.pictures import open_picture
 from mnist_exp.serving import Classifier
-from mnist_exp.serving.classifier import open_picture
+from mnist_exp.settings import DataDescription
 from mnist_exp.tracking.models import ModelSource
 
 
@@ -167,16 +168,17 @@ def test_images_that_are_prepared_already_are_taken_as_they_are(
             load("latest").prepare_picture(other, as_is=True)
 
 
-def test_a_model_of_colors_takes_arrays() -> None:
-    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 10)).eval()
-    classifier = Classifier(
-        lambda images: network(images.float()), {"classes": 10, "side": 8, "in_channels": 3}, ModelSource("", "")
-    )
+def test_a_model_of_colors_takes_arrays_and_pictures() -> None:
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 2)).eval()
+    data = DataDescription(class_names=["cat", "dog"], side=8, channels=3)
+    classifier = Classifier(lambda images: network(images.float()), data, ModelSource("", ""))
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
     expected = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).float()).softmax(1).detach()
-    assert np.allclose(classifier(images).probabilities, expected)
-    with pytest.raises(UserError):
-        classifier(Image.new("RGB", (8, 8)))
+    predictions = classifier(images)
+    assert np.allclose(predictions.probabilities, expected)
+    assert predictions.names == [["cat", "dog"][label] for label in predictions.labels]
+    pictures = classifier([Image.fromarray(image) for image in images])
+    assert np.array_equal(pictures.images, images), "a picture of the model's size is taken as it is"
 
 
 def test_an_evaluation_is_a_run_of_its_own(call: Call, stored_run: str, digits: Dataset, store: str) -> None:

@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -38,7 +39,7 @@ def test_a_model_rebuilt_from_its_checkpoint_predicts_the_same(composed: Compose
     checkpoint.save(tmp_path, one("abc", recipe, {"model": model.state_dict()}))
 
     loaded = checkpoint.load(tmp_path / CHECKPOINT)
-    rebuilt = build(loaded.recipe.settings.model, "model", **loaded.recipe.settings.shape).eval()
+    rebuilt = build(loaded.recipe.settings.model, "model", **loaded.recipe.settings.data_description.shape).eval()
     rebuilt.load_state_dict(loaded.state["model"])
     images = torch.randint(0, 256, (7, 1, 28, 28), dtype=torch.uint8)
     assert rebuilt(images).equal(model(images))
@@ -57,7 +58,7 @@ def test_saving_replaces_the_whole_file_or_nothing(tmp_path: Path, monkeypatch: 
 def forged(**values: object) -> bytes:
     """A file with a right format and checksums, and other values."""
     buffer = io.BytesIO()
-    torch.save({"format_version": checkpoint.FORMAT_VERSION} | values, buffer)
+    torch.save(vars(one()) | {"recipe": default_recipe().as_json()} | values, buffer)
     return buffer.getvalue()
 
 
@@ -66,10 +67,10 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "foreign": lambda file: b"PK\x03\x04 something else",
     "a pickle": lambda file: pickle.dumps(Bomb()),
     "forged code": lambda file: forged(run_id=Bomb()),
-    "without values": lambda file: forged(),
+    "without values": lambda file: forged(history=None),
     "truncated": lambda file: file[:-100],
     "tampered with": lambda file: file.replace(b"first phase", b"other phase"),
-    "of another version": lambda file: forged(format_version=0),
+    "of another version": lambda file: forged(recipe=json.dumps(json.loads(default_recipe().as_json()) | {"format": 7})),
 }
 
 

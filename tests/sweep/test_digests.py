@@ -191,7 +191,7 @@ def test_overrides_that_a_tag_cannot_hold_are_refused_at_once(in_process: Comman
     ("first", "second", "equal"),
     [
         (("save_every=5",), ("save_every=6",), True),
-        (("parameter_limit=null",), (), True),
+        (("model.parameter_limit=null",), (), True),
         (("batch_size=64",), ("batch_size=65",), False),
         (
             ("+phase@phases.b=finetune", "+phase@phases.a=finetune"),

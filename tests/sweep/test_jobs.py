@@ -48,9 +48,9 @@ def test_the_common_data_of_finished_jobs(data: list[str], varied: str, common: 
 @pytest.mark.parametrize("tag", [PROCESS_DIED, "Stopped by SIGINT."])
 def test_the_reason_that_a_job_returned_comes_before_the_reaper_s(tag: str) -> None:
     child = record(0, "KILLED", error=tag)
-    (row,) = job_table([JOB], [child], {0: failed(StoreLostError("the store is gone\nand more"))})
+    (row,) = job_table([JOB], [child], {0: failed(StoreLostError("the store is gone\nand more"))}, "val/accuracy")
     assert row["error"] == "the store is gone"
-    (row,) = job_table([JOB], [child], {})
+    (row,) = job_table([JOB], [child], {}, "val/accuracy")
     assert row["error"] == tag
 
 
@@ -68,7 +68,9 @@ def test_runs_that_tie_are_named_together() -> None:
     def named(*accuracies: float) -> list[int]:
         children = [record(number, accuracy=accuracy) for number, accuracy in enumerate(accuracies)]
         jobs = [replace(JOB, number=number) for number in range(len(accuracies))]
-        text = describe_sweep(job_table(jobs, children, {}), children, Store(), "1", "resume", [[]])
+        text = describe_sweep(
+            job_table(jobs, children, {}, "val/accuracy"), children, Store(), "1", "resume", [[]], "val/accuracy"
+        )
         return [number for number in range(len(jobs)) if f"[seed={number}]" in text]
 
     assert named(1, 0.99, 1) == [0, 2]

@@ -74,7 +74,10 @@ def test_a_sweep_has_a_parent_and_a_child_for_every_job(swept: Swept) -> None:
     assert (swept.status, parent.info.status) == (1, "FAILED"), "as soon as one job fails"
     assert [child.status for child in children] == ["FINISHED"] * 4 + ["FAILED"] * 2
     assert parent.info.run_name == f"sweep {RATE} by seed"
-    assert [child.name for child in children][::3] == ["se_cnn digits lr=0.001 seed=0", "se_cnn digits lr=0.002 seed=1"]
+    assert [child.name for child in children][::3] == [
+        "se_cnn digits finetune.lr=0.001 seed=0",
+        "se_cnn digits finetune.lr=0.002 seed=1",
+    ]
     for number, child in enumerate(children):
         assert child.tags["mlflow.parentRunId"] == child.tags["sweep_id"] == parent.info.run_id
         assert child.job == number

@@ -45,8 +45,8 @@ def images_of(count: int) -> np.ndarray:
 
 @pytest.mark.parametrize("count", [1, 7, 1000])
 def test_mlflow_s_loader_gives_the_logits_of_the_network(original: Path, count: int) -> None:
-    network, shape = models.read_model(str(original))
-    assert shape == MNIST_SHAPE
+    network, data = models.read_model(str(original))
+    assert data == MNIST
     assert network.blocks[0].norm.running_mean.eq(1).all()
     images = images_of(count)
     logits = mlflow.pyfunc.load_model(str(original)).predict(images)
@@ -118,12 +118,12 @@ def edit_model(folder: Path, **changes: object) -> None:
     edit_settings(folder, lambda settings: settings["model"].update(changes))
 
 
-def test_predicting_needs_the_model_and_the_shape_only(folder: Path) -> None:
+def test_predicting_needs_the_model_and_the_data_only(folder: Path) -> None:
     """A model of an older or a newer version has other keys."""
     settings = json.loads((folder / models.SETTINGS).read_text())
-    kept = {key: settings[key] for key in ("model", "shape")}
+    kept = {key: settings[key] for key in ("format", "model", "data_description")}
     (folder / models.SETTINGS).write_text(json.dumps(kept | {"newer": "${x}", "seed": "another type"}))
-    assert models.read_model(str(folder))[1] == MNIST_SHAPE
+    assert models.read_model(str(folder))[1] == MNIST
 
 
 def compress(folder: Path) -> None:
@@ -148,7 +148,7 @@ REFUSED: dict[str, Callable[[Path], object]] = {
     "other JSON": lambda folder: (folder / models.SETTINGS).write_text("[]"),
     "nested JSON": lambda folder: (folder / models.SETTINGS).write_text("[" * 10**6),
     "no model": lambda folder: edit_settings(folder, lambda settings: settings.pop("model")),
-    "no shape": lambda folder: edit_settings(folder, lambda settings: settings.update(shape=None)),
+    "no data": lambda folder: edit_settings(folder, lambda settings: settings.update(data_description=None)),
     "another network": lambda folder: edit_model(folder, channels=[9, 16, 20]),
     "a network of 80 GB": lambda folder: edit_model(folder, hidden_features=10**9),
     "a pickle": lambda folder: torch.save({"": Bomb(), "filler": torch.zeros(10**5)}, folder / models.WEIGHTS),
