@@ -102,20 +102,32 @@ class JobContext(BaseModel):
 
 
 class DataDescription(BaseModel):
-    """What models and their users need to know of a data set.
+    """What models and their users need to know of a data set, and of its use.
 
     Args:
+        name: The name of the data set, the same for any part of it.
         class_names: The name of each class.
         side: Height and width of the images.
         channels: 1 for gray values, 3 for colors.
         preparation: How pictures become images: `handwriting` for digits, else `plain`.
+        digests: The digest of each split.
+        trained_on: The splits that the model may have been trained on, also as another model before it.
     """
 
     model_config = CHECKED
+    name: str = ""
     class_names: Annotated[list[str], Field(min_length=1)]
     side: Count
     channels: Count
     preparation: Literal["handwriting", "plain"] = "plain"
+    digests: dict[str, str] = Field(default_factory=dict)
+    trained_on: list[str] = Field(default_factory=list)
+
+    def may_have_trained_on(self, other: "DataDescription", split: str) -> bool:
+        """Return whether a model of this description may have been trained on images of a split of `other`."""
+        if self.digests.get(split) == other.digests[split]:
+            return split in self.trained_on
+        return self.name == other.name
 
     @property
     def shape(self) -> dict[str, int]:

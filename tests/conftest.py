@@ -49,9 +49,10 @@ def finished(settings: Settings, data: Dataset, output_dir: Path, *, ended: bool
     model = build(settings.model, "model", **data.shape)
     state = {"model": model.state_dict(), "phase": list(settings.phases)[-1], "ended": ended}
     history = [(1, {"epoch": 1.0})]
+    used = [phase["split"] for phase in settings.phases.values()]
     folder = run_dir.ensure_writable_dir(output_dir / run_id)
-    recipe = Recipe(settings.model_copy(update={"data_description": DataDescription(**data.description)}))
-    checkpoint.save(folder, checkpoint.Checkpoint(run_id, recipe, data.digests, {}, state, history, {}, 0.0))
+    recipe = Recipe(settings.model_copy(update={"data_description": DataDescription(**data.description, trained_on=used)}))
+    checkpoint.save(folder, checkpoint.Checkpoint(run_id, recipe, {}, state, history, {}, 0.0))
     run_dir.mark_complete(folder)
     return run_id
 

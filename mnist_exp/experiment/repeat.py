@@ -81,7 +81,6 @@ def rerun(settings: Settings, overrides: list[str]) -> RunResult:
     result = run(
         request(
             with_present_locations(original.recipe, settings, rerun=run_id, sweep_job=settings.sweep_job),
-            digests=original.record.digests,
             threads=int(before["threads"]) if before.get("threads", "").isdecimal() else None,
         )
     )

@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
@@ -43,7 +43,6 @@ class RunRequest:
         recipe: The recipe, whose settings are checked.
         command: The shell command to record.
         checkpoint: The checkpoint to resume from.
-        digests: Digests that splits of the data must have.
         threads: The number of torch's threads, which affects the last bits of a result; None for the default.
         make_should_prune: Returns the function with which a search stops the run early.
         quiet: Whether to print warnings only.
@@ -52,7 +51,6 @@ class RunRequest:
     recipe: Recipe
     command: str
     checkpoint: Checkpoint | None = None
-    digests: dict[str, str] = field(default_factory=dict)
     threads: int | None = None
     make_should_prune: MakeShouldPrune | None = None
     quiet: bool = False
@@ -146,7 +144,8 @@ def prepare(request: RunRequest) -> Prepared:
     data: Dataset = build(settings.data, "data", seed=settings.seed)
     if settings.sweep_job and settings.sweep_job.in_search:
         data = data.without_test()
-    data.check_digests(saved.digests if saved else request.digests)
+    if settings.data_description:  # of a run that is resumed or repeated
+        data.check_digests(settings.data_description.digests)
     if settings.sweep_job and settings.sweep_job.data not in (None, data.name):
         raise UserError(
             f"The sweep was started with {settings.sweep_job.data}, but the data here is {data.name}.",
@@ -183,7 +182,6 @@ def start_run(request: RunRequest, prepared: Prepared) -> AbstractContextManager
     initial = Checkpoint(
         run_id=saved.run_id if saved else "",
         recipe=replace(request.recipe, settings=settings),
-        digests=data.digests,
         software=prepared.software,
         state=None,
         history=saved.history if saved else [],

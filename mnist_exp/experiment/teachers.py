@@ -13,8 +13,9 @@ from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.distillation import Ensemble, Labels
 from mnist_exp.nodes import build
 from mnist_exp.overrides import command
-from mnist_exp.settings import RunId
-from mnist_exp.storage import checkpoint, run_dir
+from mnist_exp.settings import DataDescription, RunId
+from mnist_exp.storage import run_dir
+from mnist_exp.storage.checkpoint import Checkpoint, load
 
 RUNS = "teacher.runs"  # the key in messages
 
@@ -35,12 +36,12 @@ def ensemble(data: Dataset, output_dir: Path, runs: Annotated[Sequence[RunId], F
     Raises:
         UserError: A run is not finished, may have been trained on the split that `data` tests on, or has another network.
     """
-    checkpoints = [_load_finished(run, output_dir) for run in runs]
+    teachers = [_load_finished(run, output_dir) for run in runs]
     if len(set(runs)) < len(runs):
         raise UserError.invalid(RUNS, list(runs), "different runs")
-    eval_split = data.eval_split
-    for saved in checkpoints:
-        if _was_trained_on(saved, data, eval_split):
+    eval_split, own = data.eval_split, DataDescription(**data.description)
+    for saved, described in teachers:
+        if described.may_have_trained_on(own, eval_split):
             raise UserError.invalid(
                 RUNS,
                 saved.run_id,
@@ -48,12 +49,12 @@ def ensemble(data: Dataset, output_dir: Path, runs: Annotated[Sequence[RunId], F
                 "Choose a run with the same data=, not trained on that split.",
             )
     device = data.splits[eval_split].labels.device
-    networks = [_load_network(saved, device) for saved in checkpoints]
-    return Ensemble(networks, any(_was_trained_on(saved, data, data.validation) for saved in checkpoints))
+    networks = [_load_network(saved, described.shape, device) for saved, described in teachers]
+    return Ensemble(networks, any(described.may_have_trained_on(own, data.validation) for _, described in teachers))
 
 
-def _load_finished(run: str, output_dir: Path) -> checkpoint.Checkpoint:
-    """Return the last checkpoint of a run; raises UserError unless the run was trained to its end."""
+def _load_finished(run: str, output_dir: Path) -> tuple[Checkpoint, DataDescription]:
+    """Return the last checkpoint of a run and the description of its data; raises UserError unless it was trained to its end."""
     folder = output_dir / run_dir.expand_id(output_dir, run)
     if not run_dir.is_complete(folder):
         raise UserError.invalid(
@@ -62,28 +63,20 @@ def _load_finished(run: str, output_dir: Path) -> checkpoint.Checkpoint:
             f"a finished run in output_dir={output_dir}",
             f"List the runs with `{command('runs', 'list')}`, or set output_dir to their folder.",
         )
-    saved = checkpoint.load(folder / run_dir.CHECKPOINT)
+    saved = load(folder / run_dir.CHECKPOINT)
     settings, state = saved.recipe.settings, saved.state or {}
     if settings.data_description is None:
         raise UserError.invalid(RUNS, run, "a run whose checkpoint describes its data")
     has_ended = state.get("ended") and state.get("phase") == list(settings.phases)[-1]
     if not has_ended:  # a run that a search stopped is complete, too
         raise UserError.invalid(RUNS, run, "a run that was trained to its end", "Choose another run.")
-    return saved
+    return saved, settings.data_description
 
 
-def _was_trained_on(saved: checkpoint.Checkpoint, data: Dataset, split: str) -> bool:
-    """Return whether a run may have been trained on images of a split of `data`."""
-    has_split = saved.digests.get(split) == data.splits[split].digest
-    return not has_split or any(phase["split"] == split for phase in saved.recipe.settings.phases.values())
-
-
-def _load_network(saved: checkpoint.Checkpoint, device: torch.device) -> nn.Module:
+def _load_network(saved: Checkpoint, shape: dict[str, int], device: torch.device) -> nn.Module:
     """Return the network in a checkpoint, ready for evaluation; raises UserError if this version builds another."""
-    settings = saved.recipe.settings
-    assert settings.data_description is not None
     assert saved.state is not None
-    network: nn.Module = build(settings.model, "model", **settings.data_description.shape)
+    network: nn.Module = build(saved.recipe.settings.model, "model", **shape)
     try:
         network.load_state_dict(saved.state["model"])
     except RuntimeError as error:

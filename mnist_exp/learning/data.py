@@ -74,22 +74,24 @@ class Dataset:
     """The splits of one source.
 
     Attributes:
-        name: Such as `mnist`, or `mnist_1000` with a limited number of training images.
+        base: Such as `mnist`. Images of equal names may be the same, those of others are not.
         source: Folder or function that the images come from.
         class_names: Name of each class.
         splits: Splits by name. `test` is absent if the test set must not be read (`data=mnist_tuning`).
         validation: Name of the split that validates each phase, until a phase trains on it.
         preparation: How pictures become images like these: `handwriting` for digits, else `plain`.
+        subset: Limit of the number of training images, or None.
         locations: The arguments, by name, that say where the data were found.
         warning: Shown to the user, or None.
     """
 
-    name: str
+    base: str
     source: str
     class_names: Sequence[str]
     splits: dict[str, Split]
     validation: str
     preparation: Literal["handwriting", "plain"] = "plain"
+    subset: int | None = None
     locations: Mapping[str, str] = field(default_factory=dict)
     warning: str | None = None
 
@@ -101,6 +103,11 @@ class Dataset:
                 )
             if not (len(split) and 0 <= int(split.labels.min()) <= int(split.labels.max()) < self.classes):
                 raise ValueError(f"The split {name} is invalid: expected labels from 0 to {self.classes - 1}, at least one.")
+
+    @property
+    def name(self) -> str:
+        """Such as `mnist`, or `mnist_1000` with a limited number of training images."""
+        return self.base if self.subset is None else f"{self.base}_{self.subset}"
 
     @property
     def classes(self) -> int:
@@ -125,8 +132,8 @@ class Dataset:
     @property
     def description(self) -> dict[str, Any]:
         """What models and their users need to know of the data."""
-        names = {"class_names": list(self.class_names), "preparation": self.preparation}
-        return names | {"side": self.side, "channels": self.channels}
+        names = {"name": self.base, "class_names": list(self.class_names), "preparation": self.preparation}
+        return names | {"side": self.side, "channels": self.channels, "digests": self.digests}
 
     @property
     def eval_split(self) -> str:

@@ -161,12 +161,13 @@ def load_mnist(
         splits["test"] = files.test(used_root)
     validation = "validation" if validation_size else "finetune"
     return Dataset(
-        _name(source, subset),
+        source,
         str(files.folder(used_root)),
         files.class_names,
         splits,
         validation,
         files.preparation,
+        subset,
         locations={"root": str(Path(used_root).absolute())},
     )
 
@@ -194,7 +195,7 @@ def load_digits(finetune_fraction: Fraction, seed: int, subset: Count | None = N
     test, train = order[:360], order[360:]
     splits = _train_and_finetune(images[train], labels[train], finetune_fraction, seed, subset, MNIST_EPOCH)
     splits["test"] = _split(images[test], labels[test], len(test))
-    return Dataset(_name("digits", subset), "sklearn.datasets.load_digits", DIGITS, splits, "finetune", "handwriting")
+    return Dataset("digits", "sklearn.datasets.load_digits", DIGITS, splits, "finetune", "handwriting", subset)
 
 
 def load_folder(
@@ -241,8 +242,9 @@ def load_folder(
         raise UserError.invalid("root", root, "a folder with training and test images", "Add pictures, or ROOT/test/CLASS/*.")
     splits = _train_and_finetune(images, labels, finetune_fraction, seed, subset, len(labels))
     splits["test"] = _split(test_images, test_labels, len(test_labels))
-    name = _name("folder_" + re.sub(r"\W", "_", Path(root).absolute().name), subset)
-    return Dataset(name, str(Path(root).absolute()), names, splits, "finetune", locations={"root": str(Path(root).absolute())})
+    place = Path(root).absolute()
+    title = "folder_" + re.sub(r"\W", "_", place.name)
+    return Dataset(title, str(place), names, splits, "finetune", subset=subset, locations={"root": str(place)})
 
 
 def _read_classes(folder: Path, names: Sequence[str], side: int, channels: int) -> tuple[Tensor, Tensor]:
@@ -264,10 +266,6 @@ def _read_picture(path: Path, changed: int, side: int, channels: int) -> Tensor:
     except UserError as error:
         raise UserError(f"{path}: {error}.", key="root", value=str(path), remedy="Correct the file, or remove it.") from error
     return torch.from_numpy(pixels.copy()).view(side, side, channels).movedim(2, 0)
-
-
-def _name(data: str, subset: int | None) -> str:
-    return data if subset is None else f"{data}_{subset}"
 
 
 def _train_and_finetune(

@@ -3,7 +3,7 @@
 import ctypes
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -138,7 +138,9 @@ def disable_malloc_trim() -> None:
         libc.mallopt(mmap_threshold, 2**25)
 
 
-def prepare_phases(model: nn.Module, phases: Mapping[str, PhaseConfig], data: Dataset, output_dir: Path) -> list[Phase]:
+def prepare_phases(
+    model: nn.Module, phases: Mapping[str, PhaseConfig], data: Dataset, output_dir: Path, used: Collection[str] = ()
+) -> list[Phase]:
     """Build the optimizer, scheduler and targets of every phase, so that errors appear before training.
 
     Args:
@@ -146,11 +148,12 @@ def prepare_phases(model: nn.Module, phases: Mapping[str, PhaseConfig], data: Da
         phases: Configurations by name, in order.
         data: The data set, on the device of the model.
         output_dir: Folder of all runs, where a teacher finds its own.
+        used: Splits that the initial weights may have been trained on.
 
     Raises:
         UserError: A phase cannot use its split, or one of its parts rejects its arguments, the number of steps or the classes.
     """
-    check_phases(phases, data, model)
+    check_phases(phases, data, model, used)
     prepared: list[Phase] = []
     device = next(model.parameters()).device
     for name, config in phases.items():
@@ -171,7 +174,8 @@ def prepare_phases(model: nn.Module, phases: Mapping[str, PhaseConfig], data: Da
                 remedy="Their files in conf/ list the arguments.",
             ) from error
         prepared.append(Phase(name, config, optimizer, scheduler, targets, steps_per_epoch, None))
-    validations = check_phases(phases, data, model, [phase.name for phase in prepared if phase.targets.saw_validation_split])
+    leaking = [phase.name for phase in prepared if phase.targets.saw_validation_split]
+    validations = check_phases(phases, data, model, used, leaking)
     return [replace(phase, validation=validations[phase.name]) for phase in prepared]
 
 
@@ -182,7 +186,11 @@ def make_scheduler(factory: Callable[..., LRScheduler], optimizer: Optimizer, to
 
 
 def check_phases(
-    phases: Mapping[str, PhaseConfig], data: Dataset, model: nn.Module, leaking: Sequence[str] = ()
+    phases: Mapping[str, PhaseConfig],
+    data: Dataset,
+    model: nn.Module,
+    used: Collection[str] = (),
+    leaking: Collection[str] = (),
 ) -> dict[str, str | None]:
     """Return the split that validates each phase, None if training has used it.
 
@@ -190,13 +198,14 @@ def check_phases(
         phases: Configurations by name, in order.
         data: The data set.
         model: The model, perhaps without values.
+        used: Splits that the initial weights may have been trained on.
         leaking: The phases whose targets come from networks that were trained on the validation split.
 
     Raises:
         UserError: A phase cannot train on its split, or cannot use one of its callbacks.
     """
     validations: dict[str, str | None] = {}
-    trained_on: set[str] = set()
+    trained_on = set(used)
     for name, config in phases.items():
         if config.split not in data.splits or config.split == "test":
             allowed = " or ".join(known for known in data.splits if known != "test")

@@ -26,7 +26,6 @@ class Checkpoint:
 
     Args:
         recipe: The recipe, in the file as JSON.
-        digests: The digest of each split of the data.
         software: The versions that affect the outcome, from `provenance.software`.
         state: The state in the last report of `training.fit`, None before the first.
         history: (examples seen, metrics) of every report.
@@ -36,7 +35,6 @@ class Checkpoint:
 
     run_id: str
     recipe: Recipe
-    digests: dict[str, str]
     software: dict[str, str]
     state: dict[str, Any] | None
     history: list[tuple[int, dict[str, float]]]

@@ -31,7 +31,7 @@ def edited(content: bytes, edits: list[tuple[int, bytes, int]]) -> bytes:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("saved")
-    checkpoint.save(folder, Checkpoint("abc", Recipe(compose_recipe().settings), {}, {}, None, [(1, {"a": 0.5})], {}, 0.0))
+    checkpoint.save(folder, Checkpoint("abc", Recipe(compose_recipe().settings), {}, None, [(1, {"a": 0.5})], {}, 0.0))
     return (folder / CHECKPOINT).read_bytes()
 
 

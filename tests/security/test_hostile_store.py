@@ -36,7 +36,7 @@ SHORT = ("data=digits", "~phases.train", "phases.finetune.epochs=1")
 # Only plain JSON, and only calls that a file names at the same place
 
 CALL = {"_target_": "os.system", "command": "touch exploded"}
-LOADER = {"_target_": "mnist_exp.learning.datasets.load_mnist", "default_root": "/tmp/evil"}
+LOADER = {"_target_": "mnist_exp.learning.datasets.load_mnist", "download_root": "/tmp/evil"}
 CREATE = "${oc.create:{_target_:os.getcwd}}"
 ATTACKS: dict[str, tuple[str, Any]] = {  # the key of the error: where what is stored
     "model._target_": ("model", CALL),
@@ -112,7 +112,7 @@ def test_a_recipe_of_another_form_is_refused(text: str) -> None:
 def test_a_checkpoint_contains_its_recipe_as_text(stored: Any, tmp_path: Path) -> None:
     """`weights_only` lets tuples through, in which Hydra finds targets."""
     values: Any = SimpleNamespace(as_json=lambda: stored)
-    checkpoint.save(tmp_path, Checkpoint("0" * 32, values, {}, {}, None, [], {}, 0.0))
+    checkpoint.save(tmp_path, Checkpoint("0" * 32, values, {}, None, [], {}, 0.0))
     with pytest.raises(UserError):
         checkpoint.load(tmp_path / run_dir.CHECKPOINT)
 
@@ -237,7 +237,7 @@ def unfinished(composed: Compose, store: str, tmp_path: Path) -> Callable[..., P
         recipe = make(composed(*SHORT))
         run_id = MLflowStore(store, "mnist_exp").start(RunInfo("run", "")).run_id
         folder = run_dir.ensure_writable_dir(tmp_path / "outputs" / run_id)
-        first = Checkpoint(run_id, recipe, {}, {}, None, [], {}, 0.0)
+        first = Checkpoint(run_id, recipe, {}, None, [], {}, 0.0)
         checkpoint.save(folder, replace(first, **changes))
         return folder
 
@@ -267,7 +267,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "a teacher": {"recipe": ("phases.finetune.teacher", {
         "_target_": "mnist_exp.experiment.teachers.ensemble", "_partial_": True, "runs": ["../bait"]})},
     "data": {"recipe": ("data", LOADER | {
-        "root": "BAIT", "fallback": None, "finetune_fraction": 0.02, "validation_size": 0, "default_root": "BAIT"})},
+        "root": "BAIT", "fallback": None, "finetune_fraction": 0.02, "validation_size": 0, "download_root": "BAIT"})},
 }  # fmt: skip
 
 

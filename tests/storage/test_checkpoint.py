@@ -29,7 +29,7 @@ def default_recipe() -> Recipe:
 
 
 def one(run_id: str = "abc", recipe: Recipe | None = None, state: dict | None = None) -> Checkpoint:
-    return Checkpoint(run_id, recipe or default_recipe(), {"train": "0"}, {}, state, [(1, {"a": 0.5})], {"train": 1.0}, 2.0)
+    return Checkpoint(run_id, recipe or default_recipe(), {}, state, [(1, {"a": 0.5})], {"train": 1.0}, 2.0)
 
 
 def test_a_model_rebuilt_from_its_checkpoint_predicts_the_same(composed: Compose, tmp_path: Path) -> None:
