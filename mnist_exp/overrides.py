@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp.errors import UserError
-from mnist_exp.paths import CONFIG_DIR, LOCATIONS, NAME, take_credentials, typed
+from mnist_exp.paths import CONFIG_DIR, LOCATIONS, NAME, TRACKING, take_credentials, typed
 
 PARTS = ("optimizer", "scheduler", "augmentation", "teacher")  # shared by all phases, each of which may choose its own
 GROUPS = {"data", "model", "phase", "experiment", "arm", *PARTS}  # the groups of a recipe in conf/
@@ -160,7 +160,8 @@ def command(module: str, *arguments: str) -> str:
         taken = ("--tracking-uri", "--experiment", "--output-dir", *(("--data-root",) if module == "evaluate" else ()))
         repeated = [word for name in taken if name in options for word in (name, options[name])]
     folder = [CONFIG_DIR, typed[CONFIG_DIR]] if CONFIG_DIR in typed else []
-    return shlex.join(["python", "-m", f"{NAME}.{module}", *arguments, *repeated, *folder])
+    tracking = [f"{TRACKING}={typed['tracking']}"] if "tracking" in typed and module != "run" else []
+    return shlex.join([*tracking, "python", "-m", f"{NAME}.{module}", *arguments, *repeated, *folder])
 
 
 def check_stored(overrides: Iterable[str], source: str) -> None:
