@@ -32,7 +32,7 @@ def draw(arguments: argparse.Namespace) -> None:
     from mnist_exp.serving.page import create_app
 
     with cli.listen(arguments.port) as server:
-        classifier = load_from(cli.find_store(), arguments.model)
+        classifier = load_from(cli.default_settings(), arguments.model)
         port = server.getsockname()[1]
         print(f"http://127.0.0.1:{port}", flush=True)
         print(f"Model: {classifier.source.title}", flush=True)

@@ -13,9 +13,7 @@ from mnist_exp.overrides import command, quoted
 if TYPE_CHECKING:
     from mnist_exp.learning.data import Dataset
     from mnist_exp.learning.evaluation import Evaluation
-    from mnist_exp.tracking.base import RunRecord
-    from mnist_exp.tracking.mlflow_store import MLflowStore
-    from mnist_exp.tracking.models import ModelSource
+    from mnist_exp.tracking.base import ModelSource, RunRecord, Store
 
 
 def main() -> None:
@@ -43,14 +41,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from mnist_exp.settings import build
 
     settings = cli.default_settings(*([f"data={quoted(arguments.data)}"] if arguments.data else []))
-    store = cli.find_store(settings)
-    classifier = load_from(store, arguments.model)
+    classifier = load_from(settings, arguments.model)
     data = build(settings.data, "data", seed=0)
     if data.shape != classifier.shape:
         raise UserError.invalid("--data", data.name, f"data with the shape of the model, {classifier.shape}, not {data.shape}")
     result = evaluation.evaluate(classifier.model, data.splits[data.eval_split])
     repeat = command("evaluate", classifier.source.address, *(["--data", arguments.data] if arguments.data else []))
-    record(store, classifier.source, data, result, repeat, settings.output_dir)
+    record(cli.find_store(settings), classifier.source, data, result, repeat, settings.output_dir)
 
 
 def measures(evaluation: "Evaluation") -> dict[str, float]:
@@ -74,7 +71,7 @@ def caveats(trained: "RunRecord | None", data: "Dataset") -> list[str]:
 
 
 def record(
-    store: "MLflowStore", source: "ModelSource", data: "Dataset", evaluation: "Evaluation", repeat: str, output_dir: Path
+    store: "Store", source: "ModelSource", data: "Dataset", evaluation: "Evaluation", repeat: str, output_dir: Path
 ) -> None:
     """Record the result as a run that is linked to the model, its data and its training run; show it.
 
@@ -113,7 +110,7 @@ def record(
         by = f"\n\nThe model was trained by [this run]({store.link(source.run_id)})." if source.run_id else ""
         tracker.set_description("\n\n".join([*warnings, f"| | |\n| --- | --- |\n{table}{by}"]))
     show_pairs(f"Model: {source.title}", rows)
-    show_lines([*warnings, f"Open it in the MLflow UI: {tracker.ui_command()}"])
+    show_lines([*warnings, store.ui_hint(tracker.run_id)])
 
 
 if __name__ == "__main__":
