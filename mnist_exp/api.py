@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 
 import pandas as pd
 
-from mnist_exp.cli import find_store, leave_credentials
+from mnist_exp.cli import default_settings, find_store, leave_credentials
 from mnist_exp.composing import compose_recipe
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.repeat import request
@@ -59,7 +59,7 @@ def load(model: str = "latest") -> Classifier:
         UserError: There is no such model, or it cannot be used.
     """
     leave_credentials()
-    return load_from(find_store(), model)
+    return load_from(default_settings(), model)
 
 
 def frame(sweep: str = "latest") -> pd.DataFrame:

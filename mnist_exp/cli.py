@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mnist_exp import composing
-from mnist_exp.errors import UserError
+from mnist_exp.errors import UserError, first_line
 from mnist_exp.nodes import build, remember_locations
 from mnist_exp.overrides import locations, quoted
 from mnist_exp.paths import CONFIG_DIR, LOCATIONS, NAME, take_credentials
@@ -24,7 +24,7 @@ from mnist_exp.signals import Interrupted
 
 if TYPE_CHECKING:
     from mnist_exp.settings import Settings
-    from mnist_exp.tracking.mlflow_store import MLflowStore
+    from mnist_exp.tracking.base import Store
 
 TRACE = os.environ.get("HYDRA_FULL_ERROR") == "1"  # whether the user wants stack traces
 
@@ -147,16 +147,9 @@ def default_settings(*overrides: str) -> "Settings":
     return composing.compose_recipe(*locations(), *overrides).settings
 
 
-def find_store(settings: "Settings | None" = None) -> "MLflowStore":
-    """Return the store of the settings, by default of `default_settings`; raises UserError if it keeps no runs.
-
-    It connects when it is first used: a model in a folder needs none.
-    """
-    from mnist_exp.tracking.mlflow_store import MLflowStore  # seconds, which --help does not have
-
-    store = build((settings or default_settings()).tracking, "tracking")
-    if not isinstance(store, MLflowStore):
-        raise UserError("tracking=none stores no runs.", key="tracking", value="none", remedy="Use tracking=mlflow.")
+def find_store(settings: "Settings | None" = None) -> "Store":
+    """Return the store of the settings, by default of `default_settings`. It connects when it is first used."""
+    store: Store = build((settings or default_settings()).tracking, "tracking")
     return store
 
 
@@ -191,7 +184,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
-        return f"Out of memory: {_first_line(error)}\nChoose a smaller batch_size or model, or stop other programs."
+        return f"Out of memory: {first_line(error)}\nChoose a smaller batch_size or model, or stop other programs."
     if isinstance(error, composing.COMPOSING_ERRORS):
         return str(composing.explain(error))
     innermost = traceback.extract_tb(error.__traceback__)[-1].filename
@@ -199,14 +192,10 @@ def explain(error: Exception) -> str | None:
         return composing.missing_extra(str(error)) or f"The configuration cannot be composed: {error}"
     if isinstance(error, OSError) or any(kind.__module__.startswith(("mlflow.", "sqlalchemy.")) for kind in type(error).__mro__):
         return (
-            f"The store, the disk or the network failed: {_first_line(error)}\n"
+            f"The store, the disk or the network failed: {first_line(error)}\n"
             "Check that the store answers, that its disk has space, and that you may write to it. Then repeat the command."
         )
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def check_order(arguments: Sequence[str]) -> None:

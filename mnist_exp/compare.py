@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from mnist_exp.learning.data import Dataset
     from mnist_exp.settings import Settings
     from mnist_exp.tracking.base import RunRecord, Store, Sweep
-    from mnist_exp.tracking.mlflow_store import MLflowStore
 
 
 def main() -> None:
@@ -172,7 +171,7 @@ def find_images(store: "Store", settings: "Settings", records: "Mapping[str, Run
 
 
 def publish(
-    store: "MLflowStore",
+    store: "Store",
     sweeps: "Sequence[Sweep]",
     records: "Mapping[str, RunRecord]",
     images: "tuple[Tensor, list[str]] | None",
@@ -202,13 +201,13 @@ def publish(
     return lines
 
 
-def next_steps(store: "MLflowStore", sweeps: "Sequence[Sweep]", comparisons: "Sequence[Comparison]") -> list[str]:
+def next_steps(store: "Store", sweeps: "Sequence[Sweep]", comparisons: "Sequence[Comparison]") -> list[str]:
     """Return the commands that are the next step: more seeds, and the UI."""
     from mnist_exp.comparison.wording import seeds_needed
     from mnist_exp.tracking.frame import SEED
 
     sweep = sweeps[-1].run_id
-    lines = [f"Open it in the MLflow UI: {store.page(sweep) or command('ui', sweep)}"]
+    lines = [store.ui_hint(sweep)]
     needed = [found[0] for comparison in comparisons if (found := seeds_needed(comparison))]
     seeds = {int(seed or 0) for seed in comparisons[0].runs[SEED] if not seed or seed.isdecimal()}
     more = max((number for number in needed if number), default=0) - len(seeds)

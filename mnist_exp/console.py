@@ -98,12 +98,11 @@ class Display:
         """Show a prominent warning."""
         self.console.print(Panel(plain(message), style="bold red"))
 
-    def results(self, rows: Mapping[str, str], ui_command: str | None, use_commands: Mapping[str, str]) -> None:
-        """Show the results, the command that opens the run in the UI, and those that use its model, by purpose."""
+    def results(self, rows: Mapping[str, str], ui_hint: str, use_commands: Mapping[str, str]) -> None:
+        """Show the results, the line on the UI unless it is empty, and the commands that use the model, by purpose."""
         if not self.quiet:
             show_pairs("Results", rows)
-            _show_ui_command(ui_command)
-            show_lines([f"{purpose}: {line}" for purpose, line in use_commands.items()])
+            show_lines([ui_hint, *(f"{purpose}: {line}" for purpose, line in use_commands.items())])
 
 
 class SweepDisplay:
@@ -159,15 +158,10 @@ class SweepDisplay:
                 thread.join(timeout=5)
                 update()
 
-    def results(self, rows: list[dict[str, str]], ui_command: str | None) -> None:
-        """Show the table of all jobs, and the command that opens the sweep in the UI."""
+    def results(self, rows: list[dict[str, str]], ui_hint: str) -> None:
+        """Show the table of all jobs, and the line on the UI unless it is empty."""
         show_table([{key: value for key, value in row.items() if key != "run"} for row in rows], SHOWN[:0:-1])
-        _show_ui_command(ui_command)
-
-
-def _show_ui_command(ui_command: str | None) -> None:
-    if ui_command:
-        show_lines([f"Open it in the MLflow UI: {ui_command}"])
+        show_lines([ui_hint])
 
 
 def show_table(rows: list[dict[str, str]], optional: Sequence[str] = ()) -> None:
@@ -252,9 +246,9 @@ def show_pairs(title: str, pairs: Mapping[str, str]) -> None:
 
 
 def show_lines(lines: Sequence[str], *, stderr: bool = False) -> None:
-    """Show lines that are copied from the terminal, such as commands and paths, without breaking them."""
+    """Show lines that are copied from the terminal, such as commands and paths, without breaking them; omit empty ones."""
     console = Console(stderr=stderr)
-    for line in lines:
+    for line in filter(None, lines):
         console.print(plain(line), soft_wrap=True)
 
 

@@ -33,7 +33,7 @@ def draw(arguments: argparse.Namespace) -> None:
     from mnist_exp.serving.page import create_app
 
     with cli.listen(arguments.port) as server:
-        classifier = load_from(cli.find_store(), arguments.model)
+        classifier = load_from(cli.default_settings(), arguments.model)
         if classifier.data.preparation != "handwriting":
             raise UserError.invalid("--model", arguments.model, "a model of handwriting", "Use predict with files.")
         port = server.getsockname()[1]

@@ -60,3 +60,8 @@ class DivergedError(UserError):
 
 class PrunedError(UserError):
     """A search stopped this run early because others perform better."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the name of its class."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
     from mnist_exp.learning.data import Dataset
     from mnist_exp.learning.evaluation import Evaluation
-    from mnist_exp.tracking.base import RunRecord
-    from mnist_exp.tracking.mlflow_store import MLflowStore
-    from mnist_exp.tracking.models import ModelSource
+    from mnist_exp.tracking.base import ModelSource, RunRecord, Store
 
 NO_NAME = r"[^-\w. ]"  # what the name of a metric must not contain
 
@@ -54,8 +52,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         if not places:
             raise UserError.invalid("--data-root", arguments.data_root, "nothing, because this data set has no folder")
         settings = cli.default_settings(*chosen, f"data.{places[0]}={quoted(arguments.data_root)}")
-    store = cli.find_store(settings)
-    classifier = load_from(store, arguments.model)
+    classifier = load_from(settings, arguments.model)
     data = build(settings.data, "data", seed=0)
     if data.shape != classifier.data.shape:
         expected = f"data with the shape of the model, {classifier.data.shape}, not {data.shape}"
@@ -64,7 +61,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     options = {"--data": arguments.data, "--data-root": arguments.data_root}
     typed = [word for option, value in options.items() if value for word in (option, value)]
     repeat = command("evaluate", classifier.source.address, *typed)
-    record(store, classifier.source, data, result, repeat, settings.output_dir)
+    record(cli.find_store(settings), classifier.source, data, result, repeat, settings.output_dir)
 
 
 def measures(evaluation: "Evaluation", class_names: "Sequence[str]") -> dict[str, float]:
@@ -88,7 +85,7 @@ def caveats(trained: "RunRecord | None", data: "Dataset") -> list[str]:
 
 
 def record(
-    store: "MLflowStore", source: "ModelSource", data: "Dataset", evaluation: "Evaluation", repeat: str, output_dir: Path
+    store: "Store", source: "ModelSource", data: "Dataset", evaluation: "Evaluation", repeat: str, output_dir: Path
 ) -> None:
     """Record the result as a run that is linked to the model, its data and its training run; show it.
 
@@ -129,7 +126,7 @@ def record(
         by = f"\n\nThe model was trained by [this run]({store.link(source.run_id)})." if source.run_id else ""
         tracker.set_description("\n\n".join([*warnings, f"| | |\n| --- | --- |\n{table}{by}"]))
     show_pairs(f"Model: {source.title}", rows)
-    show_lines([*warnings, f"Open it in the MLflow UI: {tracker.ui_command()}"])
+    show_lines([*warnings, store.ui_hint(tracker.run_id)])
 
 
 if __name__ == "__main__":

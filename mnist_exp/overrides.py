@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp.errors import UserError
-from mnist_exp.paths import CONFIG_DIR, LOCATIONS, NAME, typed
+from mnist_exp.paths import CONFIG_DIR, LOCATIONS, NAME, TRACKING, typed
 
 # The parts of a phase, each a group in conf/, shared by all phases, each of which may choose its own. True: an option is called
 # later, with further arguments, so that its file needs no `_partial_: true`.
@@ -144,7 +144,8 @@ def command(module: str, *arguments: str) -> str:
         options = [(option, f"{key}={typed[key]}") for key, option in LOCATIONS.items() if option and key in typed]
         repeated = [word for option, override in options for word in (option, str(parse(override).value()))]
     folder = [CONFIG_DIR, typed[CONFIG_DIR]] if CONFIG_DIR in typed else []
-    return shlex.join(["python", "-m", f"{NAME}.{module}", *arguments, *repeated, *folder])
+    tracking = [f"{TRACKING}={typed['tracking']}"] if "tracking" in typed and module != "run" else []
+    return shlex.join([*tracking, "python", "-m", f"{NAME}.{module}", *arguments, *repeated, *folder])
 
 
 def check_stored(overrides: Iterable[str], source: str) -> None:

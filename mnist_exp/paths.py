@@ -20,6 +20,7 @@ LOCATIONS = {
     "tracking": None,
 }
 CONFIG_DIR = "--config-dir"
+TRACKING = f"{NAME.upper()}_TRACKING"  # the variable that chooses the option of `tracking` for all commands
 # The locations that this command line names, as text of overrides by key, and its --config-dir; set once by each command.
 typed: dict[str, str] = {}
 

@@ -49,7 +49,7 @@ def predict(arguments: argparse.Namespace) -> int:
     check_output("--out", arguments.out)
     check_output("--sheet", arguments.sheet)
     files = find_files(arguments.files)
-    classifier = load_from(cli.find_store(), arguments.model)
+    classifier = load_from(cli.default_settings(), arguments.model)
     with progress("predict", len(files)) as advance:
         results = predict_files(classifier, files, arguments.as_is, advance)
     read, failed = [[item for item in results if bool(item.error) == is_error] for is_error in (False, True)]

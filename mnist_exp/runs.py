@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mnist_exp.settings import Settings
-    from mnist_exp.tracking.base import RunRecord
-    from mnist_exp.tracking.mlflow_store import MLflowStore
+    from mnist_exp.tracking.base import RunRecord, Store
     from mnist_exp.tracking.tables import Group
 
 HOURS = {"h": 1, "d": 24, "w": 168}
@@ -106,12 +105,12 @@ def ago(text: str) -> float:
     return 1000 * (time.time() - 3600 * int(found[1]) * HOURS[found[2]])
 
 
-def reap_runs(store: "MLflowStore", settings: "Settings", arguments: argparse.Namespace) -> None:
+def reap_runs(store: "Store", settings: "Settings", arguments: argparse.Namespace) -> None:
     """Correct the status of dead runs."""
     print(f"{reap(store, settings.output_dir)} reaped")
 
 
-def reap(store: "MLflowStore", output_dir: "Path") -> int:
+def reap(store: "Store", output_dir: "Path") -> int:
     """Correct the status of dead runs, report them, and return their number."""
     from mnist_exp.console import show_lines
 
@@ -120,7 +119,7 @@ def reap(store: "MLflowStore", output_dir: "Path") -> int:
     return len(reaped)
 
 
-def list_runs(store: "MLflowStore", settings: "Settings", arguments: argparse.Namespace) -> None:
+def list_runs(store: "Store", settings: "Settings", arguments: argparse.Namespace) -> None:
     """Show a table of the chosen runs."""
     from mnist_exp.console import show_table
     from mnist_exp.tracking import tables
@@ -129,10 +128,10 @@ def list_runs(store: "MLflowStore", settings: "Settings", arguments: argparse.Na
     records = store.runs()
     if not records:
         raise UserError(
-            f"Experiment {store.experiment} in {store.uri} has no runs.",
-            key="--experiment",
-            value=store.experiment,
-            remedy=f"Set MLFLOW_TRACKING_URI or --tracking-uri to the store with your runs, or start one: {command('run')}.",
+            f"There are no runs in {store}.",
+            key="tracking",
+            value=str(store),
+            remedy=f"Start one: `{command('run')}`. {store.remedy}",
         )
     chosen = tables.filter_runs(records, arguments.data, arguments.since, arguments.last)
     metrics = settings.objective, *SHOWN
@@ -143,7 +142,7 @@ def list_runs(store: "MLflowStore", settings: "Settings", arguments: argparse.Na
     show_table(rows, optional=[name for name in reversed(metrics) if name != (arguments.sort or SHOWN[0])])
 
 
-def show_run(store: "MLflowStore", settings: "Settings", arguments: argparse.Namespace) -> None:
+def show_run(store: "Store", settings: "Settings", arguments: argparse.Namespace) -> None:
     """Show one run."""
     from mnist_exp.console import show_lines, show_pairs
     from mnist_exp.tracking import tables
@@ -154,16 +153,17 @@ def show_run(store: "MLflowStore", settings: "Settings", arguments: argparse.Nam
     show_pairs("Settings", dict(sorted(record.params.items())))
     show_pairs("Metrics", {name: format_metric(name, value) for name, value in sorted(record.metrics.items())})
     folder = settings.output_dir.absolute() / record.run_id
+    model = store.run_model(record, settings.output_dir)
     lines = {
         "command": record.tags.get(tag.COMMAND, ""),
-        "model": " ".join(f"models:/{model.model_id}" for model in store.logged_models(record)),
+        "model": model.address if model else "",
         "artifacts": record.artifacts,
         "folder": str(folder) if folder.is_dir() else "",
     }
     show_lines([f"{name}: {text}" for name, text in lines.items() if text])
 
 
-def diff_runs(store: "MLflowStore", settings: "Settings", arguments: argparse.Namespace) -> None:
+def diff_runs(store: "Store", settings: "Settings", arguments: argparse.Namespace) -> None:
     """Show the differences between two runs."""
     from mnist_exp.console import show_lines, show_table
     from mnist_exp.tracking.tables import run_differences
@@ -178,7 +178,7 @@ def diff_runs(store: "MLflowStore", settings: "Settings", arguments: argparse.Na
     show_lines([f"Identical: {', '.join(same)}."] if same else [])
 
 
-def best_arm(store: "MLflowStore", settings: "Settings", arguments: argparse.Namespace) -> None:
+def best_arm(store: "Store", settings: "Settings", arguments: argparse.Namespace) -> None:
     """Show the arms of a sweep, and the command that trains the best one."""
     from mnist_exp.console import show_lines, show_table
     from mnist_exp.sweep.summary import rank_arms
@@ -200,29 +200,28 @@ def best_arm(store: "MLflowStore", settings: "Settings", arguments: argparse.Nam
     show_lines([command("run", *arms[0][0])])
 
 
-def promote_model(store: "MLflowStore", settings: "Settings", arguments: argparse.Namespace) -> None:
+def promote_model(store: "Store", settings: "Settings", arguments: argparse.Namespace) -> None:
     """Register a model and point the alias to it, or say why the champion stays."""
     from mnist_exp.comparison.promotion import decide_by_sweep
     from mnist_exp.console import show_lines
-    from mnist_exp.tracking import models
     from mnist_exp.tracking.frame import frame
 
     if arguments.run_id:
         record = store.get_run(store.resolve_id(arguments.run_id, finished=True))
         reason, tags = "Promoted by hand.", {}
     else:
-        champion = models.find_champion(store, arguments.name, arguments.alias)
+        champion = store.find_champion(arguments.name, arguments.alias)
         sweep = store.find_sweep(arguments.sweep)
         decision = decide_by_sweep(frame([(sweep, store.children(sweep.run_id))]), sweep.objective, champion)
         if decision.run_id is None:
             show_lines([decision.reason])
             return
         record, reason, tags = store.get_run(decision.run_id), decision.reason, decision.tags | {"sweep": sweep.run_id}
-    version = models.register(store, record, arguments.name, arguments.alias, reason, tags)
+    version = store.register(record, arguments.name, arguments.alias, reason, tags)
     show_lines([reason, f"models:/{arguments.name}@{arguments.alias} is version {version}, of run {record.run_id}."])
 
 
-def delete_runs(store: "MLflowStore", settings: "Settings", arguments: argparse.Namespace) -> None:
+def delete_runs(store: "Store", settings: "Settings", arguments: argparse.Namespace) -> None:
     """Delete the runs that the user names."""
     from mnist_exp.tracking.housekeeping import find_groups
 
@@ -230,7 +229,7 @@ def delete_runs(store: "MLflowStore", settings: "Settings", arguments: argparse.
     delete_groups(store, find_groups(store, arguments.run_ids), settings.output_dir)
 
 
-def prune_runs(store: "MLflowStore", settings: "Settings", arguments: argparse.Namespace) -> None:
+def prune_runs(store: "Store", settings: "Settings", arguments: argparse.Namespace) -> None:
     """Show the runs that can be deleted, and delete them with --yes."""
     from mnist_exp.console import show_lines, show_table
     from mnist_exp.tracking import tables
@@ -249,11 +248,10 @@ def prune_runs(store: "MLflowStore", settings: "Settings", arguments: argparse.N
         show_lines(["Add --yes to delete these runs and their folders." if groups else "Nothing can be deleted."])
 
 
-def delete_groups(store: "MLflowStore", groups: "list[Group]", output_dir: "Path") -> None:
+def delete_groups(store: "Store", groups: "list[Group]", output_dir: "Path") -> None:
     """Delete single runs and sweeps, and show how to restore them and how to free the disk."""
     from mnist_exp.console import show_lines
-    from mnist_exp.tracking.connection import restore_command
-    from mnist_exp.tracking.housekeeping import delete, gc_command
+    from mnist_exp.tracking.housekeeping import delete
     from mnist_exp.tracking.tables import group_name
 
     deleted: list[RunRecord] = []
@@ -267,10 +265,7 @@ def delete_groups(store: "MLflowStore", groups: "list[Group]", output_dir: "Path
             deleted += group
             show_lines([f"Deleted {group[0].run_id}: {group_name(group)}"])
     if deleted:
-        run_id = deleted[0].run_id if len(deleted) == 1 else "ID"
-        restore = restore_command(store.client, store.uri, deleted[0].experiment_id, run_id)
-        show_lines([f"Restore a record, without its folder and its model: {restore}"])
-        show_lines([f"Remove the files of all deleted runs for good: {gc_command(store)}"])
+        show_lines(store.after_deletion(deleted))
     if problems:
         raise UserError("\n".join(problems))
 

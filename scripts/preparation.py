@@ -103,7 +103,7 @@ def compare(classifier: Classifier, images: NDArray[np.uint8], seed: int) -> dic
             prepared.append(classifier.prepare_picture(picture))
         except UserError:
             prepared.append(np.zeros_like(image))
-        scaled.append(naive(picture, classifier.shape["side"]))
+        scaled.append(naive(picture, classifier.data.side))
     forms = {"originals": images, "prepared": np.stack(prepared), "only scaled": np.stack(scaled)}
     return {name: classifier.classify(form) for name, form in forms.items()}
 
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path)
     parser.add_argument("--photos", type=int, default=0)
     arguments = parser.parse_args()
-    test = load_mnist(os.environ.get("MNIST_ROOT"), str(HOME / "data"), None, 0.02, 0, 0).splits["test"]
+    test = load_mnist(None, 0.02, 0, 0, os.environ.get("MNIST_ROOT", str(HOME / "data"))).splits["test"]
     images, labels = test.images[: arguments.count, 0].numpy(), test.labels[: arguments.count].numpy()
     classifier = load(arguments.model)
     if arguments.photos:

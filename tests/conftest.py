@@ -74,7 +74,13 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the tests apart from the run of an `mlflow run` that started them, and from each other's experiments and draws."""
     torch.manual_seed(0)
     paths.typed.clear()
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+    for name in (
+        "MNIST_EXP_TRACKING",
+        "MLFLOW_RUN_ID",
+        "MLFLOW_EXPERIMENT_ID",
+        "MLFLOW_TRACKING_USERNAME",
+        "MLFLOW_TRACKING_PASSWORD",
+    ):
         monkeypatch.setenv(name, "")  # puts back, after the test, what the commands set
         monkeypatch.delenv(name)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which a run sets for Hydra

@@ -48,9 +48,9 @@ UNMEASURED = {"run", "checkpoint", "p", "time/total_seconds"}  # ids, and column
 def shown_at(width: int, table: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     monkeypatch.setenv("COLUMNS", str(width))
     if table == "end of a run":
-        Display({}, {}, 0, "val/accuracy", quiet=False).results(RESULTS, None, {})
+        Display({}, {}, 0, "val/accuracy", quiet=False).results(RESULTS, "", {})
     elif table == "sweep":
-        SweepDisplay(3).results(SWEPT, None)
+        SweepDisplay(3).results(SWEPT, "")
     elif table == "comparison":
         show_comparison("title", "subtitle", [COMPARED], ["note"])
     else:
@@ -112,7 +112,7 @@ def test_without_a_terminal_each_epoch_has_a_line(capsys) -> None:
 def test_a_job_of_a_sweep_shows_only_warnings(capsys) -> None:
     with Display({"train": 100}, {"train": 1}, 0, "val/accuracy", quiet=True) as display:
         display.update("train", 100, EPOCH | {"epoch": 1.0})
-        display.results(RESULTS, None, {})
+        display.results(RESULTS, "", {})
         assert not capsys.readouterr().out
         display.warn("The data is a stand-in.")
     assert "stand-in" in capsys.readouterr().out

@@ -58,3 +58,6 @@ def test_a_command_repeats_the_locations_that_were_typed() -> None:
     assert shlex.split(locations) == expected
     expected = ["ui", "--experiment", "mine", "--output-dir", "/a b", "--config-dir", "/tmp"]
     assert shlex.split(command("ui"))[2:] == ["mnist_exp.ui", *expected[1:]]
+    remember_locations(["tracking=mine"], None)
+    assert command("run", "seed=1") == "python -m mnist_exp.run seed=1 tracking=mine"
+    assert command("ui") == "MNIST_EXP_TRACKING=mine python -m mnist_exp.ui"

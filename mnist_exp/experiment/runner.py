@@ -29,7 +29,6 @@ from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import RunInfo, Store
 from mnist_exp.tracking.tags import ARM, COLOR, DATA, JOB, OVERRIDES, PARENT, RERUN_OF, RESUMED, SWEEP
-from mnist_exp.tracking.views import artifact_path
 
 ShouldPrune = Callable[[int, Mapping[str, float]], bool]  # called with examples seen and metrics
 MakeShouldPrune = Callable[[], ShouldPrune]
@@ -258,7 +257,7 @@ def finalize(request: RunRequest, prepared: Prepared, recorder: Recorder, evalua
     results["time/total_seconds"] = recorder.elapsed
     result = RunResult(recorder.tracker.run_id, [*recorder.history, (0, results)], prepared.model, evaluation, data.warning)
     rows = result_rows(result.metrics, data)
-    picture = artifact_path(result.run_id, "pictures/worst_mistakes.png")
+    picture = prepared.store.link(result.run_id, "pictures/worst_mistakes.png")
     recorder.finish(results, describe_run(rows, request.recipe.overrides, data.warning, picture))
     rows |= {"run": result.run_id, "checkpoint": os.path.relpath(recorder.folder / run_dir.CHECKPOINT)}
     use_commands = {}
@@ -267,5 +266,5 @@ def finalize(request: RunRequest, prepared: Prepared, recorder: Recorder, evalua
         use_commands["Classify a picture with it"] = command("predict", *model, "FILE")
         if data.preparation == "handwriting":
             use_commands["Draw digits for it"] = command("draw", *model)
-    prepared.display.results(rows, recorder.tracker.ui_command(), use_commands)
+    prepared.display.results(rows, prepared.store.ui_hint(result.run_id), use_commands)
     return result

@@ -74,12 +74,11 @@ def describe_run(rows: dict[str, str], overrides: list[str], warning: str | None
         rows: From `result_rows`.
         overrides: The overrides of the command line.
         warning: A warning about the data, or None.
-        picture: The address of the figure of the worst mistakes.
+        picture: The link to the figure of the worst mistakes, empty without one.
     """
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     shown_warning = f"**{warning}**\n\n" if warning else ""
     return (
         f"{shown_warning}| | |\n| --- | --- |\n{table}\n\nRepeat it: `{command('run', *overrides)}`\n\n"
-        "Pictures, configuration and checkpoint are under Artifacts.\n\n"
-        f"![The worst mistakes]({picture})"
-    )
+        "Pictures, configuration and checkpoint are under Artifacts."
+    ) + (f"\n\n![The worst mistakes]({picture})" if picture else "")

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
+from mnist_exp.cli import find_store
 from mnist_exp.errors import UserError
 from mnist_exp.learning.pictures import open_picture, plain
 from mnist_exp.serving import preparation
-from mnist_exp.settings import DataDescription
-from mnist_exp.tracking.mlflow_store import MLflowStore
-from mnist_exp.tracking.models import ModelSource, find_model, read_model
+from mnist_exp.settings import DataDescription, Settings
+from mnist_exp.tracking.base import ModelSource
+from mnist_exp.tracking.models import read_model
 
 BATCH_SIZE = 250
 
@@ -121,15 +122,16 @@ class Classifier:
         return Predictions(labels, [self.data.class_names[label] for label in labels], probabilities, images)
 
 
-def load_from(store: MLflowStore, model: str) -> Classifier:
+def load_from(settings: Settings, model: str) -> Classifier:
     """Return a trained model.
 
     Args:
-        store: The store.
+        settings: The settings, with the store and the folder of all runs.
         model: The id of a run or the start of one, `latest`, `models:/NAME@ALIAS`, `models:/ID`, or a folder.
 
     Raises:
         UserError: There is no such model, or it is damaged.
     """
-    source = find_model(store, model)
-    return Classifier(*read_model(source.address), source)
+    store = find_store(settings)
+    source = store.find_model(model, settings.output_dir)
+    return Classifier(*read_model(store.fetch_model(source)), source)

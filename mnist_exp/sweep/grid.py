@@ -273,7 +273,7 @@ def _show(parent: Parent, display: SweepDisplay) -> list[dict[str, str]]:
     """Finalize the sweep and show its table."""
     rows = parent.finalize()
     if rows:
-        display.results(rows, parent.tracker.ui_command())
+        display.results(rows, parent.store.ui_hint(parent.tracker.run_id))
     return rows
 
 

@@ -17,7 +17,7 @@ from mnist_exp.storage import run_dir
 from mnist_exp.sweep.jobs import Job, common_data, failure_reason, job_colors
 from mnist_exp.sweep.summary import describe_sweep, job_table, sweep_metrics
 from mnist_exp.tracking import provenance
-from mnist_exp.tracking.base import PROCESS_DIED, RunInfo, RunRecord, Store, Sweep, Tracker, grids_text, latest_run_per_job
+from mnist_exp.tracking.base import RunInfo, RunRecord, Store, Sweep, Tracker, grids_text, latest_run_per_job
 from mnist_exp.tracking.frame import frame
 from mnist_exp.tracking.tags import ANSWER, GRIDS, HOST, OBJECTIVE, OUTPUT_DIR, OVERRIDES, PID, SWEEP_JOBS, SWEEPER
 
@@ -111,7 +111,7 @@ class Parent:
         """Set the runs of jobs that are still RUNNING to KILLED; the launcher has returned without them."""
         for number, child in latest_run_per_job(self.children()).items():
             if number in numbers and child.status in ("RUNNING", "KILLED"):
-                self.store.mark_killed(child.run_id, failure_reason(self.results[number]) or PROCESS_DIED)
+                self.store.mark_killed(child.run_id, failure_reason(self.results[number]) or provenance.PROCESS_DIED)
 
     def wait_for_running_jobs(self) -> None:
         """Wait for jobs of a killed parent, which end by themselves; raises UserError if one does not."""

@@ -21,6 +21,7 @@ from typing import Any
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobRuntime, JobStatus, env_override, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
+from hydra.utils import get_class
 from omegaconf import DictConfig, open_dict
 from pebble import CONSTS, ProcessExpired, ProcessPool
 
@@ -28,6 +29,7 @@ from mnist_exp.cli import safe_output
 from mnist_exp.errors import UserError
 from mnist_exp.signals import SIGNALS, Interrupted, defer_signals
 from mnist_exp.sweep.jobs import failed, result_of
+from mnist_exp.tracking.base import Store
 
 CONSTS.term_timeout = 60.0  # seconds for a worker to record the end of its job
 DIED = "its process died; the machine may have run out of memory"
@@ -37,8 +39,6 @@ CONTEXT = multiprocessing.get_context("forkserver")
 # The imports of a job, which the server preloads; torch imports its dynamo with any optimizer. Preloading is only faster:
 # multiprocessing ignores a name that cannot be imported. Not run.py: a worker imports it as its main module.
 PRELOADED = ["mnist_exp.sweep.search", "mnist_exp.experiment.runner", "torch._dynamo"]
-PRELOADED_FOR_MLFLOW = ["mnist_exp.tracking.mlflow_store", "mnist_exp.tracking.mlflow_tracker"]
-PRELOADED_FOR_MLFLOW += ["mlflow.store.tracking.sqlalchemy_store", "alembic.command", "matplotlib.backends.backend_agg"]
 
 _worker: tuple[HydraContext, DictConfig, TaskFunction]  # of a worker process
 
@@ -63,12 +63,12 @@ class WorkerPool:
         self.context, self.task_function, self.config = context, task, config
         self.processes = processes or cores()
         threads = max(1, cores() // self.processes)  # the same for a job that is resumed alone
-        self.environment = {"OMP_NUM_THREADS": str(threads), "MLFLOW_DISABLE_TELEMETRY": "true"}  # imports read it
+        self.environment = {"OMP_NUM_THREADS": str(threads)}  # imports read it
 
     def warm_up(self) -> None:
         """Start the server of the workers, which begins its imports, unless it runs."""
-        uses_mlflow = str(self.config.tracking.get("_target_", "")).endswith("MLflowStore")
-        CONTEXT.set_forkserver_preload(PRELOADED + PRELOADED_FOR_MLFLOW if uses_mlflow else PRELOADED)
+        store: type[Store] = get_class(self.config.tracking._target_)
+        CONTEXT.set_forkserver_preload([*PRELOADED, store.__module__, *store.preloaded])
         try:
             with env_override(self.environment):
                 for start in (resource_tracker.ensure_running, forkserver.ensure_running):

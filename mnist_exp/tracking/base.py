@@ -1,20 +1,26 @@
 """The interface between runs and a store of runs, in plain values; and the store that records nothing."""
 
 import json
+import re
 import shlex
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 from uuid import uuid4
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from mnist_exp.errors import ResumableError, UserError
-from mnist_exp.overrides import check_stored
-from mnist_exp.settings import Recipe, Settings
-from mnist_exp.tracking.tags import COMMIT, DATA, GRIDS, JOB, OBJECTIVE, OVERRIDES, PRUNED, SWEEP_JOBS, SWEEPER
+from mnist_exp.errors import DivergedError, PrunedError, ResumableError, UserError
+from mnist_exp.overrides import check_stored, command
+from mnist_exp.paths import TRACKING
+from mnist_exp.settings import ID, Recipe, Settings, read_recipe
+from mnist_exp.signals import defer_signals
+from mnist_exp.storage.run_dir import RUN_ID
+from mnist_exp.tracking import tags as tag
+from mnist_exp.tracking.provenance import PROCESS_DIED, PROCESS_LEFT, abandoned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,8 +32,8 @@ if TYPE_CHECKING:
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 RECIPE = "recipe.json"  # the artifact with the recipe of a run
 OUTCOME = "outcome.json"  # the artifact with the history and the mistakes of a run
+MODELS = "a folder, the id of a run, latest, models:/NAME@ALIAS, models:/NAME/VERSION or models:/ID"
 MAX_TAG = 8000  # characters; MLflow cuts a longer value without an error
-PROCESS_DIED = "the process exited"  # a reason that a better known one may replace
 
 
 class StoreUnavailableError(UserError):
@@ -64,7 +70,6 @@ class RunRecord:
         metrics: The last value of each metric.
         digests: The digest of each split of the data.
         artifacts: The address of the folder of the run's files.
-        description: The text that the UI shows, in Markdown.
     """
 
     run_id: str
@@ -78,33 +83,37 @@ class RunRecord:
     tags: dict[str, str]
     digests: dict[str, str]
     artifacts: str
-    description: str
 
     @property
     def job(self) -> int | None:
         """The number of the run's job in its sweep, None for a single run."""
-        number = self.tags.get(JOB, "")
+        number = self.tags.get(tag.JOB, "")
         return int(number) if number.isdecimal() else None
 
     @property
     def overrides(self) -> list[str]:
         """The overrides of the run's command line, without locations."""
-        return shlex.split(self.tags.get(OVERRIDES, ""))
+        return shlex.split(self.tags.get(tag.OVERRIDES, ""))
 
     @property
     def data(self) -> str:
         """The name of the data set, empty if unknown."""
-        return self.tags.get(DATA, "")
+        return self.tags.get(tag.DATA, "")
+
+    @property
+    def title(self) -> str:
+        """The name by which people know the run's model."""
+        return f"run {self.run_id[:8]}, {self.name}" + (f" on {self.data}" if self.data else "")
 
     @property
     def commit(self) -> str:
         """The commit of the code, empty if unknown."""
-        return self.tags.get(COMMIT, "")
+        return self.tags.get(tag.COMMIT, "")
 
     @property
     def is_done(self) -> bool:
         """Whether no work is left: the run has finished, or a search has pruned it."""
-        return self.status == "FINISHED" or PRUNED in self.tags
+        return self.status == "FINISHED" or tag.PRUNED in self.tags
 
 
 def latest_run_per_job(children: Iterable[RunRecord]) -> dict[int, RunRecord]:
@@ -133,17 +142,17 @@ class Sweep:
     @property
     def sweeper(self) -> str:
         """The name of what proposes the jobs: `grid` or `optuna`."""
-        return self.record.tags.get(SWEEPER, "")
+        return self.record.tags.get(tag.SWEEPER, "")
 
     @property
     def objective(self) -> str:
         """The metric that decides."""
-        return self.record.tags.get(OBJECTIVE, str(Settings.model_fields["objective"].default))
+        return self.record.tags.get(tag.OBJECTIVE, str(Settings.model_fields["objective"].default))
 
     @property
     def total(self) -> int:
         """The number of jobs, including those that a search has not proposed yet."""
-        return int(self.record.tags[SWEEP_JOBS])
+        return int(self.record.tags[tag.SWEEP_JOBS])
 
 
 def grids_text(grids: Sequence[Sequence[str]]) -> str:
@@ -170,13 +179,13 @@ def read_sweep(record: RunRecord) -> Sweep:
         UserError: Another version recorded it, or it contains overrides that a store must not contain.
     """
     try:
-        grids = TypeAdapter(Annotated[list[list[str]], Field(min_length=1)]).validate_json(record.tags.get(GRIDS, ""))
-        int(record.tags[SWEEP_JOBS])
+        grids = TypeAdapter(Annotated[list[list[str]], Field(min_length=1)]).validate_json(record.tags.get(tag.GRIDS, ""))
+        int(record.tags[tag.SWEEP_JOBS])
     except (ValidationError, ValueError) as error:
         raise UserError(
-            f"Sweep {record.run_id} has no readable tag {GRIDS}: an earlier version recorded it.",
-            key=GRIDS,
-            value=record.tags.get(GRIDS),
+            f"Sweep {record.run_id} has no readable tag {tag.GRIDS}: an earlier version recorded it.",
+            key=tag.GRIDS,
+            value=record.tags.get(tag.GRIDS),
             remedy="Start it again, or use the version that recorded it.",
         ) from error
     check_stored([override for grid in grids for override in grid], f"Sweep {record.run_id}")
@@ -211,6 +220,23 @@ class Answer:
     picture: Path
 
 
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is.
+
+    Args:
+        address: A folder, or an address of the store, such as MLflow's `models:/...`.
+        title: What people know the model by: its run, its registered name, or its folder.
+        model_id: The id of the logged model, None without one.
+        run_id: The run that trained it, None if unknown.
+    """
+
+    address: str
+    title: str
+    model_id: str | None = None
+    run_id: str | None = None
+
+
 class Tracker:
     """Records one run; this one, of `tracking=none`, records nothing.
 
@@ -228,7 +254,20 @@ class Tracker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+    @defer_signals()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        stopped = isinstance(error, KeyboardInterrupt | PrunedError)
+        if isinstance(error, PrunedError):
+            self.set_tags({tag.PRUNED: str(error), tag.ERROR: str(error)})
+        elif error is not None:
+            self.log_text("".join(traceback.format_exception(error)), "traceback.txt")
+            message = str(error).strip() or type(error).__name__
+            diverged = {tag.DIVERGED: "true"} if isinstance(error, DivergedError) else {}
+            self.set_tags({tag.ERROR: message.splitlines()[0][:250]} | diverged)
+        self.end("FINISHED" if error is None else "KILLED" if stopped else "FAILED")
+
+    def end(self, status: str) -> None:
+        """Send all records, and set the final status and the time of the end."""
 
     def log_params(self, params: Mapping[str, object]) -> None:
         """Record the parameters of the configuration."""
@@ -238,15 +277,20 @@ class Tracker:
 
     def set_description(self, description: str) -> None:
         """Record the text that the UI shows, in Markdown."""
+        self.set_tags({tag.DESCRIPTION: description})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record metrics at `step` (examples seen); they may be sent as late as `flush`."""
+        """Record metrics at `step` (examples seen); they may be sent as late as `flush`.
+
+        A resumed run sends the metrics again that it already has.
+        """
 
     def use_model(self, model_id: str) -> None:
         """Link the run to a recorded model, to which its results belong."""
 
     def log_results(self, metrics: Mapping[str, float]) -> None:
         """Record what is measured once, at step 0, and link it and the last validation metrics to the model and the data."""
+        self.log_metrics(metrics, 0)
 
     def flush(self) -> None:
         """Send all records."""
@@ -267,70 +311,77 @@ class Tracker:
         """
 
     def log_model(self, name: str, model: "nn.Module", settings: Settings, folder: Path) -> None:
-        """Record a model with the settings of its run, which hold the `shape` of the data.
+        """Record a model with the settings of its run, which hold the `shape` of the data. It is written to `folder`, too.
 
         Raises:
             UserError: `folder`, which the model replaces, cannot be written.
         """
+        from mnist_exp.tracking.models import save_model  # with torch, which commands that only read do not need
 
-    def ui_command(self) -> str | None:
-        """Return the command or address that opens the run in the UI."""
+        save_model(folder, model, settings)
 
 
 class Store:
-    """Starts runs, and reads and corrects those that are stored; this one, `tracking=none`, keeps nothing."""
+    """Starts runs, and reads and corrects those that are stored; this one, `tracking=none`, keeps nothing.
+
+    A store of runs overrides `__str__`, `start`, `get_run`, `runs`, `points`, `read_artifacts`, `set_tags`, `set_status`,
+    `delete` and `publish`. The other methods use these, or say what the store cannot do.
+    """
+
+    # The modules that a job imports, for the process from which the workers of a sweep are forked.
+    preloaded: ClassVar[Sequence[str]] = ()
+    # The sentence that says how to choose another store, for messages.
+    remedy: ClassVar[str] = f"To choose another store, repeat the tracking=... of the run, or set {TRACKING}."
+
+    def __str__(self) -> str:
+        """Return the name of the store in messages, such as its address."""
+        return "tracking=none"
+
+    def unsupported(self, lack: str) -> UserError:
+        """Return the error for a request that the store cannot fulfill, because it `lack`."""
+        return UserError(
+            f"The store that `tracking` chooses, {self}, {lack}.",
+            key="tracking",
+            value=str(self),
+            remedy=f"Choose another one, such as mlflow, with {TRACKING}=..., or with tracking=... of run.",
+        )
+
+    def missing(self, text: str) -> UserError:
+        """Return the error for a run that the store does not have."""
+        return UserError(
+            f"There is no run {text} in {self}: expected latest, an id, or its first 6 or more hexadecimal digits.",
+            key="id",
+            value=text,
+            remedy=f"`{command('runs', 'list')}` lists the runs. {self.remedy}",
+        )
 
     def open(self, *, wait: bool = False) -> None:
         """Connect without starting a run; with `wait`, try for a while before raising UserError."""
 
     def start(self, info: RunInfo, run_id: str | None = None) -> Tracker:
-        """Start a run, or resume the run `run_id`, whose name and tags stay as they are."""
+        """Start a run, or resume the run `run_id`, whose name and tags stay as they are, except for tags of an earlier end."""
         return Tracker(run_id or uuid4().hex)
 
-    def children(self, sweep_id: str, ended_after: int = 0) -> list[RunRecord]:
-        """Return the runs of a sweep, also those that are none of its jobs any more.
+    # Reading.
+
+    def get_run(self, run_id: str) -> RunRecord:
+        """Return a run; raises UserError if the store has none of that id."""
+        raise self.unsupported("keeps no runs")
+
+    def runs(self, *, status: str = "", tag: str = "", prefix: str = "", everywhere: bool = False) -> list[RunRecord]:
+        """Return runs whose ids have 32 hexadecimal digits, the newest first: ids become the names of folders.
 
         Args:
-            sweep_id: The id of the parent.
-            ended_after: Milliseconds since 1970: only runs that ended later; 0 for all runs.
+            status: Only runs of this status.
+            tag: Only runs that have this tag.
+            prefix: Only runs whose ids start with it.
+            everywhere: Whether to return the runs of all experiments, if the store has several.
         """
         return []
 
-    def delete(self, run_id: str) -> None:
-        """Delete a run that another one replaces."""
-
-    def mark_killed(self, run_id: str, reason: str, was: str = "RUNNING") -> bool:
-        """Set a run of the status `was` to KILLED with `reason`; return whether it had that status.
-
-        In any case, `reason` replaces a recorded one that says no more than that the process has ended.
-        """
-        return False
-
-    def reap(self, output_dir: Path) -> list[RunRecord]:
-        """Set RUNNING runs whose process has died to KILLED and return them.
-
-        Only locks below `output_dir` are examined. For runs of other folders only the process id counts.
-        """
-        return []
-
-    def resolve_id(self, text: str, *, finished: bool = False) -> str:
-        """Return the id of a run, given its start, in any experiment; or that of the newest run of this one, given `latest`.
-
-        Args:
-            text: At least 6 hexadecimal digits, or `latest`.
-            finished: Whether `latest` must have finished.
-
-        Raises:
-            UserError: There is no such run, or there are several.
-        """
-        return text
-
-    def read(self, run_id: str) -> StoredRun:
-        """Return a run with its recipe; raises UserError if the store lacks a part."""
-        raise UserError("tracking=none stores no runs: set MLFLOW_TRACKING_URI to the store that does.")
-
-    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        """Record tags of a run; raises StoreLostError if they cannot be recorded."""
+    def points(self, record: RunRecord) -> dict[str, dict[int, float]]:
+        """Return the values of each metric of a run by examples seen."""
+        raise self.unsupported("keeps no histories of metrics")
 
     def read_artifacts(self, records: Sequence[RunRecord], path: str, *, strict: bool = False) -> dict[str, bytes]:
         """Return an artifact of each run that has it, by the id of the run.
@@ -345,6 +396,52 @@ class Store:
         """
         return {}
 
+    def children(self, sweep_id: str, ended_after: int = 0) -> list[RunRecord]:
+        """Return the runs of a sweep, also those that are none of its jobs any more.
+
+        Args:
+            sweep_id: The id of the parent.
+            ended_after: Milliseconds since 1970: only runs that ended later; 0 for all runs.
+        """
+        jobs = [run for run in self.runs(tag=tag.SWEEP, everywhere=True) if run.tags[tag.SWEEP] == sweep_id]
+        return [run for run in jobs if not ended_after or (run.ended or 0) > ended_after]
+
+    def resolve_id(self, text: str, *, finished: bool = False) -> str:
+        """Return the id of a run, given its start, in any experiment; or that of the newest run of this one, given `latest`.
+
+        Args:
+            text: At least 6 hexadecimal digits, or `latest`.
+            finished: Whether `latest` must have finished.
+
+        Raises:
+            UserError: There is no such run, or there are several.
+        """
+        if RUN_ID.fullmatch(text):
+            return text
+        if text == "latest":
+            newest = self.runs(status="FINISHED" if finished else "")
+            found = [run for run in newest if not {tag.SWEEP_JOBS, tag.MODEL} & run.tags.keys()][:1]  # no sweeps and evaluations
+        else:
+            found = self.runs(prefix=text.lower(), everywhere=True) if re.fullmatch(ID, text.lower()) else []
+        if not found:
+            raise self.missing(text)
+        if len(found) > 1:
+            listed = "".join(f"\n{record.run_id}  {record.name} ({record.status})" for record in found[:10])
+            raise UserError(f"{text} is ambiguous: it is the start of {len(found)} ids. Type more digits of one of them:{listed}")
+        return found[0].run_id
+
+    def read(self, run_id: str) -> StoredRun:
+        """Return a run with its recipe; raises UserError if the store lacks a part."""
+        record = self.get_run(run_id)
+        if tag.SWEEP_JOBS in record.tags:
+            raise UserError(
+                f"Run {run_id} is a sweep: choose one of its jobs, which `{command('runs', 'list', '--jobs')}` shows."
+            )
+        recipes = self.read_artifacts([record], RECIPE, strict=True)
+        if run_id not in recipes:
+            raise UserError(f"Run {run_id} has no readable {RECIPE}.")
+        return StoredRun(record, read_recipe(recipes[run_id], f"{RECIPE} of run {run_id}"), self.points(record))
+
     def find_sweep(self, sweep: str, *, unfinished: bool = False) -> Sweep:
         """Return a sweep, by id, the start of one, or `latest`.
 
@@ -355,10 +452,154 @@ class Store:
         Raises:
             UserError: There is no such sweep, or it cannot be read.
         """
-        raise UserError("tracking=none stores no sweeps: set MLFLOW_TRACKING_URI to the store that does.")
+        if sweep != "latest":
+            record = self.get_run(self.resolve_id(sweep))
+            if tag.SWEEP_JOBS not in record.tags:
+                raise UserError.invalid("sweep", sweep, "the id of a sweep", f"`{command('runs', 'list')}` lists them.")
+            return read_sweep(record)
+        sweeps = self.runs(tag=tag.SWEEP_JOBS)
+        left = [record for record in sweeps if not (unfinished and record.status == "FINISHED")]
+        if not left:
+            problem = f"all {len(sweeps)} sweeps have finished" if sweeps else "there is no sweep"
+            raise UserError(
+                f"sweep latest: {problem} in {self}.", key="sweep", value=sweep, remedy=f"Name one by its id. {self.remedy}"
+            )
+        return read_sweep(left[0])
 
-    def link(self, run_id: str) -> str:
-        """Return a link to a run, for a description."""
+    # Correcting.
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Record tags of a run; raises StoreLostError if they cannot be recorded."""
+
+    def set_status(self, run_id: str, status: str) -> None:
+        """Set the final status of a run, and the time of its end."""
+
+    def mark_killed(self, run_id: str, reason: str, was: str = "RUNNING") -> bool:
+        """Set a run of the status `was` to KILLED with `reason`; return whether it had that status.
+
+        In any case, `reason` replaces a recorded one that says no more than that the process has ended.
+        """
+        record = self.get_run(run_id)
+        applies = record.status == was  # it may have ended in the meantime
+        if applies or record.tags.get(tag.ERROR) in (PROCESS_DIED, PROCESS_LEFT):
+            self.set_tags(run_id, {tag.ERROR: reason})
+        if applies:
+            self.set_status(run_id, "KILLED")
+        return applies
+
+    def reap(self, output_dir: Path) -> list[RunRecord]:
+        """Set RUNNING runs whose process has died to KILLED and return them.
+
+        Only locks below `output_dir` are examined. For runs of other folders only the process id counts.
+        """
+        reaped = []
+        for record in self.runs(status="RUNNING"):
+            with abandoned(record.run_id, record.tags, output_dir.absolute()) as reason:
+                if reason and self.mark_killed(record.run_id, reason):
+                    reaped.append(record)
+        return reaped
+
+    def delete(self, run_id: str) -> None:
+        """Delete a run."""
+
+    def after_deletion(self, records: Sequence[RunRecord]) -> list[str]:
+        """Return the lines that say how to restore deleted runs, and how to remove their files."""
+        return []
+
+    # Models.
+
+    def find_model(self, text: str, output_dir: Path) -> ModelSource:
+        """Return a model that a user names.
+
+        Args:
+            text: A folder, a run's id or prefix, `latest` for the newest run that has a model: a single run, or without any a job
+                of a sweep; or an address of the registry, `models:/NAME@ALIAS` or `models:/ID`.
+            output_dir: The folder of all runs.
+
+        Raises:
+            UserError: There is no such model.
+        """
+        if text and Path(text).is_dir():
+            return ModelSource(text, f"folder {text}")
+        if text.startswith("models:/"):
+            return self.registered_model(text)
+        if text == "latest":
+            finished = self.runs(status="FINISHED")
+            records = sorted(finished, key=lambda record: record.job is not None)  # keeps the order by time
+        elif re.fullmatch(ID, text.lower()):
+            records = [self.get_run(self.resolve_id(text))]
+        else:
+            raise UserError.invalid("model", text, MODELS, f"`{command('runs', 'list')}` lists the runs.")
+        if found := next(filter(None, (self.run_model(record, output_dir) for record in records)), None):
+            return found
+        remedy = f"Train one with `{command('run')}`. {self.remedy}"
+        raise UserError(f"model {text}: {self} has no such run with a model.", key="model", value=text, remedy=remedy)
+
+    def run_model(self, record: RunRecord, output_dir: Path) -> ModelSource | None:
+        """Return the model of a run, None without one."""
+        folder = output_dir / record.run_id / "model"
+        return ModelSource(str(folder), record.title, run_id=record.run_id) if folder.is_dir() else None
+
+    def fetch_model(self, source: ModelSource) -> Path:
+        """Return the folder of a model; raises UserError if it cannot be loaded."""
+        return Path(source.address)
+
+    def registered_model(self, address: str) -> ModelSource:
+        """Return a model of the registry; raises UserError if there is none."""
+        raise self.unsupported("has no model registry")
+
+    def registered_runs(self) -> dict[str, str]:
+        """Return the ids of the runs whose models are in the registry, with the name and the version."""
+        return {}
+
+    def find_champion(self, name: str, alias: str) -> str | None:
+        """Return the id of the run whose model an alias points to, empty if unknown; None without such a model."""
+        raise self.unsupported("has no model registry")
+
+    def register(self, record: RunRecord, name: str, alias: str, reason: str, tags: Mapping[str, str]) -> str:
+        """Register the model of a run and point an alias to it, which comes last; return the number of the new version.
+
+        Args:
+            record: The run.
+            name: The name of the registered model, created if missing.
+            alias: The alias.
+            reason: The sentence that says why, for the version's description.
+            tags: Tags of the version.
+
+        Raises:
+            UserError: The model is missing or damaged, or not as `Tracker.log_model` writes it; or the store refuses.
+        """
+        raise self.unsupported("has no model registry")
+
+    # The user interface.
+
+    def publish(self, run_id: str, answer: Answer) -> str:
+        """Add the answer of a comparison to the parent of its sweep; return where the report is, for people."""
+        raise self.unsupported("keeps no reports")
+
+    def show_ui(self, run_id: str | None, view: str | None, port: int) -> None:
+        """Serve the UI until it is stopped, and print the links to its pages.
+
+        Args:
+            run_id: The run or sweep to open: its id, the start of it, or `latest`; None for all runs.
+            view: The saved view to open, None for the first.
+            port: The port on this machine.
+
+        Raises:
+            UserError: There is no UI, no such run or view, or the port is in use.
+        """
+        raise self.unsupported("has no UI")
+
+    def page(self, run_id: str) -> str | None:
+        """Return the address of a run's page in the UI, None without one."""
+        return None
+
+    def ui_hint(self, run_id: str) -> str:
+        """Return the line that says how to open a run in the UI, empty without one."""
+        return f"Open it: {page}" if (page := self.page(run_id)) else ""
+
+    def link(self, run_id: str, path: str = "") -> str:
+        """Return a link to a run, or to its artifact `path`, for a description; empty if there are no links."""
         return ""
 
     def link_curves(self, sweep_id: str, finished: int) -> str:

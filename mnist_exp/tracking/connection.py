@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from mnist_exp.errors import UserError
+from mnist_exp.errors import UserError, first_line
 from mnist_exp.paths import absolute_store
 from mnist_exp.signals import defer_signals
 from mnist_exp.tracking import tags as tag
@@ -115,11 +115,6 @@ def is_refusal(error: BaseException | None) -> bool:
     return getattr(error, "error_code", None) in REFUSALS and "unique constraint" not in str(error).lower()
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
 def terminate(client: MlflowClient, run_id: str, status: str) -> None:
     """Set the final status of a run, not before its start: clocks can be set back."""
     started = client.get_run(run_id).info.start_time
@@ -132,6 +127,12 @@ def restore_command(client: MlflowClient, uri: str, experiment_id: str, run_id: 
         if client.get_experiment(experiment_id).lifecycle_stage == "deleted":
             return _restore_experiment(uri, experiment_id)
     return f"MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow runs restore --run-id {run_id}"
+
+
+def gc_command(uri: str) -> str:
+    """Return the command that removes the artifacts of deleted runs for good."""
+    database = "DATABASE   (on the server)" if uri.startswith("http") else shlex.quote(uri)
+    return f"MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow gc --backend-store-uri {database}"
 
 
 def _restore_experiment(uri: str, experiment_id: str) -> str:

@@ -1,13 +1,10 @@
 """Choose runs to delete, and delete them from the store and the output folder."""
 
 import re
-import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-
-import mlflow
 
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import EVALUATION, metric_of
@@ -15,13 +12,12 @@ from mnist_exp.overrides import command
 from mnist_exp.settings import ID
 from mnist_exp.storage import run_dir
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.base import RunRecord
-from mnist_exp.tracking.mlflow_store import MLflowStore
+from mnist_exp.tracking.base import RunRecord, Store
 from mnist_exp.tracking.tables import Group, group_by_sweep
 
 
 def plan_pruning(
-    store: MLflowStore, output_dir: Path, before: float, keep_best: int, metric: str
+    store: Store, output_dir: Path, before: float, keep_best: int, metric: str
 ) -> tuple[list[Group], dict[str, int]]:
     """Return what pruning deletes, FAILED and KILLED runs first, then by age; and the number of kept groups by reason.
 
@@ -36,7 +32,7 @@ def plan_pruning(
         UserError: The metric has no direction.
     """
     records = store.runs()
-    best, registered = _best(records, keep_best, metric), registered_models(store).keys()
+    best, registered = _best(records, keep_best, metric), store.registered_runs().keys()
     lists = " ".join(value for record in records for key, value in record.params.items() if key.endswith("teacher.runs"))
     teachers = tuple(re.findall(ID, lists))
     chosen, kept = [], Counter[str]()
@@ -92,7 +88,7 @@ def _is_resumable(group: Group, output_dir: Path) -> bool:
     )
 
 
-def find_groups(store: MLflowStore, names: Sequence[str]) -> list[Group]:
+def find_groups(store: Store, names: Sequence[str]) -> list[Group]:
     """Return the runs that a user names, a sweep with all its jobs.
 
     Args:
@@ -104,26 +100,15 @@ def find_groups(store: MLflowStore, names: Sequence[str]) -> list[Group]:
     """
     found: dict[str, RunRecord] = {}
     for run_id in map(store.resolve_id, names):
-        jobs = store.runs(f"tags.{tag.SWEEP} = '{run_id}'", everywhere=True)
-        found |= {run.run_id: run for run in (store.get_run(run_id), *jobs)}
-    for run_id, version in registered_models(store).items():
+        found |= {run.run_id: run for run in (store.get_run(run_id), *store.children(run_id))}
+    for run_id, version in store.registered_runs().items():
         if run_id in found:
             remedy = "Delete that version first, for example on its page in the MLflow UI."
             raise UserError(f"The model of run {run_id} is registered as {version}.", key="id", value=run_id, remedy=remedy)
     return group_by_sweep(found.values())
 
 
-def registered_models(store: MLflowStore) -> dict[str, str]:
-    """Return the ids of the runs whose models are in the registry, with the name and the version."""
-    store.open()
-    return {
-        run_id: f"version {version.version} of {version.name}"
-        for version in mlflow.search_model_versions()
-        for run_id in (version.run_id, *re.findall("[0-9a-f]{32}", version.source or ""))
-    }
-
-
-def delete(store: MLflowStore, group: Group, output_dir: Path) -> None:
+def delete(store: Store, group: Group, output_dir: Path) -> None:
     """Delete a single run or a sweep and the folders, and mark the models as deleted. A sweep that loses a job becomes KILLED.
 
     The artifacts stay until `mlflow gc` removes them: their address comes from the store, which could name any folder.
@@ -145,7 +130,7 @@ def delete(store: MLflowStore, group: Group, output_dir: Path) -> None:
 
 
 @contextmanager
-def _locked(store: MLflowStore, run: RunRecord, output_dir: Path) -> Iterator[None]:
+def _locked(store: Store, run: RunRecord, output_dir: Path) -> Iterator[None]:
     """Lock a run for the block; raises UserError if a process works on it, or has since `run` was read."""
     folder = output_dir / run.run_id
     with run_dir.try_lock(folder) if folder.is_dir() and not folder.is_symlink() else nullcontext(True) as is_free:
@@ -157,10 +142,3 @@ def _locked(store: MLflowStore, run: RunRecord, output_dir: Path) -> Iterator[No
                 remedy=f"Stop it. If it is dead, run `{command('runs', 'reap')}` on its machine.",
             )
         yield
-
-
-def gc_command(store: MLflowStore) -> str:
-    """Return the command that removes the artifacts of deleted runs for good."""
-    uri = shlex.quote(store.uri)
-    database = "DATABASE   (on the server)" if store.uri.startswith("http") else uri
-    return f"MLFLOW_TRACKING_URI={uri} mlflow gc --backend-store-uri {database}"

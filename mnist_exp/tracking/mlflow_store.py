@@ -1,18 +1,18 @@
 """Opens an MLflow store, starts runs, and reads and corrects those that are stored."""
 
 import os
-import platform
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import unquote, urlsplit
 
+import mlflow
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import LoggedModel, Run, RunTag
@@ -20,34 +20,20 @@ from mlflow.exceptions import MlflowException
 from pydantic import Field
 from sqlalchemy.exc import SQLAlchemyError
 
-from mnist_exp.errors import NonNegative, UserError
+from mnist_exp.errors import NonNegative, UserError, first_line
+from mnist_exp.metrics import format_metric
 from mnist_exp.overrides import command
-from mnist_exp.settings import ID, read_recipe
 from mnist_exp.signals import defer_signals
-from mnist_exp.storage import run_dir
+from mnist_exp.storage.run_dir import RUN_ID
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.base import (
-    MAX_TAG,
-    PROCESS_DIED,
-    RECIPE,
-    Answer,
-    RunInfo,
-    RunRecord,
-    Store,
-    StoredRun,
-    StoreUnavailableError,
-    Sweep,
-    read_sweep,
-)
-from mnist_exp.tracking.connection import Result, check_uri, connect, first_line, is_refusal, restore_command, retry, terminate
+from mnist_exp.tracking.base import MAX_TAG, MODELS, Answer, ModelSource, RunInfo, RunRecord, Store, StoreUnavailableError, Sweep
+from mnist_exp.tracking.connection import Result, check_uri, connect, gc_command, is_refusal, restore_command, retry, terminate
 from mnist_exp.tracking.views import CURVES, VIEW_PREFIX, artifact_path, curves_tag, run_path, surplus_curves, view_path
 
 if TYPE_CHECKING:
     from mnist_exp.tracking.mlflow_tracker import MLflowTracker
 
 MAX_ANSWER = 1000  # characters of an answer in a description, of which MLflow keeps 8,000
-RUN_ID = re.compile("[0-9a-f]{32}")
-PROCESS_LEFT = "the process released its lock"
 
 
 class MLflowStore(Store):
@@ -59,12 +45,20 @@ class MLflowStore(Store):
         patience: Seconds to wait for a store that is unreachable, at the end of a run and before a job of a sweep.
     """
 
+    preloaded = (
+        "mnist_exp.tracking.mlflow_tracker", "mlflow.store.tracking.sqlalchemy_store", "alembic.command",
+        "matplotlib.backends.backend_agg",
+    )  # fmt: skip
+    remedy = f"{Store.remedy} For another MLflow store, set MLFLOW_TRACKING_URI or tracking.uri."
     client: MlflowClient
 
     def __init__(self, uri: str, experiment: Annotated[str, Field(min_length=1)], patience: NonNegative = 120.0) -> None:
         self.uri = check_uri(uri)
         self.experiment = experiment
         self.patience = patience
+
+    def __str__(self) -> str:
+        return f"{self.uri}, experiment {self.experiment}"
 
     def open(self, *, wait: bool = False) -> None:
         deadline = time.monotonic() + (self.patience if wait else 0.0)
@@ -104,13 +98,12 @@ class MLflowStore(Store):
     def _reopen(self, run_id: str) -> Run:
         run = self._stored_run(run_id)
         self.experiment_id = run.info.experiment_id
-        for key in {tag.ERROR, tag.PRUNED, tag.DIVERGED} & run.data.tags.keys():  # they describe an end that no longer holds
+        for key in tag.OF_THE_END & run.data.tags.keys():
             self.client.delete_tag(run_id, key)
         self.client.update_run(run_id, status="RUNNING")
         return run
 
     def get_run(self, run_id: str) -> RunRecord:
-        """Return a run; raises UserError if the store has none of that id."""
         return record_of(self._stored_run(run_id))
 
     @defer_signals()
@@ -121,10 +114,7 @@ class MLflowStore(Store):
         except MlflowException as error:
             if not is_refusal(error):
                 raise
-            raise UserError(
-                f"There is no run {run_id} in {self.uri}: set MLFLOW_TRACKING_URI or tracking.uri to its store, or use "
-                "tracking=none for a run that was started with it."
-            ) from error
+            raise self.missing(run_id) from error
         if run.info.run_id != run_id:  # it becomes the name of a folder
             raise UserError(f"{self.uri} answers with another run than {run_id}.")
         if run.info.lifecycle_stage == "deleted":
@@ -132,12 +122,21 @@ class MLflowStore(Store):
             raise UserError(f"Run {run_id} was deleted in {self.uri}.", remedy=f"Restore it with `{restore}`.")
         return run
 
-    @defer_signals()
-    def runs(self, query: str = "", *, everywhere: bool = False) -> list[RunRecord]:
-        """Return the runs of this experiment, or of all, for which MLflow's filter `query` holds, the newest first.
+    def runs(self, *, status: str = "", tag: str = "", prefix: str = "", everywhere: bool = False) -> list[RunRecord]:
+        conditions = {
+            f"attributes.status = '{status}'": status,
+            f"attributes.run_id LIKE '{prefix}%'": prefix,
+            f"tags.{tag} LIKE '%'": tag,
+        }
+        return self._search(" and ".join(text for text, is_asked in conditions.items() if is_asked), everywhere)
 
-        A run whose id does not have MLflow's form is left out, because ids become the names of folders.
-        """
+    def children(self, sweep_id: str, ended_after: int = 0) -> list[RunRecord]:
+        ended = f" and attributes.end_time > {ended_after}" if ended_after else ""
+        return self._retry(partial(self._search, f"tags.{tag.SWEEP} = '{sweep_id}'{ended}", everywhere=True))
+
+    @defer_signals()
+    def _search(self, query: str, everywhere: bool) -> list[RunRecord]:
+        """Return the runs of this experiment, or of all, for which MLflow's filter `query` holds, the newest first."""
         self.open()
         experiments = [item.experiment_id for item in self.client.search_experiments()] if everywhere else [self.experiment_id]
         runs: list[Run] = []
@@ -148,102 +147,56 @@ class MLflowStore(Store):
             token = page.token
         return [record_of(run) for run in runs if RUN_ID.fullmatch(run.info.run_id)]
 
-    def children(self, sweep_id: str, ended_after: int = 0) -> list[RunRecord]:
-        ended = f" and attributes.end_time > {ended_after}" if ended_after else ""
-        return self._retry(lambda: self.runs(f"tags.{tag.SWEEP} = '{sweep_id}'{ended}"))
+    def points(self, record: RunRecord) -> dict[str, dict[int, float]]:
+        histories = {key: self.client.get_metric_history(record.run_id, key) for key in record.metrics}
+        return {key: {point.step: point.value for point in history} for key, history in histories.items()}
 
     def delete(self, run_id: str) -> None:
         def delete() -> None:
-            for model in self.logged_models(record_of(self.client.get_run(run_id))):
+            for model in self._logged_models(record_of(self.client.get_run(run_id))):
                 self.client.delete_logged_model(model.model_id)
             self.client.delete_run(run_id)  # last: what is left of an interrupted deletion can be deleted again
 
         self._retry(delete)
 
-    def logged_models(self, record: RunRecord) -> list[LoggedModel]:
-        """Return the models that a run has recorded."""
+    def _logged_models(self, record: RunRecord) -> list[LoggedModel]:
         self.open()
         return list(self.client.search_logged_models([record.experiment_id], f"source_run_id='{record.run_id}'"))
 
-    def mark_killed(self, run_id: str, reason: str, was: str = "RUNNING") -> bool:
-        def mark() -> bool:
-            run = self.client.get_run(run_id)
-            applies = bool(run.info.status == was)  # it may have ended in the meantime
-            if applies or run.data.tags.get(tag.ERROR) in (PROCESS_DIED, PROCESS_LEFT):
-                self.client.set_tag(run_id, tag.ERROR, reason)
-            if applies:
-                terminate(self.client, run_id, "KILLED")
-            return applies
-
-        return self._retry(mark)
-
-    def reap(self, output_dir: Path) -> list[RunRecord]:
-        running = self._retry(lambda: self.runs("attributes.status = 'RUNNING'"))
-        reaped = []
-        for record in running:
-            with _abandoned(record, output_dir.absolute()) as reason:
-                if reason and self.mark_killed(record.run_id, reason):
-                    reaped.append(record)
-        return reaped
-
-    def read(self, run_id: str) -> StoredRun:
-        record = self.get_run(run_id)
-        if tag.SWEEP_JOBS in record.tags:
-            raise UserError(
-                f"Run {run_id} is a sweep: choose one of its jobs, which `{command('runs', 'list', '--jobs')}` shows."
-            )
-        try:
-            recipe = read_recipe(self.download(record, RECIPE), f"{RECIPE} of run {run_id}")
-        except OSError as error:
-            raise UserError(f"Run {run_id} has no readable {RECIPE}: {first_line(error)}") from error
-        histories = {key: self.client.get_metric_history(run_id, key) for key in record.metrics}
-        points = {key: {point.step: point.value for point in history} for key, history in histories.items()}
-        return StoredRun(record, recipe, points)
-
-    def resolve_id(self, text: str, *, finished: bool = False) -> str:
-        if RUN_ID.fullmatch(text):
-            return text
-        if text == "latest":
-            newest = self.runs("attributes.status = 'FINISHED'" if finished else "")
-            trained = [run for run in newest if not {tag.SWEEP_JOBS, tag.MODEL} & run.tags.keys()]  # no sweeps and evaluations
-            found = trained[:1]
-        else:
-            prefix = text.lower() if re.fullmatch(ID, text.lower()) else None
-            found = self.runs(f"attributes.run_id LIKE '{prefix}%'", everywhere=True) if prefix else []
-        if len(found) == 1:
-            return found[0].run_id
-        raise _unresolved(text, self.uri, found)
-
-    def find_sweep(self, sweep: str, *, unfinished: bool = False) -> Sweep:
-        if sweep != "latest":
-            record = self.get_run(self.resolve_id(sweep))
-            if tag.SWEEP_JOBS not in record.tags:
-                raise UserError.invalid("sweep", sweep, "the id of a sweep", f"`{command('runs', 'list')}` lists them.")
-        else:
-            sweeps = self.runs(f"tags.{tag.SWEEP_JOBS} LIKE '%'")
-            left = [record for record in sweeps if not (unfinished and record.status == "FINISHED")]
-            if not left:
-                problem = f"all {len(sweeps)} sweeps have finished" if sweeps else "there is no sweep"
-                raise UserError(
-                    f"sweep latest: {problem} in {self.uri}, experiment {self.experiment}.",
-                    key="sweep",
-                    value=sweep,
-                    remedy="Set MLFLOW_TRACKING_URI to the store with your sweeps, or name one by its id.",
-                )
-            record = left[0]
-        self.experiment_id = record.experiment_id
-        return read_sweep(record)
+    def after_deletion(self, records: Sequence[RunRecord]) -> list[str]:
+        run_id = records[0].run_id if len(records) == 1 else "ID"
+        restore = restore_command(self.client, self.uri, records[0].experiment_id, run_id)
+        return [
+            f"Restore a record, without its folder and its model: {restore}",
+            f"Remove the files of all deleted runs for good: {gc_command(self.uri)}",
+        ]
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         self._retry(lambda: self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()]))
+
+    def set_status(self, run_id: str, status: str) -> None:
+        self._retry(partial(terminate, self.client, run_id, status))
+
+    def mark_killed(self, run_id: str, reason: str, was: str = "RUNNING") -> bool:
+        return self._retry(partial(super().mark_killed, run_id, reason, was))
+
+    def reap(self, output_dir: Path) -> list[RunRecord]:
+        return self._retry(partial(super().reap, output_dir))
+
+    def find_sweep(self, sweep: str, *, unfinished: bool = False) -> Sweep:
+        found = super().find_sweep(sweep, unfinished=unfinished)
+        self.experiment_id = found.record.experiment_id
+        return found
 
     def read_artifacts(self, records: Sequence[RunRecord], path: str, *, strict: bool = False) -> dict[str, bytes]:
         self.open()
 
         def read(record: RunRecord) -> bytes | None:
             try:
-                return self.download(record, path)
-            except OSError as error:
+                with TemporaryDirectory() as folder:
+                    address = f"{record.artifacts}/{path}"
+                    return Path(download_artifacts(address, dst_path=folder, tracking_uri=self.uri)).read_bytes()
+            except Exception as error:  # stores raise exceptions of their own
                 if strict and path in [file.path for file in self.client.list_artifacts(record.run_id)]:
                     raise UserError(f"{path} of run {record.run_id} cannot be read: {error}") from error
                 return None  # most such runs ended before they recorded one
@@ -251,15 +204,6 @@ class MLflowStore(Store):
         with ThreadPoolExecutor(8) as pool:  # over a network, most of the time is waiting
             found = zip(records, pool.map(read, records), strict=True)
             return {record.run_id: content for record, content in found if content is not None}
-
-    def download(self, record: RunRecord, path: str) -> bytes:
-        """Return the content of an artifact of a run; raises OSError if it cannot be read."""
-        try:
-            with TemporaryDirectory() as folder:
-                address = f"{record.artifacts}/{path}"
-                return Path(download_artifacts(address, dst_path=folder, tracking_uri=self.uri)).read_bytes()
-        except Exception as error:  # stores raise exceptions of their own
-            raise OSError(str(error)) from error
 
     def publish(self, run_id: str, answer: Answer) -> str:
         name = answer.report.name
@@ -271,12 +215,84 @@ class MLflowStore(Store):
             return f"{name}, under Artifacts of {self.uri}{run_path(self.experiment_id, run_id)}"
         return unquote(urlsplit(address).path)
 
-    def link(self, run_id: str) -> str:
-        return run_path(self.experiment_id, run_id).removeprefix("/")
+    def run_model(self, record: RunRecord, output_dir: Path) -> ModelSource | None:
+        found = next(iter(self._logged_models(record)), None)
+        return ModelSource(f"models:/{found.model_id}", record.title, found.model_id, record.run_id) if found else None
+
+    def fetch_model(self, source: ModelSource) -> Path:
+        try:
+            return Path(source.address if Path(source.address).is_dir() else download_artifacts(source.address))
+        except Exception as error:  # stores and disks raise exceptions of their own
+            raise UserError(f"{source.address} cannot be loaded as a model: {first_line(error)}") from error
+
+    def registered_model(self, address: str) -> ModelSource:
+        if not re.fullmatch("models:/(m-[0-9a-f]{32}|[^/@]+[/@].+)", address):
+            raise UserError.invalid("model", address, MODELS)
+        self.open()
+        name, _, alias = address.removeprefix("models:/").partition("@")
+        try:
+            if "/" not in name and not alias:
+                run_id = self.client.get_logged_model(name).source_run_id
+                return ModelSource(address, f"model {name} of run {(run_id or 'unknown')[:8]}", name, run_id)
+            if alias:
+                version = self.client.get_model_version_by_alias(name, alias)
+            else:
+                version = self.client.get_model_version(*name.rsplit("/", 1))
+        except MlflowException as error:
+            raise UserError(f"model {address} is not in {self.uri}: {first_line(error)}") from error
+        logged = re.fullmatch("models:/(m-[0-9a-f]{32})", version.source or "")  # MLflow's stores do not fill in version.model_id
+        return ModelSource(address, f"{version.name}, version {version.version}", logged[1] if logged else None, version.run_id)
+
+    def registered_runs(self) -> dict[str, str]:
+        self.open()
+        return {
+            run_id: f"version {version.version} of {version.name}"
+            for version in mlflow.search_model_versions()
+            for run_id in (version.run_id, *re.findall("[0-9a-f]{32}", version.source or ""))
+        }
+
+    def find_champion(self, name: str, alias: str) -> str | None:
+        self.open()
+        try:
+            return self.client.get_model_version_by_alias(name, alias).run_id or ""
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the model, or its alias
+                return None
+            raise UserError(f"{name}@{alias} cannot be read from {self.uri}: {first_line(error)}") from error
+
+    def register(self, record: RunRecord, name: str, alias: str, reason: str, tags: Mapping[str, str]) -> str:
+        from mnist_exp.tracking.mlflow_models import check_written_by_us  # with torch
+
+        source = self.run_model(record, Path())  # which is in the store, not in a folder
+        if source is None:
+            raise UserError(f"Run {record.run_id} has no model.", key="id", value=record.run_id, remedy="Promote another run.")
+        check_written_by_us(self.fetch_model(source))
+        link = f"[Run {record.run_id[:8]}]({run_path(record.experiment_id, record.run_id)[1:]})"
+        scores = sorted(item for item in record.metrics.items() if item[0].startswith(("test/", "val/")))
+        results = [f"{metric} {format_metric(metric, value)}" for metric, value in scores]
+        description = f"{reason}\n\n{', '.join([f'{link} on {record.data}', *results])}."
+        try:
+            version = mlflow.register_model(source.address, name, tags=dict(tags))  # also links the logged model to the version
+            self.client.update_model_version(name, version.version, description)
+            self.client.set_registered_model_alias(name, alias, version.version)
+        except MlflowException as error:
+            raise UserError(f"{name} cannot be registered in {self.uri}: {first_line(error)}") from error
+        return str(version.version)
+
+    def show_ui(self, run_id: str | None, view: str | None, port: int) -> None:
+        from mnist_exp.tracking.mlflow_ui import show  # which other commands do not need
+
+        show(self, run_id, view, port)
+
+    def link(self, run_id: str, path: str = "") -> str:
+        return artifact_path(run_id, path) if path else run_path(self.experiment_id, run_id).removeprefix("/")
 
     def page(self, run_id: str) -> str | None:
         path = run_path(self.experiment_id, run_id)
         return f"{self.uri}{path}" if self.uri.startswith("http") else None
+
+    def ui_hint(self, run_id: str) -> str:
+        return f"Open it in the MLflow UI: {self.page(run_id) or command('ui', run_id)}"
 
     def link_curves(self, sweep_id: str, finished: int) -> str:
         key = f"{CURVES}-{sweep_id[:8]}"
@@ -330,50 +346,7 @@ def record_of(run: Run) -> RunRecord:
     info, data = run.info, run.data
     inputs = run.inputs.dataset_inputs if run.inputs else []
     digests = {item.dataset.name.rpartition("-")[2]: item.dataset.digest for item in inputs}
-    description = data.tags.get(tag.DESCRIPTION, "")
     return RunRecord(
         info.run_id, info.experiment_id, info.run_name, info.status, info.start_time, info.end_time, dict(data.params),
-        dict(data.metrics), dict(data.tags), digests, info.artifact_uri, description,
+        dict(data.metrics), dict(data.tags), digests, info.artifact_uri,
     )  # fmt: skip
-
-
-def _unresolved(text: str, uri: str, found: list[RunRecord]) -> UserError:
-    """Return the error for the start of an id that several runs share, or none has."""
-    if found:
-        listed = "".join(f"\n{record.run_id}  {record.name} ({record.status})" for record in found[:10])
-        return UserError(f"{text} is ambiguous: it is the start of {len(found)} ids. Type more digits of one of them:{listed}")
-    return UserError(
-        f"There is no run {text} in {uri}: expected latest, an id, or its first 6 or more hexadecimal digits.",
-        key="id",
-        value=text,
-        remedy=f"`{command('runs', 'list')}` lists the runs; set MLFLOW_TRACKING_URI to their store.",
-    )
-
-
-@contextmanager
-def _abandoned(record: RunRecord, output_dir: Path) -> Iterator[str | None]:
-    """Yield the reason why nobody works on a RUNNING run, None if somebody may; the run stays locked for the block."""
-    if record.tags.get(tag.HOST) != platform.node() or not {tag.PID, tag.OUTPUT_DIR} <= record.tags.keys():
-        yield None
-        return
-    reason = PROCESS_LEFT if _is_alive(record.tags[tag.PID]) else PROCESS_DIED
-    folder = output_dir / record.run_id
-    # The tag could name any folder: a lock is examined only below the command's own output_dir.
-    if record.tags[tag.OUTPUT_DIR] != str(output_dir) or not (folder / run_dir.LOCK).exists():
-        yield reason if reason == PROCESS_DIED else None
-        return
-    with run_dir.try_lock(folder) as locked:
-        yield reason if locked else None
-
-
-def _is_alive(pid: str) -> bool:
-    """Return whether this machine has the process; an invalid number counts as alive."""
-    if not (pid.isdecimal() and 0 < int(pid) < 2**31):
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

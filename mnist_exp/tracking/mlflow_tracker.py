@@ -2,13 +2,11 @@
 
 import json
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from mlflow import MlflowClient, entities
@@ -16,16 +14,14 @@ from mlflow.data.schema import TensorDatasetSchema
 from mlflow.types import Schema, TensorSpec
 from torch import nn
 
-from mnist_exp.errors import DivergedError, PrunedError
 from mnist_exp.learning.data import Dataset
-from mnist_exp.overrides import command
 from mnist_exp.settings import Settings
 from mnist_exp.signals import defer_signals
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import StoreLostError, Tracker
 from mnist_exp.tracking.connection import is_refusal, restore_command, retry, terminate
-from mnist_exp.tracking.models import save_model
-from mnist_exp.tracking.views import model_name, run_path
+from mnist_exp.tracking.mlflow_models import write_mlmodel
+from mnist_exp.tracking.views import model_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,20 +79,7 @@ class MLflowTracker(Tracker):
         self._metrics: list[Any] = []  # since the last flush
         self._outbox = Outbox()
 
-    def __enter__(self) -> Self:
-        return self
-
-    @defer_signals()
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        stopped = isinstance(error, KeyboardInterrupt | PrunedError)
-        status = "FINISHED" if error is None else "KILLED" if stopped else "FAILED"
-        if isinstance(error, PrunedError):
-            self.set_tags({tag.PRUNED: str(error), tag.ERROR: str(error)})
-        elif error is not None:
-            self.log_text("".join(traceback.format_exception(error)), "traceback.txt")
-            message = str(error).strip() or type(error).__name__
-            diverged = {tag.DIVERGED: "true"} if isinstance(error, DivergedError) else {}
-            self.set_tags({tag.ERROR: message.splitlines()[0][:250]} | diverged)
+    def end(self, status: str) -> None:
         self.flush()
         self._outbox.add(partial(terminate, self.client, self.run_id, status))
         try:
@@ -106,7 +89,7 @@ class MLflowTracker(Tracker):
             if is_refusal(lost.__cause__):
                 restore = restore_command(self.client, self.uri, self.experiment_id, self.run_id)
                 advice = f"The files on the disk are kept. If the run was deleted, restore it with `{restore}`."
-            raise StoreLostError(f"Run {self.run_id}: {lost}\n{advice}") from error
+            raise StoreLostError(f"Run {self.run_id}: {lost}\n{advice}") from lost
 
     def _send(self, method: str, *values: object, **named: object) -> None:
         """Add a call of the client for this run."""
@@ -120,9 +103,6 @@ class MLflowTracker(Tracker):
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self._send("log_batch", tags=[entities.RunTag(key, value) for key, value in tags.items()])
-
-    def set_description(self, description: str) -> None:
-        self.set_tags({tag.DESCRIPTION: description})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         now = int(time.time() * 1000)
@@ -187,7 +167,8 @@ class MLflowTracker(Tracker):
         self._send("log_inputs", [entities.DatasetInput(entity, [entities.InputTag(tag.DATASET_CONTEXT, context)])])
 
     def log_model(self, name: str, model: nn.Module, settings: Settings, folder: Path) -> None:
-        save_model(folder, model, settings)
+        super().log_model(name, model, settings, folder)
+        write_mlmodel(folder, settings)
         self._outbox.add(lambda: self._log_model(folder, model_name(name)))
 
     def _log_model(self, folder: Path, name: str) -> None:
@@ -204,8 +185,3 @@ class MLflowTracker(Tracker):
             self.client.log_outputs(self.run_id, [entities.LoggedModelOutput(model.model_id, step=0)])
         self.client.log_model_artifacts(model.model_id, str(folder))
         self.client.finalize_logged_model(model.model_id, entities.LoggedModelStatus.READY)
-
-    def ui_command(self) -> str:
-        if self.uri.startswith("http"):
-            return f"{self.uri}{run_path(self.experiment_id, self.run_id)}"
-        return command("ui", self.run_id)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,7 @@ from pydantic import BaseModel
 
 from mnist_exp.nodes import targets
 from mnist_exp.paths import CHECKOUT, NAME, PACKAGE, config_dirs, without_credentials
+from mnist_exp.storage import run_dir
 from mnist_exp.tracking.tags import BRANCH, COMMIT, CPU, DIRTY, GPU, HOST, OUTPUT_DIR, PID, REPOSITORY, USER
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 ORIGIN, PATCH = "provenance.json", "uncommitted.diff"  # artifacts of a run; the second, if there are changes
 SECRETS = (".env*", "*.pem", "*.key", "id_*", "*credentials*")  # never recorded, tracked or not
 MAX_PATCH = 1_000_000  # bytes
+# The reasons of a run that was KILLED, which a better known one may replace.
+PROCESS_DIED, PROCESS_LEFT = "the process exited", "the process released its lock"
 
 
 def command_line() -> str:
@@ -139,6 +143,40 @@ def uncommitted(checkout: Path | None = CHECKOUT) -> str:
 def process_tags(output_dir: Path) -> dict[str, str]:
     """Return the process that works on a run, so that others can later find out whether it is alive."""
     return {HOST: platform.node(), PID: str(os.getpid()), OUTPUT_DIR: str(output_dir.absolute()), USER: user()}
+
+
+@contextmanager
+def abandoned(run_id: str, tags: Mapping[str, str], output_dir: Path) -> Iterator[str | None]:
+    """Yield the reason why nobody works on a RUNNING run, None if somebody may; the run stays locked for the block.
+
+    Args:
+        run_id: The id of the run.
+        tags: Its tags, with those of `process_tags`.
+        output_dir: The absolute path of the folder of all runs. A lock is examined only there: the tag could name any folder.
+    """
+    if tags.get(HOST) != platform.node() or not {PID, OUTPUT_DIR} <= tags.keys():
+        yield None
+        return
+    reason = PROCESS_LEFT if _is_alive(tags[PID]) else PROCESS_DIED
+    folder = output_dir / run_id
+    if tags[OUTPUT_DIR] != str(output_dir) or not (folder / run_dir.LOCK).exists():
+        yield reason if reason == PROCESS_DIED else None
+        return
+    with run_dir.try_lock(folder) as locked:
+        yield reason if locked else None
+
+
+def _is_alive(pid: str) -> bool:
+    """Return whether this machine has the process; an invalid number counts as alive."""
+    if not (pid.isdecimal() and 0 < int(pid) < 2**31):
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def machine_tags(device: "torch.device") -> dict[str, str]:

@@ -13,8 +13,7 @@ from mnist_exp.metrics import best_first, format_metric
 from mnist_exp.nodes import did_you_mean, walk
 from mnist_exp.overrides import JOB_KEY
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.base import RunRecord, StoredRun
-from mnist_exp.tracking.mlflow_store import MLflowStore
+from mnist_exp.tracking.base import RunRecord, Store, StoredRun
 from mnist_exp.tracking.provenance import ORIGIN, PATCH, Origin
 
 CODE = {tag.COMMIT: "commit", tag.BRANCH: "branch", tag.DIRTY: "uncommitted changes", "code": "digest of the code"}
@@ -123,7 +122,7 @@ def run_details(record: RunRecord) -> dict[str, str]:
     return {name: text for name, text in values.items() if text}
 
 
-def run_differences(store: MLflowStore, first_id: str, second_id: str) -> dict[str, Section]:
+def run_differences(store: Store, first_id: str, second_id: str) -> dict[str, Section]:
     """Return only the values in which two runs differ, by section; a section without differences is empty.
 
     Args:
@@ -139,7 +138,7 @@ def run_differences(store: MLflowStore, first_id: str, second_id: str) -> dict[s
     return {section: _differing(first[section], second[section]) for section in first}
 
 
-def _comparable(store: MLflowStore, run: StoredRun) -> dict[str, dict[str, str]]:
+def _comparable(store: Store, run: StoredRun) -> dict[str, dict[str, str]]:
     record, tags = run.record, run.record.tags
     origin = _origin(store, run)
     config = walk(run.recipe.settings.model_dump(mode="json", exclude={JOB_KEY}))
@@ -153,19 +152,16 @@ def _comparable(store: MLflowStore, run: StoredRun) -> dict[str, dict[str, str]]
     }
 
 
-def _origin(store: MLflowStore, run: StoredRun) -> Origin:
+def _origin(store: Store, run: StoredRun) -> Origin:
     try:
         return Origin.model_validate_json(_text(store, run, ORIGIN))
     except ValidationError:  # the run ended before it recorded one
         return Origin()
 
 
-def _text(store: MLflowStore, run: StoredRun, path: str) -> str:
+def _text(store: Store, run: StoredRun, path: str) -> str:
     """Return a text file of a run, empty if it has none."""
-    try:
-        return store.download(run.record, path).decode(errors="replace")
-    except OSError:
-        return ""
+    return store.read_artifacts([run.record], path).get(run.record.run_id, b"").decode(errors="replace")
 
 
 def _changed_files(patch: str) -> dict[str, str]:

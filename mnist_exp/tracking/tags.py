@@ -7,6 +7,7 @@ RERUN_OF = "rerun_of"  # the id of the run that was repeated
 ERROR = "error"  # the reason why the run did not finish, in one line
 PRUNED = "pruned"  # the reason why a search stopped the run
 DIVERGED = "diverged"  # set if the loss or the weights became infinite or NaN
+OF_THE_END = {ERROR, PRUNED, DIVERGED}  # tags that a run loses when it is resumed
 
 SWEEP_JOBS = "sweep_jobs"  # of a sweep's parent: the number of its jobs
 GRIDS = "grids"  # of a sweep's parent: the overrides of each grid, as JSON

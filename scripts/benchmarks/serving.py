@@ -34,7 +34,6 @@ from mnist_exp.nodes import build
 from mnist_exp.settings import DataDescription
 from mnist_exp.tracking.base import RunInfo
 from mnist_exp.tracking.mlflow_store import MLflowStore
-from mnist_exp.tracking.models import register
 
 CLIENTS, SIZES = (1, 8), (1, 100)
 AIM = 100  # ms from a stroke to its answer
@@ -49,7 +48,7 @@ def promote_model(folder: Path) -> None:
     store.open()
     with store.start(RunInfo("se_cnn", "", {})) as tracker:
         tracker.log_model("se_cnn", build(settings.model, "model", **data.shape), settings, folder / "model")
-    register(store, store.get_run(tracker.run_id), "mnist", "champion", "For the benchmark.", {})
+    store.register(store.get_run(tracker.run_id), "mnist", "champion", "For the benchmark.", {})
 
 
 @contextmanager

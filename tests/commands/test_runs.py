@@ -17,7 +17,8 @@ from mnist_exp.composing import compose_recipe
 from mnist_exp.errors import UserError
 from mnist_exp.storage import run_dir
 from mnist_exp.tracking.base import RunInfo
-from mnist_exp.tracking.housekeeping import delete, gc_command, plan_pruning
+from mnist_exp.tracking.connection import gc_command
+from mnist_exp.tracking.housekeeping import delete, plan_pruning
 from mnist_exp.tracking.mlflow_store import MLflowStore
 from mnist_exp.tracking.provenance import ORIGIN, Origin
 from mnist_exp.tracking.tables import group_by_sweep
@@ -130,7 +131,7 @@ def test_list_sorts_and_filters(opened: MLflowStore, command: Command, tmp_path:
 
 def test_list_folds_sweeps_and_knows_the_day(opened: MLflowStore, command: Command, tmp_path: Path) -> None:
     sweep = make_sweep(opened, tmp_path, {"se_cnn": [0.5, 0.6], "plain_cnn": [0.7]})
-    last = opened.runs(f"tags.sweep_id = '{sweep}' and tags.job_num = '2'")[0]
+    last = next(run for run in opened.children(sweep) if run.job == 2)
     opened.client.set_terminated(last.run_id, "KILLED")
     single = record(opened, tmp_path, "single")
     now = time.time()
@@ -214,7 +215,7 @@ def test_prune_deletes_old_runs_and_their_folders(opened: MLflowStore, command: 
     options = ("prune", "--older-than", "30d", "--keep-best", "1")
     assert "worst" in command(*options)
     assert {path.name for path in outputs.iterdir()} == {old, young, best}, "without --yes, nothing is deleted"
-    assert gc_command(opened) in command(*options, "--yes")
+    assert gc_command(opened.uri) in command(*options, "--yes")
     assert {run.run_id for run in opened.runs()} == {path.name for path in outputs.iterdir()} == {young, best}
     assert not opened.client.search_logged_models([opened.experiment_id], f"model_id='{model.model_id}'")
 
@@ -223,7 +224,7 @@ def test_prune_deletes_old_runs_and_their_folders(opened: MLflowStore, command: 
 def test_the_printed_command_removes_the_artifacts_of_deleted_runs(opened: MLflowStore, tmp_path: Path) -> None:
     opened.client.delete_run(record(opened, tmp_path))
     assert list(tmp_path.rglob("recipe.json"))
-    shell(gc_command(opened))
+    shell(gc_command(opened.uri))
     assert not list(tmp_path.rglob("recipe.json"))
 
 
@@ -292,7 +293,7 @@ def test_delete_takes_runs_and_whole_sweeps(opened: MLflowStore, command: Comman
     assert {run.run_id for run in opened.runs()} == before, "one wrong name: nothing is deleted"
     gone = {sweep, first, last, job} | {run.run_id for run in opened.children(sweep)}
     shown = command("delete", "latest", first[:6], sweep[:8], sweep, opened.children(sweep)[0].run_id, job)
-    assert gc_command(opened) in shown
+    assert gc_command(opened.uri) in shown
     assert {run.run_id for run in opened.runs()} == before - gone
     assert kept in before - gone
     assert opened.find_sweep("latest", unfinished=True).run_id == other, "it lacks a job"

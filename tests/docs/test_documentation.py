@@ -114,6 +114,12 @@ def test_the_quoted_errors_are_the_real_ones(call: Call) -> None:
         assert message in call(main, *shlex.split(command)[3:]).stderr
 
 
+def test_the_tracker_that_is_shown_is_that_of_the_examples() -> None:
+    (shown,) = [block for block in blocks(EXTENDING, "python") if "CsvStore" in block]
+    example = (ROOT / "docs" / "examples" / "csv_tracker.py").read_text()
+    assert set(shown.splitlines()) <= set(example.splitlines())
+
+
 def anchors(page: Path) -> set[str]:
     """The fragments of a page that links can point to."""
     titles = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)

@@ -19,7 +19,7 @@ from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.pictures import open_picture
 from mnist_exp.serving import Classifier
 from mnist_exp.settings import DataDescription
-from mnist_exp.tracking.models import ModelSource
+from mnist_exp.tracking.base import ModelSource
 
 
 @pytest.fixture

@@ -124,7 +124,7 @@ def test_a_finished_run_of_another_configuration_is_not_lost(
     assert refused.returncode == 1
     assert key in refused.stderr
     assert planned(in_process, "sweep.resume=latest", "sweep.force=true") == ["run", "run"]
-    (child,) = MLflowStore(store, "mnist_exp").runs("tags.job_num = '0'")
+    (child,) = [run for run in MLflowStore(store, "mnist_exp").runs() if run.job == 0]
     MlflowClient(store).set_tag(child.run_id, "job_num", "none")
     assert planned(in_process, "sweep.resume=latest") == ["run", "run"], "it is kept apart already"
 
@@ -133,7 +133,7 @@ def test_a_run_that_was_kept_apart_is_a_job_again_with_its_configuration(
     sweep: Store, in_process: CommandLine, store: str
 ) -> None:
     sweep((*BASE, "save_every=5,6"), children=[(0, (*BASE, "save_every=6"), same, "FINISHED")])
-    (child,) = MLflowStore(store, "mnist_exp").runs("tags.job_num = '0'")
+    (child,) = [run for run in MLflowStore(store, "mnist_exp").runs() if run.job == 0]
     MlflowClient(store).set_tag(child.run_id, "job_num", "none")
     assert planned(in_process, "sweep.resume=latest") == ["run", "skip"]
 
@@ -148,7 +148,7 @@ def test_extensions_add_each_grid_once(sweep: Store, in_process: CommandLine, st
 
 def test_a_rerun_is_the_same_job_however_its_id_is_typed(sweep: Store, in_process: CommandLine, store: str) -> None:
     sweep(BASE, children=[(0, BASE, same, "FINISHED")], status="FINISHED")
-    (run,) = MLflowStore(store, "mnist_exp").runs("tags.job_num = '0'")
+    (run,) = [run for run in MLflowStore(store, "mnist_exp").runs() if run.job == 0]
     child = (0, BASE, lambda settings: settings.model_copy(update={"rerun": run.run_id}), "FINISHED")
     again = sweep((f"rerun={run.run_id}",), children=[child])
     assert planned(in_process, f"sweep.resume={again}", f"rerun='{run.run_id[:8]}'") == ["skip"]

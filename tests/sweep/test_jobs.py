@@ -7,8 +7,9 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from mnist_exp.sweep.jobs import Job, common_data, failed, failure_reason, result_of
 from mnist_exp.sweep.summary import describe_sweep, job_table
-from mnist_exp.tracking.base import PROCESS_DIED, RunInfo, RunRecord, Store, StoreLostError
+from mnist_exp.tracking.base import RunInfo, RunRecord, Store, StoreLostError
 from mnist_exp.tracking.mlflow_store import MLflowStore
+from mnist_exp.tracking.provenance import PROCESS_DIED
 
 JOB = Job(0, [], "")
 
@@ -17,7 +18,7 @@ def record(number: int, status: str = "FINISHED", *, data: str = "", error: str 
     tags = {"job_num": str(number), "data": data, "error": error}
     return RunRecord(
         f"{number:032x}", "1", f"seed={number}", status, 0, 1, {}, {"val/" + key: value for key, value in metrics.items()},
-        tags, {}, "", "",
+        tags, {}, "",
     )  # fmt: skip
 
 

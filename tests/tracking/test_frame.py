@@ -10,14 +10,14 @@ import pandas as pd
 from mnist_exp.tracking.base import RunRecord, Sweep
 from mnist_exp.tracking.frame import frame
 
-PARENT = RunRecord("f" * 32, "1", "sweep", "FINISHED", 0, 1, {}, {}, {"sweeper": "grid", "sweep_jobs": "4"}, {}, "", "")
+PARENT = RunRecord("f" * 32, "1", "sweep", "FINISHED", 0, 1, {}, {}, {"sweeper": "grid", "sweep_jobs": "4"}, {}, "")
 
 
 def run(job: int, *overrides: str, status: str = "FINISHED", **tags: str) -> RunRecord:
     found = {"job_num": str(job), "overrides": shlex.join(overrides), "data": "digits", "torch": "2", "cpu": "Xeon"} | tags
     params = {"precision": "float32", "seed": str(job)} | {"model": overrides[0]}
     metrics = {"test/accuracy": 0.9 + job / 100} if status == "FINISHED" else {}
-    return RunRecord(f"{job:032x}", "1", "run", status, job, None, params, metrics, found, {"test": "d"}, "", "")
+    return RunRecord(f"{job:032x}", "1", "run", status, job, None, params, metrics, found, {"test": "d"}, "")
 
 
 def sweep(*grids: list[str], total: int = 4, sweeper: str = "grid", run_id: str = "f" * 32) -> Sweep:

@@ -20,8 +20,15 @@ from mnist_exp.composing import compose_recipe
 from mnist_exp.errors import UserError
 from mnist_exp.nodes import build
 from mnist_exp.paths import CONF
-from mnist_exp.tracking import models
+from mnist_exp.settings import Settings
+from mnist_exp.tracking import mlflow_models, models
 from mnist_exp.tracking.mlflow_store import MLflowStore
+
+
+def save_model(folder: Path, network: torch.nn.Module, settings: Settings) -> None:
+    """Write a model as MLflow's tracker does."""
+    models.save_model(folder, network, settings)
+    mlflow_models.write_mlmodel(folder, settings)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +37,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = compose_recipe().settings.model_copy(update={"data_description": MNIST})
     network = build(settings.model, "model", **MNIST_SHAPE)
     network.blocks[0].norm.running_mean.add_(1)  # a buffer that training moves
-    models.save_model(folder, network, settings)
+    save_model(folder, network, settings)
     return folder
 
 
@@ -45,7 +52,7 @@ def images_of(count: int) -> np.ndarray:
 
 @pytest.mark.parametrize("count", [1, 7, 1000])
 def test_mlflow_s_loader_gives_the_logits_of_the_network(original: Path, count: int) -> None:
-    network, data = models.read_model(str(original))
+    network, data = models.read_model(original)
     assert data == MNIST
     assert network.blocks[0].norm.running_mean.eq(1).all()
     images = images_of(count)
@@ -59,7 +66,7 @@ def test_mlflow_s_loader_gives_the_logits_of_the_network(original: Path, count: 
 def test_mlflow_s_loader_reads_every_architecture(option: str, composed: Compose, tmp_path: Path) -> None:
     settings = composed(f"model={option}").model_copy(update={"data_description": MNIST})
     network = build(settings.model, "model", **MNIST_SHAPE).eval()
-    models.save_model(tmp_path / "model", network, settings)
+    save_model(tmp_path / "model", network, settings)
     loaded = mlflow.pyfunc.load_model(str(tmp_path / "model"))
     for count in (1, 7):
         with torch.no_grad():
@@ -95,12 +102,12 @@ def test_a_full_disk_is_reported(composed: Compose, tmp_path: Path, monkeypatch:
 def test_a_changed_bit_changes_no_answer(folder: Path) -> None:
     """It is refused, or lies where no value is."""
     weights = folder / models.WEIGHTS
-    content, expected = weights.read_bytes(), models.read_model(str(folder))[0].state_dict()
+    content, expected = weights.read_bytes(), models.read_model(folder)[0].state_dict()
     refused = 0
     for place in np.random.default_rng(0).integers(0, len(content), 60):
         weights.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
         try:
-            found = models.read_model(str(folder))[0].state_dict()
+            found = models.read_model(folder)[0].state_dict()
         except UserError:
             refused += 1
         else:
@@ -123,7 +130,7 @@ def test_predicting_needs_the_model_and_the_data_only(folder: Path) -> None:
     settings = json.loads((folder / models.SETTINGS).read_text())
     kept = {key: settings[key] for key in ("format", "model", "data_description")}
     (folder / models.SETTINGS).write_text(json.dumps(kept | {"newer": "${x}", "seed": "another type"}))
-    assert models.read_model(str(folder))[1] == MNIST
+    assert models.read_model(folder)[1] == MNIST
 
 
 def compress(folder: Path) -> None:
@@ -167,14 +174,14 @@ def test_a_damaged_or_forged_model_is_refused_and_runs_nothing(
     monkeypatch.chdir(tmp_path)
     REFUSED[kind](folder)
     with pytest.raises(UserError):
-        models.read_model(str(folder))
+        models.read_model(folder)
     assert not (tmp_path / "exploded").exists()
 
 
 def edit_flavors(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    described = yaml.safe_load((folder / models.MLMODEL).read_text())
+    described = yaml.safe_load((folder / mlflow_models.MLMODEL).read_text())
     edit(described["flavors"])
-    (folder / models.MLMODEL).write_text(yaml.safe_dump(described))
+    (folder / mlflow_models.MLMODEL).write_text(yaml.safe_dump(described))
 
 
 def edit_flavor(folder: Path, **changes: str) -> None:
@@ -189,8 +196,8 @@ UNPROMOTED: dict[str, Callable[[Path], object]] = {
     "an environment": lambda folder: edit_flavor(folder, env="conda.yaml"),
     "a loader": lambda folder: edit_flavor(folder, loader_module="antigravity"),
     "another flavor": lambda folder: edit_flavors(folder, lambda flavors: flavors.update(pytorch={"model_data": "data"})),
-    "a tag": lambda folder: (folder / models.MLMODEL).write_text("!!python/object/apply:os.system [touch exploded]"),
-    "no MLmodel": lambda folder: (folder / models.MLMODEL).unlink(),
+    "a tag": lambda folder: (folder / mlflow_models.MLMODEL).write_text("!!python/object/apply:os.system [touch exploded]"),
+    "no MLmodel": lambda folder: (folder / mlflow_models.MLMODEL).unlink(),
     "no weights": lambda folder: (folder / models.WEIGHTS).unlink(),
 }
 
@@ -205,9 +212,9 @@ def test_only_a_model_as_we_write_it_can_be_promoted(
     (model,) = MlflowClient(store).search_logged_models(["1"])
     folder = Path(model.artifact_location.removeprefix("file://"))
     mlflow.pyfunc.load_model(f"models:/{model.model_id}")  # leaves a file of MLflow's own there
-    assert models.register(opened, record, "as-written", "champion", "For a test.", {}) == "1"
+    assert opened.register(record, "as-written", "champion", "For a test.", {}) == "1"
     UNPROMOTED[kind](folder)
     with pytest.raises(UserError):
-        models.register(opened, record, "changed", "champion", "For a test.", {})
+        opened.register(record, "changed", "champion", "For a test.", {})
     assert [found.name for found in MlflowClient(store).search_registered_models()] == ["as-written"]
     assert not (tmp_path / "exploded").exists()

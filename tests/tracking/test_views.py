@@ -15,6 +15,7 @@ from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import RunInfo
 from mnist_exp.tracking.connection import connect
 from mnist_exp.tracking.mlflow_store import MLflowStore
+from mnist_exp.tracking.mlflow_ui import list_pages
 from mnist_exp.tracking.views import CURVES, MAX_SWEEPS, TEMPLATES, VERSION, VIEW_PREFIX, VIEWS, curves_tag
 
 SWEEP = "0123456789abcdef" * 2
@@ -83,5 +84,5 @@ def test_each_view_has_a_link_to_a_view_that_is_saved(view: str, opened: MLflowS
     info = RunInfo("sweep", "", {tag.SWEEP_JOBS: "1"})
     with opened.start(info) as tracker:
         run_id = tracker.run_id
-    first = next(iter(ui.list_pages(opened, run_id if view == CURVES else None, view).values()))
+    first = next(iter(list_pages(opened, run_id if view == CURVES else None, view).values()))
     assert re.search(r"ShareKey=([\w.-]+)", first).group(1) in saved(opened)
