@@ -21,7 +21,20 @@ from mnist_exp.paths import CONFIG_DIR, LOCATIONS, NAME, TRACKING, typed
 PARTS = {"optimizer": True, "scheduler": True, "augmentation": False, "loss": False, "teacher": True, "callbacks": False}
 GROUPS = {"data", "model", "phase", "experiment", "arm", *PARTS}  # the groups of a recipe in conf/
 # The keys of a recipe: what affects a run's results or its ranking, and how often it saves checkpoints.
-RECIPE = {"seed", "batch_size", "precision", "device", "phases", "data", "model", "objective", "save_every", *PARTS}
+RECIPE = {
+    "seed",
+    "batch_size",
+    "precision",
+    "device",
+    "phases",
+    "data",
+    "model",
+    "init",
+    "init_strict",
+    "objective",
+    "save_every",
+    *PARTS,
+}
 JOB_KEY = "sweep_job"  # the hidden key with which a sweep passes a context to its jobs
 
 
@@ -102,7 +115,7 @@ def check_ids(overrides: Iterable[str]) -> None:
     """Raise UserError on an id that Hydra reads as a number: 1234e567 as infinity, 00123456 without its zeros."""
     for override in overrides:
         key, text = key_of(override), text_of(override)
-        ids = text.split(",") if key in ("resume", "rerun", "sweep.resume", "sweep.extend") else []
+        ids = text.split(",") if key in ("init", "resume", "rerun", "sweep.resume", "sweep.extend") else []
         if any(isinstance(parse(f"{key}={item}").value(), int | float) for item in ids):
             quotes = ",".join(f"'{item}'" for item in ids)
             raise UserError.invalid(key, text, "an id that is not a number", f'Type it in quotes: "{key}={quotes}".')

@@ -151,6 +151,8 @@ class Settings(BaseModel):
     model: Node
     phases: dict[str, Node]
     tracking: Node
+    init: Annotated[str, Field(min_length=1)] | None = None
+    init_strict: bool = True
     objective: Annotated[str, AfterValidator(_objective)] = "val/accuracy"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

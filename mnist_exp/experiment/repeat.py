@@ -10,20 +10,32 @@ from mnist_exp.errors import Mark, UserError
 from mnist_exp.experiment.runner import MakeShouldPrune, RunRequest, RunResult, run
 from mnist_exp.metrics import metric_of
 from mnist_exp.nodes import build, marked
-from mnist_exp.overrides import check_stored, command
+from mnist_exp.overrides import check_stored, command, key_of, quoted
 from mnist_exp.paths import typed
 from mnist_exp.settings import Node, Recipe, Settings, check_repeats, defaults_of_newer_keys
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import Store
+from mnist_exp.tracking.models import whole_id
 
 
 def request(recipe: Recipe, **options: Any) -> RunRequest:
     """Return the request of a run; options: further fields of `RunRequest`. Raises UserError if it could not be resumed."""
     check_stored(recipe.overrides, "The command line")
+    recipe = _with_whole_init(recipe)
     options.setdefault("quiet", recipe.settings.sweep_job is not None)
     repeat = command("run", *recipe.overrides) if options["quiet"] else provenance.command_line()
     return RunRequest(recipe, repeat, **options)
+
+
+def _with_whole_init(recipe: Recipe) -> Recipe:
+    """Return a recipe whose `init` is the full id and the digest of a model, so that it always means the same weights."""
+    settings = recipe.settings
+    if settings.init is None:
+        return recipe
+    whole = whole_id(build(settings.tracking, "tracking"), settings.init, settings.output_dir)
+    kept = [override for override in recipe.overrides if key_of(override) != "init"]
+    return replace(recipe, settings=settings.model_copy(update={"init": whole}), overrides=[*kept, f"init={quoted(whole)}"])
 
 
 def resume(settings: Settings, overrides: list[str], make_should_prune: MakeShouldPrune | None = None) -> RunResult:

@@ -15,6 +15,7 @@ from torch import nn
 from mnist_exp.console import Display
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.figures import run_figures
+from mnist_exp.experiment.initial import load_initial
 from mnist_exp.experiment.recorder import Recorder, recording
 from mnist_exp.experiment.summary import describe_run, parameters, result_rows, run_name, short_override
 from mnist_exp.learning.data import Dataset
@@ -72,6 +73,7 @@ class Prepared:
     model: nn.Module
     phases: list[Phase]
     data: Dataset
+    description: DataDescription
     precision: torch.dtype
     device: torch.device
     store: Store
@@ -154,13 +156,18 @@ def prepare(request: RunRequest) -> Prepared:
     # What trains.
     device = choose_device(settings.device)
     make_model = partial(build, settings.model, "model", **data.shape)
-    model, data = create_model(make_model, settings.seed).to(device), data.to(device)
-    phases = prepare_phases(model, configs, data, settings.output_dir)
+    model = create_model(make_model, settings.seed)
+    used = load_initial(model, settings, store, data) if settings.init else []
+    model, data = model.to(device), data.to(device)
+    phases = prepare_phases(model, configs, data, settings.output_dir, used)
+    leaked = [data.validation for phase in phases if phase.targets.saw_validation_split]
+    trained_on = sorted({*used, *leaked, *(phase.config.split for phase in phases)})
+    description = DataDescription(**data.description, trained_on=trained_on)
     totals = {phase.name: data.splits[phase.config.split].epoch_size * phase.config.epochs for phase in phases}
     epochs = {phase.name: phase.config.epochs for phase in phases}
     display = Display(totals, epochs, request.examples_seen, settings.objective, quiet=request.quiet)
     precision = choose_precision(settings.precision, device)
-    return Prepared(model, phases, data, precision, device, store, software, changed, display, started)
+    return Prepared(model, phases, data, description, precision, device, store, software, changed, display, started)
 
 
 @cache  # before the first run changes it
@@ -176,7 +183,7 @@ def start_run(request: RunRequest, prepared: Prepared) -> AbstractContextManager
     if data.warning:
         prepared.display.warn(data.warning)
     # The description lets others use the model without the data; a resumed or repeated run looks for the data where they were.
-    found = {"data_description": DataDescription(**data.description), "data": {**request.settings.data, **data.locations}}
+    found = {"data_description": prepared.description, "data": {**request.settings.data, **data.locations}}
     settings = request.settings.model_copy(update=found)
     initial = Checkpoint(
         run_id=saved.run_id if saved else "",

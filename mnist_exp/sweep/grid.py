@@ -35,6 +35,7 @@ from mnist_exp.sweep.parent import Parent, Plan, check_output_dir, open_parent
 from mnist_exp.sweep.summary import Progress, preview
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import RECIPE, RunRecord, Store, Sweep, grids_text
+from mnist_exp.tracking.models import whole_id
 from mnist_exp.tracking.tags import JOB, NO_JOB
 
 
@@ -127,7 +128,18 @@ class GridSweep:
                 remedy = f"Write an option for each place, conf/{group}/NAME.yaml, and sweep over {group}=NAME,NAME."
                 raise UserError.invalid(key, text_of(override), "one place for all jobs", remedy)
         rest = [override for override in arguments if override not in locations and section_of(override) != "sweep"]
-        return self.composer.write_out([with_whole_ids(store, override) for override in rest])
+        return self.composer.write_out([self._with_whole_ids(store, override) for override in rest])
+
+    def _with_whole_ids(self, store: Store, override: str) -> str:
+        """Return an override with the whole ids of the runs that it repeats or starts from, which their records have, too."""
+        if key_of(override) not in ("init", "rerun"):
+            return override
+        texts = [text_of(choice).strip("'") for choice in choices(override)]
+        if key_of(override) == "rerun":
+            ids = [store.resolve_id(text) if re.fullmatch(ID, text) else text for text in texts]
+        else:
+            ids = [text if text == "null" else whole_id(store, text, self.settings.output_dir) for text in texts]
+        return f"{key_of(override)}={','.join(id_ if id_ == 'null' else quoted(id_) for id_ in ids)}"
 
     def _find_stored(self, store: Store, locations: list[str], lock: ExitStack) -> Sweep | None:
         """Return the sweep to resume or to extend, which stays locked, None for a new one; raises UserError."""
@@ -259,14 +271,6 @@ def _check_unchanged(changes: str) -> None:
             key="sweep.force",
             remedy="Start a new sweep, or run the jobs that have no finished run with sweep.force=true.",
         )
-
-
-def with_whole_ids(store: Store, override: str) -> str:
-    """Return an override with the whole ids of the runs that it repeats, which their records have, too."""
-    if key_of(override) != "rerun":
-        return override
-    ids = [text_of(choice).strip("'") for choice in choices(override)]
-    return f"rerun={','.join(quoted(store.resolve_id(text)) if re.fullmatch(ID, text) else text for text in ids)}"
 
 
 def _show(parent: Parent, display: SweepDisplay) -> list[dict[str, str]]:

@@ -4,8 +4,11 @@ A model is a folder with the weights, the node of the model and the description 
 `mlflow_models.py` adds to it names this module, whose `_load_pyfunc` MLflow's loader and server call.
 """
 
+import hashlib
 import json
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +21,10 @@ from mnist_exp.settings import FORMAT, DataDescription, Settings, check_format, 
 from mnist_exp.storage.checkpoint import read_archive
 from mnist_exp.storage.run_dir import disk_error, remove_folder
 
+if TYPE_CHECKING:
+    from mnist_exp.tracking.base import Store
+
+WHOLE = r"(.+):([0-9a-f]{12})"  # the full id of a model, and the digest of its weights
 WEIGHTS, SETTINGS = "weights.pt", "settings.json"
 
 
@@ -65,6 +72,35 @@ def read_model(folder: Path) -> tuple[nn.Module, DataDescription]:
     except Exception as error:  # a forged file can fail anywhere within torch
         raise UserError(f"{folder} is not a model of this program, or is damaged: {first_line(error)}.") from error
     return model.eval(), data
+
+
+def whole_id(store: "Store", text: str, output_dir: Path) -> str:
+    """Return the full id of a model and the digest of its weights, `ID:DIGEST`, as records contain it.
+
+    Args:
+        store: The store.
+        text: A model as `Store.find_model` takes it.
+        output_dir: The folder of all runs.
+
+    Raises:
+        UserError: There is no such model, or it is damaged.
+    """
+    if re.fullmatch(WHOLE, text):
+        return text
+    source = store.find_model(text, output_dir)
+    if text.startswith("models:/"):
+        name = f"models:/{source.model_id}" if source.model_id else source.address
+    else:
+        name = source.run_id or str(Path(source.address).absolute())
+    return f"{name}:{digest_of(read_model(store.fetch_model(source))[0])}"
+
+
+def digest_of(model: nn.Module) -> str:
+    """Return the digest of the weights of a model on the CPU."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + value.numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 class PyfuncModel:

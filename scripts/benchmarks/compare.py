@@ -18,11 +18,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from mnist_exp.composing import compose_recipe
 from mnist_exp.learning.datasets import load_digits
 from mnist_exp.overrides import combinations, command, text_of
+from mnist_exp.settings import Recipe
 from mnist_exp.sweep.jobs import Job
 from mnist_exp.sweep.summary import describe_sweep, job_table, sweep_metrics
-from mnist_exp.tracking.base import OUTCOME, RunInfo
+from mnist_exp.tracking.base import OUTCOME, RECIPE, RunInfo
 from mnist_exp.tracking.mlflow_store import MLflowStore
 
 
@@ -45,6 +47,7 @@ def make_sweep(uri: str, arms: Sequence[str], seeds: int, factor: str = "model",
     info = RunInfo(f"sweep {factor} by seed", command("run", "-m", *grid), tags)
     with store.start(info) as parent:
         pass
+    settings_of_digits = compose_recipe("data=digits").settings
     noise = random.Random(0)
     for number, overrides in enumerate(jobs):
         arm, *rest, seed = map(text_of, overrides)
@@ -68,6 +71,7 @@ def make_sweep(uri: str, arms: Sequence[str], seeds: int, factor: str = "model",
             child.log_results(results | {"model/parameters": 19_600 + len(arm)})
             mistakes = [(noise.randrange(360), noise.randrange(10), noise.randrange(10)) for _ in range(150)]
             child.log_text(json.dumps({"split": "test", "history": history, "mistakes": mistakes}), OUTCOME)
+            child.log_text(Recipe(settings_of_digits).as_json(), RECIPE)
     children = store.children(parent.run_id)
     with store.start(info, parent.run_id) as tracker:
         rows = job_table([Job(number, [], "") for number in range(len(children))], children, {}, "val/accuracy")

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from conftest import Call, CommandLine
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from PIL import Image
 
 from mnist_exp import compare, evaluate, predict, runs
 from mnist_exp.api import load
+from mnist_exp.learning.data import Dataset
 from mnist_exp.run import main
+from mnist_exp.settings import DataDescription
 
 CLASSES = ("cat", "dog", "owl")
 QUICK = ("data.side=20", "batch_size=32", "phases.train.epochs=2", "phase=[train]", "model=plain_cnn")
@@ -196,3 +199,51 @@ def test_a_recipe_of_an_earlier_format_is_refused_with_one_message(
     assert refused.returncode == 1
     assert "format" in refused.stderr
     assert len(refused.stderr.strip().splitlines()) <= 2
+
+
+def test_a_run_starts_from_the_weights_of_another(in_process: CommandLine, call: Call, store: str, tmp_path: Path) -> None:
+    quick = ("data=digits", "data.subset=512", "phase=[train]", "batch_size=128", "model=plain_cnn")
+    client = MlflowClient(store)
+
+    def newest() -> Run:
+        return client.search_runs(["1"], order_by=["attributes.start_time DESC"])[0]
+
+    assert in_process(*quick).returncode == 0
+    first = newest()
+    # It is recorded by its full id and the digest of its weights, so that it can be repeated.
+    done = in_process(*quick, "init=latest")
+    assert done.returncode == 0, done.stderr
+    second = newest()
+    losses = [client.get_metric_history(run.info.run_id, "train/loss")[0].value for run in (first, second)]
+    assert losses[1] < losses[0]
+    assert f"init={first.info.run_id}" in second.data.tags["overrides"].replace("'", "")
+    assert "val/accuracy" in second.data.metrics, "the first run has not trained on the validation images of this seed"
+    repeated = in_process(f"rerun='{second.info.run_id}'")
+    assert repeated.returncode == 0, repeated.stderr
+    # With another seed, the images that validate may have been trained on.
+    assert in_process(*quick, f"init='{first.info.run_id[:8]}'", "seed=1").returncode == 0
+    assert "val/accuracy" not in newest().data.metrics
+    # Another head: what fits is taken on request.
+    other = (*quick, "model.hidden_features=40", "model.parameter_limit=null")
+    refused = in_process(*other, f"init='{first.info.run_id}'")
+    assert refused.returncode == 1
+    assert "init_strict=false" in refused.stderr
+    assert in_process(*other, f"init='{first.info.run_id}'", "init_strict=false").returncode == 0
+    # In a sweep, the weights are part of what identifies a job.
+    swept = in_process("-m", *quick, f"init='{first.info.run_id}',null", "seed=0", "hydra/launcher=basic")
+    assert swept.returncode == 0, swept.stderr
+    resumed = in_process("-m", "sweep.resume=latest", "hydra/launcher=basic")
+    assert resumed.returncode == 1
+    assert "finished" in resumed.stderr
+    assert in_process("-m", "sweep.extend=latest", "seed=1", "hydra/launcher=basic").returncode == 0
+
+
+def test_weights_that_saw_the_test_images_are_refused(digits: Dataset) -> None:
+    own = DataDescription(**digits.description)
+    same = own.model_copy(update={"trained_on": ["train", "finetune"]})
+    assert same.may_have_trained_on(own, "finetune")
+    assert not same.may_have_trained_on(own, "test")
+    other_split = same.model_copy(update={"digests": own.digests | {"test": "0"}})
+    assert other_split.may_have_trained_on(own, "test"), "other images of the same data set"
+    other_data = other_split.model_copy(update={"name": "fashion_mnist"})
+    assert not other_data.may_have_trained_on(own, "test")

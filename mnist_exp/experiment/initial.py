@@ -1,0 +1,38 @@
+"""Initial weights from a trained model: `init=MODEL`."""
+
+from torch import nn
+
+from mnist_exp.errors import UserError
+from mnist_exp.learning.data import Dataset
+from mnist_exp.settings import DataDescription, Settings
+from mnist_exp.tracking.base import Store
+from mnist_exp.tracking.models import digest_of, read_model
+
+
+def load_initial(model: nn.Module, settings: Settings, store: Store, data: Dataset) -> list[str]:
+    """Load the weights of `settings.init` into a model, in place; return the splits of `data` that they may have been trained on.
+
+    With `init_strict=false`, only the weights whose name and shape fit are loaded.
+
+    Raises:
+        UserError: There is no such model, it has changed, its weights do not fit, or it may have been trained on the split that
+            scores the run.
+    """
+    assert settings.init
+    name, _, digest = settings.init.rpartition(":")
+    found, described = read_model(store.fetch_model(store.find_model(name, settings.output_dir)))
+    if digest_of(found) != digest:
+        raise UserError.invalid("init", settings.init, f"the weights that it had, not those of {digest_of(found)}")
+    own = DataDescription(**data.description)
+    used = [split for split in data.splits if described.may_have_trained_on(own, split)]
+    if data.eval_split in used:
+        expected = f"a model that was not trained on the {data.eval_split} split of this data, and that one may have been"
+        raise UserError.invalid("init", name, expected)
+    weights, present = found.state_dict(), model.state_dict()
+    fitting = {key: value for key, value in weights.items() if key in present and present[key].shape == value.shape}
+    if not fitting or (settings.init_strict and not weights.keys() == present.keys() == fitting.keys()):
+        remedy = "Take the weights that fit with init_strict=false." if fitting else "Choose another model."
+        fits = f"a model with the same weights: {len(fitting)} of its {len(weights)} fit the {len(present)} here"
+        raise UserError.invalid("init", name, fits, remedy)
+    model.load_state_dict(present | fitting)
+    return used
