@@ -27,6 +27,7 @@ from mnist_exp.metrics import format_metric
 from mnist_exp.paths import CHECKOUT
 from mnist_exp.settings import build
 from mnist_exp.storage import checkpoint, run_dir
+from mnist_exp.tracking import mlflow_ui
 from mnist_exp.tracking.provenance import ORIGIN, PATCH, Origin, changed_files, uncommitted
 from mnist_exp.tracking.tags import BRANCH, DIRTY
 
@@ -168,7 +169,7 @@ def test_a_password_on_the_command_line_is_neither_printed_nor_recorded(finished
 def test_every_printed_command_works_when_copied(finished, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Although the store and the experiment were typed on the command line of the run."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/nowhere.db")
-    monkeypatch.setattr(ui, "serves", lambda *_: True)
+    monkeypatch.setattr(mlflow_ui, "serves", lambda *_: True)
     monkeypatch.setattr(cli, "listen", lambda _: socket.socket())
     monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
     Image.fromarray(load_digits(0.02, seed=0).splits["test"].images[0, 0].numpy()).save(tmp_path / "digit.png")
