@@ -184,7 +184,7 @@ def best_arm(store: "Store", settings: "Settings", arguments: argparse.Namespace
     from mnist_exp.sweep.summary import rank_arms
 
     sweep = store.find_sweep(arguments.sweep)
-    objective = sweep.objective
+    objective = sweep.record.objective
     arms = rank_arms(store.children(sweep.run_id), objective)
     if not arms:
         raise UserError(
@@ -212,7 +212,7 @@ def promote_model(store: "Store", settings: "Settings", arguments: argparse.Name
     else:
         champion = store.find_champion(arguments.name, arguments.alias)
         sweep = store.find_sweep(arguments.sweep)
-        decision = decide_by_sweep(frame([(sweep, store.children(sweep.run_id))]), sweep.objective, champion)
+        decision = decide_by_sweep(frame([(sweep, store.children(sweep.run_id))]), sweep.record.objective, champion)
         if decision.run_id is None:
             show_lines([decision.reason])
             return

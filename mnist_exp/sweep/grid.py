@@ -101,7 +101,7 @@ class GridSweep:
             getattr(self.launcher, "warm_up", lambda: None)()  # now that nothing can be refused any more
             launching = [override for override in hydra.overrides.hydra if "launcher" in override]
             selecting = [*self.selecting_overrides, *launching]
-            objective = stored.objective if stored else settings.objective
+            objective = stored.record.objective if stored else settings.objective
             plan = Plan(self.name, grids, jobs, total, swept_keys, locations, selecting, objective)
             parent = lock.enter_context(open_parent(store, settings, plan, stored))
             for child, number in renumbered:

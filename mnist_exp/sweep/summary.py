@@ -118,7 +118,7 @@ def sweep_metrics(rows: list[dict[str, str]], children: list[RunRecord], objecti
     finished, failed = statuses["FINISHED"], statuses["FAILED"] + statuses["KILLED"]
     best = _ranked(children, objective)
     counts = {"sweep/jobs_finished": float(finished), "sweep/jobs_failed": float(failed)}
-    return counts | ({f"sweep/best_{objective.replace('/', '_')}": best[0].metrics[objective]} if best else {})
+    return counts | ({"sweep/best_objective": best[0].metrics[objective]} if best else {})
 
 
 def _ranked(children: Iterable[RunRecord], objective: str) -> list[RunRecord]:
@@ -158,7 +158,7 @@ def describe_sweep(
         tied = f"{len(best)} tie: " if len(best) > 1 else ""
         lines.append(f"Best by {objective}, {format_metric(objective, highest)}: {tied}{links}{more}.")
     finished = sum(row["status"] == "FINISHED" for row in rows)
-    if finished and (curves := store.link_curves(sweep_id, finished)):
+    if finished and (curves := store.link_curves(sweep_id, finished, objective)):
         lines += ["", f"[Curves by arm]({curves}), each the mean over its runs."]
     if len(grids) > 1:
         lines += ["", "Its grids:", *(f"- `{shlex.join(grid)}`" for grid in grids)]

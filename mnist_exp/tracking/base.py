@@ -111,6 +111,11 @@ class RunRecord:
         return self.tags.get(tag.COMMIT, "")
 
     @property
+    def objective(self) -> str:
+        """Of the parent of a sweep: the metric that decides."""
+        return self.tags.get(tag.OBJECTIVE, str(Settings.model_fields["objective"].default))
+
+    @property
     def is_done(self) -> bool:
         """Whether no work is left: the run has finished, or a search has pruned it."""
         return self.status == "FINISHED" or tag.PRUNED in self.tags
@@ -143,11 +148,6 @@ class Sweep:
     def sweeper(self) -> str:
         """The name of what proposes the jobs: `grid` or `optuna`."""
         return self.record.tags.get(tag.SWEEPER, "")
-
-    @property
-    def objective(self) -> str:
-        """The metric that decides."""
-        return self.record.tags.get(tag.OBJECTIVE, str(Settings.model_fields["objective"].default))
 
     @property
     def total(self) -> int:
@@ -602,6 +602,6 @@ class Store:
         """Return a link to a run, or to its artifact `path`, for a description; empty if there are no links."""
         return ""
 
-    def link_curves(self, sweep_id: str, finished: int) -> str:
+    def link_curves(self, sweep_id: str, finished: int, objective: str) -> str:
         """Save the view of the curves of a sweep with `finished` finished runs; return a link to it, empty if that fails."""
         return ""

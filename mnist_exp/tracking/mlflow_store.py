@@ -294,10 +294,10 @@ class MLflowStore(Store):
     def ui_hint(self, run_id: str) -> str:
         return f"Open it in the MLflow UI: {self.page(run_id) or command('ui', run_id)}"
 
-    def link_curves(self, sweep_id: str, finished: int) -> str:
+    def link_curves(self, sweep_id: str, finished: int, objective: str) -> str:
         key = f"{CURVES}-{sweep_id[:8]}"
         try:  # each time, because the name of the view counts the runs
-            self.client.set_experiment_tag(self.experiment_id, VIEW_PREFIX + key, curves_tag(sweep_id, finished))
+            self.client.set_experiment_tag(self.experiment_id, VIEW_PREFIX + key, curves_tag(sweep_id, finished, objective))
             for name in surplus_curves(self.client.get_experiment(self.experiment_id).tags):
                 self.client.delete_experiment_tag(self.experiment_id, name)
         except MlflowException:  # the sweep has its results without a view

@@ -95,7 +95,7 @@ def list_pages(store: "MLflowStore", run_id: str | None, view: str | None) -> di
     store.experiment_id = run.experiment_id
     if SWEEP_JOBS in run.tags:
         finished = sum(record.status == "FINISHED" for record in store.children(run.run_id))
-        if curves := store.link_curves(run.run_id, finished):
+        if curves := store.link_curves(run.run_id, finished, run.objective):
             saved = {"Curves by arm": f"/{curves}"} | saved
     elif view == views.CURVES:
         raise UserError.invalid("--view", view, f"a sweep with it: run {run.run_id} is a single run")

@@ -40,11 +40,11 @@ def view_tag(view: Mapping[str, Any]) -> str:
     return json.dumps({"name": view["name"], "createdAt": int(time.time() * 1000), "state": f"deflate;{packed}"})
 
 
-def curves_tag(sweep_id: str, finished: int) -> str:
+def curves_tag(sweep_id: str, finished: int, objective: str) -> str:
     """Return the view of the curves of a sweep's arms, each the mean over its finished runs, as the value of its tag."""
     runs = f"the first {MAX_LOADED} of {finished} runs" if finished > MAX_LOADED else f"{finished} runs"
     template = Template(json.dumps(TEMPLATES[CURVES]))
-    return view_tag(json.loads(template.substitute(sweep_id=sweep_id, sweep=sweep_id[:8], runs=runs)))
+    return view_tag(json.loads(template.substitute(sweep_id=sweep_id, sweep=sweep_id[:8], runs=runs, objective=objective)))
 
 
 def surplus_curves(tags: Mapping[str, str]) -> list[str]:

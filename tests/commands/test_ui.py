@@ -174,7 +174,7 @@ def test_sweeps_and_costs_have_their_views(ui: Ui, visit: Open, store: str, sing
     page = visit(links["Sweeps"])
     expect(page.get_by_role("link", name="sweep model by seed")).to_be_visible()
     assert page.get_by_role("link", name="se_cnn mnist seed=7").count() == 0, "parents only"
-    for name in ("sweep/jobs_finished", "sweep/jobs_failed", "sweep/best_val_accuracy"):
+    for name in ("sweep/jobs_finished", "sweep/jobs_failed", "sweep/best_objective"):
         expect(page.get_by_text(name, exact=True).first).to_be_visible()
     page = visit(links["Accuracy against cost"])
     for cost, traces in zip(("model/parameters", "time/total_seconds"), drawn(page).values(), strict=False):

@@ -50,7 +50,7 @@ def test_a_view_is_written_once_and_stays_as_someone_changed_it(opened: MLflowSt
 
 def test_the_view_of_a_sweep_counts_its_runs(opened: MLflowStore) -> None:
     for finished in (3, 15):  # shown while it runs, and at its end
-        assert f"viewStateShareKey={CURVES}-01234567&" in opened.link_curves(SWEEP, finished)
+        assert f"viewStateShareKey={CURVES}-01234567&" in opened.link_curves(SWEEP, finished, "val/accuracy")
     view = saved(opened)[f"{CURVES}-01234567"]
     assert "15 runs" in json.loads(view)["name"]
     assert SWEEP in state(view)["searchFilter"]
@@ -61,16 +61,16 @@ def test_only_the_newest_sweeps_keep_a_view(opened: MLflowStore, monkeypatch: py
     monkeypatch.setattr(time, "time", lambda: float(next(seconds)))
     ids = [f"{number:08x}" * 4 for number in range(MAX_SWEEPS + 2)]
     for sweep_id in ids:
-        opened.link_curves(sweep_id, 15)
+        opened.link_curves(sweep_id, 15, "val/accuracy")
     assert saved(opened).keys() == {*VIEWS, *(f"{CURVES}-{sweep_id[:8]}" for sweep_id in ids[2:])}
 
 
 def test_the_name_says_how_many_runs_the_ui_averages() -> None:
-    assert json.loads(curves_tag(SWEEP, 300))["name"].endswith("first 100 of 300 runs")
+    assert json.loads(curves_tag(SWEEP, 300, "val/accuracy"))["name"].endswith("first 100 of 300 runs")
 
 
 def test_every_view_fits_into_a_tag(opened: MLflowStore) -> None:
-    values = [*saved(opened).values(), curves_tag(SWEEP, 300)]
+    values = [*saved(opened).values(), curves_tag(SWEEP, 300, "val/accuracy")]
     assert max(map(len, values)) <= MAX_EXPERIMENT_TAG_VAL_LENGTH
 
 
