@@ -189,9 +189,7 @@ def publish(
     for comparison, sweep in product(comparisons, sweeps):
         shown = notes[comparison.factor]
         repeated = commands(sweeps, comparison, arguments)
-        page = report.render(
-            comparison, shown, records, histories, sweep.record, repeated, images, sweep.record.objective, store.page
-        )
+        page = report.render(comparison, shown, records, histories, sweep.record, repeated, images, store.page)
         with tempfile.TemporaryDirectory() as folder:
             factor = re.sub(r"[^-.\w]", "_", comparison.factor)  # a name for files and tags
             report_file, picture = (Path(folder, f"compare-{factor}.{suffix}") for suffix in ("html", "png"))

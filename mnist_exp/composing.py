@@ -102,9 +102,9 @@ def explain(error: Exception) -> UserError:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         if group.startswith("hydra/") and (extra := missing_extra(str(error.missing_cfg_file))):
             return UserError(extra)
-        if error.options:
-            options = ", ".join(sorted(error.options))
-            return UserError.invalid(group, option, f"one of {options}{did_you_mean(option, list(error.options))}")
+        known = error.options or [file.stem for folder in config_dirs() for file in (folder / group).glob("*.yaml")]
+        if known:
+            return UserError.invalid(group, option, f"one of {', '.join(sorted(known))}{did_you_mean(option, known)}")
     if several := re.match(r"(?:(Ambiguous) value for argument|Sweep parameters) '([^=']+)=(.*)'", text):
         is_ambiguous, key, values = several.groups()
         other = f"write {key}=[{values}] for a list, \"{key}='{values}'\" for text"

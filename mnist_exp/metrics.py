@@ -54,6 +54,12 @@ METRICS = {
         Metric("examples_per_second", ",.0f", "examples/s", "examples/s", higher_is_better=True, is_measured_time=True),
     )
 }
+# The metrics that can decide: those of an evaluation with a best direction, on validation images.
+OBJECTIVES = tuple(
+    f"val/{metric.name}"
+    for metric in METRICS.values()
+    if metric.higher_is_better is not None and not (metric.is_exact or metric.is_measured_time)
+)
 OTHER = Metric("other", ".4g")
 SHOWN = ("test/accuracy", "test/loss", "time/total_seconds")  # in tables of runs, after the objective
 EVALUATION = "evaluate/"  # begins the names of metrics of stored models: no command selects runs by them

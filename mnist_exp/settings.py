@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from mnist_exp.errors import Count, Mark, MissingDataError, UserError
-from mnist_exp.metrics import METRICS
+from mnist_exp.metrics import OBJECTIVES
 from mnist_exp.nodes import (
     CHECKED,
     build,
@@ -54,9 +54,8 @@ def _run_id(value: Any, *others: str) -> Any:
 
 
 def _objective(value: str) -> str:
-    if not value.startswith("val/") or value.removeprefix("val/") not in METRICS:
-        known = " or ".join(f"val/{name}" for name, metric in METRICS.items() if metric.higher_is_better is not None)
-        raise PydanticCustomError("expected", "a validation metric, {known}", {"known": known})
+    if value not in OBJECTIVES:
+        raise PydanticCustomError("expected", "a validation metric: {known}", {"known": " or ".join(OBJECTIVES)})
     return value
 
 

@@ -37,7 +37,6 @@ def render(
     parent: RunRecord,
     commands: Sequence[str],
     images: "tuple[Tensor, Sequence[str]] | None",
-    objective: str,
     page: Callable[[str], str | None],
 ) -> str:
     """Return the report as HTML with all text escaped.
@@ -51,7 +50,6 @@ def render(
         commands: The commands that repeat sweep and comparison.
         images: The images (n, channels, h, w), uint8, that the mistakes were made on, and the names of their classes; None if
             they are not at hand.
-        objective: The metric that decides.
         page: Returns the address of a run's page, None without one.
     """
     has_one_test_set = comparison.runs.get(f"{DIGEST}test", pd.Series(dtype=str)).replace("", None).nunique() <= 1
@@ -62,7 +60,7 @@ def render(
         found = {
             "differences": figures.differences_or_curve(comparison),
             "every_run": figures.every_run(comparison),
-            "learning_curves": figures.learning_curves(comparison, by_arm, objective),
+            "learning_curves": figures.learning_curves(comparison, by_arm, parent.objective),
             "mistakes": figures.mistakes(comparison, by_arm, names),
         }
         inline = {name: _inline_svg(name, figure, page) if figure else None for name, figure in found.items()}

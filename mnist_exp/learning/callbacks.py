@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_exp.errors import Count, Fraction, NonNegative, UserError
-from mnist_exp.metrics import METRICS, metric_of
+from mnist_exp.metrics import OBJECTIVES, metric_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -102,12 +102,10 @@ class EarlyStopping(Callback):
     """
 
     def __init__(self, metric: str, patience: Count, min_delta: NonNegative = 0.0) -> None:
-        higher_is_better = metric_of(metric).higher_is_better
-        if not metric.startswith("val/") or higher_is_better is None:
-            known = " or ".join(f"val/{name}" for name, item in METRICS.items() if item.higher_is_better is not None)
-            raise UserError.invalid("metric", metric, f"a validation metric, {known}")
+        if metric not in OBJECTIVES:
+            raise UserError.invalid("metric", metric, f"a validation metric: {' or '.join(OBJECTIVES)}")
         self.metric, self.patience, self.min_delta = metric, patience, min_delta
-        self.sign = 1 if higher_is_better else -1
+        self.sign = 1 if metric_of(metric).higher_is_better else -1
 
     def check(self, model: nn.Module, validation: str | None) -> None:
         if validation is None:

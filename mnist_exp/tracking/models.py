@@ -87,7 +87,10 @@ def whole_id(store: "Store", text: str, output_dir: Path) -> str:
     """
     if re.fullmatch(WHOLE, text):
         return text
-    source = store.find_model(text, output_dir)
+    try:
+        source = store.find_model(text, output_dir)
+    except UserError as error:
+        raise UserError(f"init={text} names no model. {error}", key="init", value=text) from error
     if text.startswith("models:/"):
         name = f"models:/{source.model_id}" if source.model_id else source.address
     else:
