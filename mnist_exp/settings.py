@@ -234,14 +234,6 @@ def check_format(content: Any, source: str) -> None:
         )
 
 
-def stored_node(group: str, node: Any, source: str) -> dict[str, Any]:
-    """Return a node of a group from a store, checked as `read_recipe` does; raises UserError."""
-    if not isinstance(node, dict) or "_target_" not in node:
-        raise UserError(f"{source} contains no readable node {group}.")
-    check_nodes({group: node})
-    return node
-
-
 def defaults_of_newer_keys(settings: Settings) -> dict[str, Any]:
     """Return the keys that a stored configuration lacks, because it is older than they are, and the defaults that apply."""
     unset = Settings.model_fields.keys() - settings.model_fields_set - {"data_description", JOB_KEY}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mnist_exp.errors import Count, DownloadFolder, Fraction, Location, Mark, MissingDataError, UserError
 from mnist_exp.learning.data import Dataset, Split, generator
-from mnist_exp.learning.pictures import find_pictures, open_picture, plain
+from mnist_exp.learning.pictures import find_pictures, flatten, open_picture, plain
 
 MNIST_EPOCH = 60_000
 DIGITS = tuple("0123456789")
@@ -230,12 +230,10 @@ def load_folder(
     names = sorted(folder.name for folder in base.iterdir() if folder.is_dir() and find_pictures(folder))
     if len(names) < 2:
         raise UserError.invalid("root", root, f"{layout}, with at least two classes", f"Found the classes {names}.")
-    images, labels = _read_classes(base, names, side, channels)
+    images, labels, is_test = _read_classes(base, names, side, channels)
     if has_parts:
-        test_images, test_labels = _read_classes(parts["test"], names, side, channels)
+        test_images, test_labels, _ = _read_classes(parts["test"], names, side, channels)
     else:
-        pixels = [hashlib.sha256(image.numpy().tobytes()).digest() for image in images]
-        is_test = torch.tensor([int.from_bytes(digest[:8]) % TEST_SHARE == 0 for digest in pixels])
         test_images, test_labels = images[is_test], labels[is_test]
         images, labels = images[~is_test], labels[~is_test]
     if not (len(test_labels) and len(labels)):
@@ -247,25 +245,39 @@ def load_folder(
     return Dataset(title, str(place), names, splits, "finetune", subset=subset, locations={"root": str(place)})
 
 
-def _read_classes(folder: Path, names: Sequence[str], side: int, channels: int) -> tuple[Tensor, Tensor]:
-    """Return the images (n, channels, side, side) uint8 and the labels (n,) int64 of the pictures in FOLDER/CLASS/*."""
+def _read_classes(folder: Path, names: Sequence[str], side: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the pictures in FOLDER/CLASS/*.
+
+    Returns:
+        Images (n, channels, side, side) uint8, labels (n,) int64, and whether the pixels choose an image for the test (n,) bool.
+    """
     others = sorted(item.name for item in folder.iterdir() if item.name not in names and item.is_dir() and find_pictures(item))
     if others:
         raise UserError.invalid("root", folder, f"the classes {', '.join(names)}", f"Remove {', '.join(others)}.")
     files = [(path, label) for label, name in enumerate(names) for path in find_pictures(folder / name)]
-    images = [_read_picture(path, path.stat().st_mtime_ns, side, channels) for path, _ in files]
-    stacked = torch.stack(images) if images else torch.empty(0, channels, side, side, dtype=torch.uint8)
-    return stacked, torch.tensor([label for _, label in files], dtype=torch.int64)
+    read = [_read_picture(path, path.stat().st_mtime_ns, side, channels) for path, _ in files]
+    images = torch.stack([image for image, _ in read]) if read else torch.empty(0, channels, side, side, dtype=torch.uint8)
+    labels = torch.tensor([label for _, label in files], dtype=torch.int64)
+    return images, labels, torch.tensor([is_test for _, is_test in read], dtype=torch.bool)
 
 
 @cache  # the jobs of a sweep share a process
-def _read_picture(path: Path, changed: int, side: int, channels: int) -> Tensor:
-    """Return the image (channels, side, side) uint8 of a picture; changed: the time of its last change."""
+def _read_picture(path: Path, changed: int, side: int, channels: int) -> tuple[Tensor, bool]:
+    """Return the image (channels, side, side) uint8 of a picture, and whether its pixels choose it for the test.
+
+    Args:
+        path: The file.
+        changed: The time of its last change.
+        side: Height and width of the image.
+        channels: 1 for gray values, 3 for colors.
+    """
     try:
-        pixels = plain(open_picture(path), side, channels)
+        picture = flatten(open_picture(path))
+        pixels = torch.from_numpy(plain(picture, side, channels).copy()).view(side, side, channels)
     except UserError as error:
         raise UserError(f"{path}: {error}.", key="root", value=str(path), remedy="Correct the file, or remove it.") from error
-    return torch.from_numpy(pixels.copy()).view(side, side, channels).movedim(2, 0)
+    digest = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).digest()
+    return pixels.movedim(2, 0), int.from_bytes(digest[:8]) % TEST_SHARE == 0
 
 
 def _train_and_finetune(

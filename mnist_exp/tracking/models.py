@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mnist_exp.errors import UserError, first_line
-from mnist_exp.nodes import build
-from mnist_exp.settings import FORMAT, DataDescription, Settings, check_format, stored_node
+from mnist_exp.nodes import build, check_nodes
+from mnist_exp.settings import FORMAT, DataDescription, Settings, check_format
 from mnist_exp.storage.checkpoint import read_archive
 from mnist_exp.storage.run_dir import disk_error, remove_folder
 
@@ -61,7 +61,8 @@ def read_model(folder: Path) -> tuple[nn.Module, DataDescription]:
         content = json.loads((folder / SETTINGS).read_bytes())
         check_format(content, f"{folder / SETTINGS}")
         data = DataDescription.model_validate_json(json.dumps(content["data_description"]))
-        node = stored_node("model", content["model"], str(folder))
+        node = content["model"]
+        check_nodes({"model": node})
         weights = torch.load(read_archive(folder / WEIGHTS), map_location="cpu", weights_only=True)
         with torch.device("meta"):  # a network of another size is refused before it takes memory
             build(node, "model", **data.shape).load_state_dict(weights, assign=True)

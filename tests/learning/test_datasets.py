@@ -207,6 +207,8 @@ def test_equal_pictures_never_lie_in_training_and_test(tmp_path: Path) -> None:
     assert 20 < len(test) < 60
     again = folder(root=str(tmp_path), channels=1, seed=1)
     assert again.splits["test"].digest == data.splits["test"].digest
+    larger = folder(root=str(tmp_path), channels=1, side=40)
+    assert larger.splits["test"].labels.equal(data.splits["test"].labels), "the size of the images does not matter"
 
 
 def test_pictures_of_any_size_are_scaled_with_their_aspect_ratio(tmp_path: Path) -> None:
