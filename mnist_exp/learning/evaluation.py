@@ -1,5 +1,6 @@
 """Evaluation of a model on a split. Values are returned, never logged."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,18 +12,36 @@ from mnist_exp.learning.data import Split
 from mnist_exp.metrics import METRICS
 
 BATCH_SIZE = 250  # larger batches exceed the CPU's cache and take twice as long
+Metric = Callable[[Tensor, Tensor], float]
+EVALUATED: list[Metric] = []  # the metrics of an evaluation
 
 
+def metric(function: Metric) -> Metric:
+    """Make a function of logits (n, classes) float32 and labels (n,) int64 a metric of every evaluation, under its own name.
+
+    Raises:
+        UserError: `metrics.py` has no entry of that name.
+    """
+    if function.__name__ not in METRICS:
+        remedy = "Add a line that says how it is displayed, and whether higher is better."
+        raise UserError(f"The metric {function.__name__} has no entry in metrics.py.", key=function.__name__, remedy=remedy)
+    EVALUATED.append(function)
+    return function
+
+
+@metric
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Return the fraction of correct predictions, 0 to 1."""
     return int((logits.argmax(1) == labels).sum()) / len(labels)
 
 
+@metric
 def loss(logits: Tensor, labels: Tensor) -> float:
     """Return the mean cross-entropy, in nats."""
     return F.cross_entropy(logits, labels).item()
 
 
+@metric
 def calibration_error(logits: Tensor, labels: Tensor) -> float:
     """Return the expected calibration error, 0 to 1: the mean gap between confidence and accuracy in 15 equal-width bins.
 
@@ -32,13 +51,6 @@ def calibration_error(logits: Tensor, labels: Tensor) -> float:
     bins = (confidences * 15).ceil().long() - 1  # bin m covers (m / 15, (m + 1) / 15]
     gaps = (predictions == labels).double() - confidences
     return float(torch.zeros(15, dtype=torch.double).index_add_(0, bins.clamp(0, 14), gaps).abs().sum()) / len(labels)
-
-
-# The metrics of an evaluation: functions of logits (n, classes) float32 and labels (n,) int64. `metrics.py` has their formats.
-EVALUATED = [accuracy, loss, calibration_error]
-for function in EVALUATED:
-    if function.__name__ not in METRICS:
-        raise UserError(f"The metric {function.__name__} has no entry in metrics.py.", key="METRICS", remedy="Add a line there.")
 
 
 @dataclass(frozen=True)

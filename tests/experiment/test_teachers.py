@@ -48,6 +48,11 @@ def test_a_student_is_trained_resumed_and_rerun(in_process: CommandLine, store: 
     assert f"teacher.runs={teacher}" in refused.stderr
 
 
+def test_a_run_that_ended_early_can_teach(composed: Compose, digits: Dataset, tmp_path: Path) -> None:
+    run = finished(composed("data=digits", "phases.finetune.epochs=50"), digits, tmp_path)
+    assert ensemble(digits, tmp_path, [run]).networks
+
+
 def test_runs_that_cannot_teach(composed: Compose, digits: Dataset, tmp_path: Path) -> None:
     settings = composed("data=digits")
     run, pruned = finished(settings, digits, tmp_path), finished(settings, digits, tmp_path, ended=False)
