@@ -153,7 +153,9 @@ def describe_sweep(
     if ranked := _ranked(children, objective):
         highest = ranked[0].metrics[objective]
         best = [child for child in ranked if child.metrics[objective] == highest]
-        links = ", ".join(f"[{child.name}]({store.link(child.run_id)})" for child in best[:BEST_SHOWN])
+        links = ", ".join(
+            f"[{child.name}]({link})" if (link := store.link(child.run_id)) else child.name for child in best[:BEST_SHOWN]
+        )
         more = f" and {len(best) - BEST_SHOWN} more" if len(best) > BEST_SHOWN else ""
         tied = f"{len(best)} tie: " if len(best) > 1 else ""
         lines.append(f"Best by {objective}, {format_metric(objective, highest)}: {tied}{links}{more}.")
