@@ -83,9 +83,12 @@ def searchpath(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def write_examples(folder: Path) -> None:
-    """Write the YAML files of docs/extending.md, and add its code to the modules, each named by the first line of its block."""
+    """Write the YAML files of docs/extending.md, and add its code to the modules; the first line of a block names its file.
+
+    Before it, there may be a directive of Hydra, which must come first: # @package
+    """
     for block in blocks(EXTENDING, "yaml") + blocks(EXTENDING, "python"):
-        if not (name := re.match(r"# (\S+\.(?:yaml|py))\n", block)):
+        if not (name := re.match(r"(?:# @.*\n)?# (\S+\.(?:yaml|py))\n", block)):
             continue
         if name[1] == "mnist_exp/metrics.py":
             block = f"added = (\n{block})\nMETRICS[added.name] = added\n"
@@ -152,8 +155,10 @@ def test_the_extensions_train(tmp_path: Path) -> None:
     write_examples(tmp_path)
     images, labels = np.random.default_rng(0).integers(0, 256, (6400, 28, 28), np.uint8), np.arange(6400) % 10
     np.savez(tmp_path / "digits.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
-    options = ["optimizer=nadam", "scheduler=linear", "augmentation=noise", "model=mlp", "data=npz", "tracking=none"]
-    command = [sys.executable, "-m", "mnist_exp.run", *options]
+    parts = ["optimizer=nadam", "scheduler=linear", "augmentation=affine_noise", "loss=margin", "callbacks=[gradients]"]
+    options = ["phase=[warmup,train,finetune]", "model=mlp", "data=npz", "objective=val/macro_f1", "tracking=none"]
+    frozen = "phases.warmup.callbacks.freeze.modules=[hidden]"
+    command = [sys.executable, "-m", "mnist_exp.run", *parts, *options, frozen]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "test/macro_f1" in done.stdout
