@@ -162,7 +162,7 @@ def find_images(store: "Store", settings: "Settings", records: "Mapping[str, Run
         run = next(iter(records.values()))
         for content in store.read_artifacts([run], RECIPE).values():
             recipe = read_recipe(content, f"{RECIPE} of run {run.run_id}")
-            node = locate_data(recipe.settings.data, settings.data)
+            node = locate_data(recipe.settings, settings.data)
             kept = {key: value for key, value in node.items() if key not in marked(node, "data", Mark.NEUTRAL)}  # no download
             data: Dataset = build(kept, "data", seed=recipe.settings.seed)
             if data.digests[data.eval_split] == run.digests.get(data.eval_split):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -110,6 +110,7 @@ class DataDescription(BaseModel):
         channels: 1 for gray values, 3 for colors.
         preparation: How pictures become images: `handwriting` for digits, else `plain`.
         digests: The digest of each split.
+        locations: The places where the data were found, by the arguments of their function.
         trained_on: The splits that the model may have been trained on, also as another model before it.
     """
 
@@ -120,6 +121,7 @@ class DataDescription(BaseModel):
     channels: Count
     preparation: Literal["handwriting", "plain"] = "plain"
     digests: dict[str, str] = Field(default_factory=dict)
+    locations: dict[str, str] = Field(default_factory=dict)
     trained_on: list[str] = Field(default_factory=list)
 
     def may_have_trained_on(self, other: "DataDescription", split: str) -> bool:
@@ -163,7 +165,7 @@ class Settings(BaseModel):
     sweep_job: JobContext | None = None
     data_description: DataDescription | None = None
 
-    def digest(self, counted: Container[str] = ()) -> str:
+    def digest(self, counted: Collection[str] = ()) -> str:
         """Return a digest of the settings that affect the results of a run, with newer keys at their defaults.
 
         Args:
@@ -175,7 +177,7 @@ class Settings(BaseModel):
         recipe = _comparable(self.model_dump(mode="json", exclude=excluded), "")
         for group in ("data", "model"):
             for name in marked(recipe[group], group, *Mark):
-                if f"{group}.{name}" not in counted:
+                if not {group, f"{group}.{name}"} & set(counted):
                     recipe[group].pop(name, None)
         return _digest_of(recipe)
 
@@ -301,11 +303,12 @@ class Trial:
     def __init__(self) -> None:
         self._results: dict[str, Any] = {}
 
-    def try_out(self, settings: Settings, *, read_data: bool = False) -> None:
+    def try_out(self, settings: Settings, *, read_data: bool = False, needs_validation: bool = False) -> None:
         """Check the arguments of every target of a configuration.
 
         Args:
             settings: The configuration.
+            needs_validation: Whether a phase must be validated, if the images are read.
             read_data: Whether to read the images, which tell whether the model and the phases fit them. This is skipped if this
                 machine, such as the head of a cluster, lacks them.
 
@@ -325,8 +328,12 @@ class Trial:
             parts = PARTS.keys() & node
             keys = {part: part if str(node[part]) == shared.get(part) else f"phases.{name}.{part}" for part in parts}
             phases[name] = self._once(_try_phase, node, f"phases.{name}", keys)
-        if data:
-            check_phases(phases, data, model)
+        if data and not any(check_phases(phases, data, model).values()) and needs_validation:
+            raise UserError(
+                f"No phase measures {settings.objective}: all train on the images that validate, {data.validation}.",
+                key="phases",
+                remedy="Train first on others, such as phase=[train].",
+            )
 
     def _once(self, function: Callable[..., Any], *arguments: Any) -> Any:
         text = json.dumps([function.__name__, *arguments], sort_keys=True)
@@ -373,7 +380,7 @@ def _try_phase(node: dict[str, Any], key: str, keys: dict[str, str]) -> Any:
             stepped.step()
         except Exception as error:  # torch and extensions raise exceptions of any kind
             expected = f"one that steps after every batch, without a {lacks}"
-            raise UserError.invalid(keys[part], node[part]["_target_"], expected, f"Choose another {part}: {error}.") from error
+            raise UserError.invalid(keys[part], node[part]["_target_"], expected, f"Choose another {part}: {error}") from error
     return phase
 
 

@@ -115,29 +115,32 @@ def with_present_locations(stored: Recipe, settings: Settings, **changes: Any) -
     for key, value in defaults_of_newer_keys(stored.settings).items():
         print(f"The stored recipe is older than the key {key}: its default {value} applies.", file=sys.stderr)
     present = {name: getattr(settings, name) for name in ("output_dir", "tracking", "sweep")}
-    present |= {"resume": None, "rerun": None, "data": locate_data(stored.settings.data, settings.data)}
+    present |= {"resume": None, "rerun": None, "data": locate_data(stored.settings, settings.data)}
     return replace(stored, settings=stored.settings.model_copy(update=present | changes))
 
 
-def locate_data(stored: Node, present: Node) -> Node:
-    """Return the node of the data of a stored recipe, with the places where the data are on this machine.
+def locate_data(stored: Settings, present: Node) -> Node:
+    """Return the node of the data of stored settings, with the places where the data are on this machine.
 
     The command line and conf/local go first, then the recorded place if it exists. Arguments that do not affect the results,
     such as a folder to download to, are never taken from the recipe.
 
     Args:
-        stored: The stored node.
+        stored: The settings.
         present: The node of this command line, perhaps of another data set.
     """
-    node, own = dict(stored), present if present["_target_"] == stored["_target_"] else {}
-    for name in marked(stored, "data", Mark.NEUTRAL):
+    node, own = dict(stored.data), present if present["_target_"] == stored.data["_target_"] else {}
+    for name in marked(node, "data", Mark.NEUTRAL):
         node.pop(name, None)
         node |= {name: own[name]} if name in own else {}
-    for name in marked(stored, "data", Mark.LOCATION):
+    recorded = stored.data_description.locations if stored.data_description else {}
+    for name in marked(node, "data", Mark.LOCATION):
         is_chosen = f"data.{name}" in typed or name in local_defaults("data")
-        recorded = node.get(name)
+        place = recorded.get(name) or node.get(name)
         if name in present and is_chosen:
             node[name] = present[name]
-        elif name in own and not (recorded and Path(recorded).exists()):
+        elif place and (name not in own or Path(place).exists()):
+            node[name] = place
+        elif name in own:
             node[name] = own[name]
     return node

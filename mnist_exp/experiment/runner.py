@@ -183,8 +183,7 @@ def start_run(request: RunRequest, prepared: Prepared) -> AbstractContextManager
     if data.warning:
         prepared.display.warn(data.warning)
     # The description lets others use the model without the data; a resumed or repeated run looks for the data where they were.
-    found = {"data_description": prepared.description, "data": {**request.settings.data, **data.locations}}
-    settings = request.settings.model_copy(update=found)
+    settings = request.settings.model_copy(update={"data_description": prepared.description})
     initial = Checkpoint(
         run_id=saved.run_id if saved else "",
         recipe=replace(request.recipe, settings=settings),

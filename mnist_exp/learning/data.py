@@ -133,7 +133,7 @@ class Dataset:
     def description(self) -> dict[str, Any]:
         """What models and their users need to know of the data."""
         names = {"name": self.base, "class_names": list(self.class_names), "preparation": self.preparation}
-        return names | {"side": self.side, "channels": self.channels, "digests": self.digests}
+        return names | {"side": self.side, "channels": self.channels, "digests": self.digests, "locations": dict(self.locations)}
 
     @property
     def eval_split(self) -> str:

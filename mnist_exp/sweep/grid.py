@@ -61,7 +61,7 @@ class GridSweep:
             if f"hydra_{package}_launcher" in launcher and find_spec(package) is None:
                 raise UserError(missing_extra(launcher) or "", key="hydra/launcher", value=launcher)
         self.composed, self.params = composed, params
-        self.composer = Composer(context.config_loader, composed)
+        self.composer = Composer(context.config_loader, composed, needs_validation=self.name != GridSweep.name)
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=context, task_function=task, config=composed
         )

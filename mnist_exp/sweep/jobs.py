@@ -43,8 +43,8 @@ class Composer:
     Hydra takes a fifth of a second for each job, too long to find a mistake in the last of hundreds.
     """
 
-    def __init__(self, loader: ConfigLoader, composed: DictConfig) -> None:
-        self._loader, self._composed = loader, composed
+    def __init__(self, loader: ConfigLoader, composed: DictConfig, *, needs_validation: bool) -> None:
+        self._loader, self._composed, self._needs_validation = loader, composed, needs_validation
         self._bases: dict[tuple[str, ...], bytes] = {}  # pickled: copies of a configuration take four times as long
         self._trial = Trial()
 
@@ -83,7 +83,7 @@ class Composer:
 
     def _check_job(self, settings: Settings, overrides: Sequence[str]) -> None:
         check_repeats(settings, overrides)
-        self._trial.try_out(settings, read_data=True)
+        self._trial.try_out(settings, read_data=True, needs_validation=self._needs_validation)
 
     def _compose(self, overrides: Sequence[str]) -> DictConfig:
         plain = {override: parsed for override in overrides if (parsed := _plain_value(override))}

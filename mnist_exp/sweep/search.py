@@ -73,6 +73,7 @@ class SearchSweep(GridSweep):
     def define(self, stored: Sweep | None, grids: list[list[str]]) -> list[Job]:
         """Return the trials of a stored search; Optuna proposes others while it runs."""
         if stored is None:
+            self.composer.job(0, [override for override in grids[0] if not parse(override).is_sweep_override()])  # checks it
             return []
         folder = self.settings.output_dir / stored.run_id
         if not (folder / DATABASE).exists():

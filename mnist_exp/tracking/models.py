@@ -41,7 +41,7 @@ def save_model(folder: Path, model: nn.Module, settings: Settings) -> None:
     """
     data = settings.data_description
     assert data
-    content = {"format": FORMAT, "model": settings.model, "data_description": data.model_dump()}
+    content = {"format": FORMAT, "model": settings.model, "data_description": data.model_dump(exclude={"locations"})}
     try:
         remove_folder(folder)
         folder.mkdir()

@@ -81,6 +81,9 @@ def test_a_sweep_on_own_pictures_shows_the_mistakes(
         option = tmp_path / "options" / "data" / f"{name}.yaml"
         option.parent.mkdir(parents=True, exist_ok=True)
         option.write_text(f"defaults:\n  - folder\n  - _self_\nroot: {tmp_path / name}\nchannels: 3\nside: 20\n")
+    folder = ("--config-dir", str(tmp_path / "options"))
+    both = in_process(*folder, "-m", "data=animals,others", *QUICK[1:], "sweep.dry_run=true")
+    assert "2 jobs" in both.stdout, "options that differ in their place alone are two data sets"
     jobs = ("data=animals", "optimizer.lr=0.001,0.2", "seed=0,1", "hydra/launcher=basic", *QUICK[1:])
     done = in_process("--config-dir", str(tmp_path / "options"), "-m", *jobs)
     assert done.returncode == 0, done.stderr
@@ -91,6 +94,12 @@ def test_a_sweep_on_own_pictures_shows_the_mistakes(
     report = Path(file).read_text()
     assert "owl" in report
     assert "data:image/png" in report
+
+
+def test_a_search_without_validation_is_refused(refuse: Callable[..., str]) -> None:
+    pytest.importorskip("optuna")
+    search = ("-m", "hydra/sweeper=optuna", "data=digits", "phase=[finetune]", "phases.finetune.optimizer.lr=interval(0.1,0.4)")
+    assert "val/accuracy" in refuse(*search)
 
 
 def test_a_search_never_scores_test_images(in_process: CommandLine, store: str, call: Call) -> None:
