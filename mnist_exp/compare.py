@@ -163,7 +163,7 @@ def find_images(store: "Store", settings: "Settings", records: "Mapping[str, Run
         for content in store.read_artifacts([run], RECIPE).values():
             recipe = read_recipe(content, f"{RECIPE} of run {run.run_id}")
             node = locate_data(recipe.settings, settings.data)
-            kept = {key: value for key, value in node.items() if key not in marked(node, "data", Mark.NEUTRAL)}  # no download
+            kept = {key: value for key, value in node.items() if key not in marked(node, "data", Mark.DOWNLOAD)}  # no download
             data: Dataset = build(kept, "data", seed=recipe.settings.seed)
             if data.digests[data.eval_split] == run.digests.get(data.eval_split):
                 return data.splits[data.eval_split].images, list(data.class_names)

@@ -7,10 +7,11 @@ from annotated_types import Ge, Gt, Interval, MinLen
 
 
 class Mark(Enum):
-    """Marks of annotations: such an argument does not affect the results of a run, and is no part of its digest."""
+    """Marks of annotations: arguments that do not affect the results of a run, and are no part of its digest."""
 
-    LOCATION = "the place of data that are only read: a resumed or repeated run looks there, too"
-    NEUTRAL = "any other: of the data, a resumed or repeated run takes it from the present configuration"
+    LOCATION = "the place of data, which are only read; a resumed or repeated run looks there first"
+    DOWNLOAD = "a folder that data are downloaded to; never taken from a record"
+    LIMIT = "a limit that a value must not exceed"
 
 
 # Types of arguments. `nodes.build` checks the arguments of a node against the annotations of its target.
@@ -20,8 +21,8 @@ NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 Location = Annotated[str, MinLen(1), Mark.LOCATION]
-DownloadFolder = Annotated[str, MinLen(1), Mark.NEUTRAL]
-ParameterLimit = Annotated[Count | None, Mark.NEUTRAL]
+DownloadFolder = Annotated[str, MinLen(1), Mark.DOWNLOAD]
+ParameterLimit = Annotated[Count | None, Mark.LIMIT]
 
 
 class UserError(Exception):

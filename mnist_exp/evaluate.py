@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from mnist_exp.learning.data import Dataset
     from mnist_exp.learning.evaluation import Evaluation
-    from mnist_exp.tracking.base import ModelSource, RunRecord, Store
+    from mnist_exp.tracking.base import ModelSource, Store
 
 NO_NAME = r"[^-\w. ]"  # what the name of a metric must not contain
 
@@ -44,6 +44,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from mnist_exp.learning import evaluation
     from mnist_exp.nodes import build, marked
     from mnist_exp.serving.classifier import load_from
+    from mnist_exp.settings import DataDescription
 
     chosen = [f"data={quoted(arguments.data)}"] if arguments.data else []
     settings = cli.default_settings(*chosen)
@@ -54,14 +55,18 @@ def evaluate(arguments: argparse.Namespace) -> None:
         settings = cli.default_settings(*chosen, f"data.{places[0]}={quoted(arguments.data_root)}")
     classifier = load_from(settings, arguments.model)
     data = build(settings.data, "data", seed=0)
-    if data.shape != classifier.data.shape:
-        expected = f"data with the shape of the model, {classifier.data.shape}, not {data.shape}"
+    own = DataDescription(**data.description)
+    if (own.shape, own.class_names) != (classifier.data.shape, classifier.data.class_names):
+        expected = f"data with the images and classes of the model, {classifier.data.shape}, {classifier.data.class_names}"
         raise UserError.invalid("--data", data.name, expected)
     result = evaluation.evaluate(classifier.model, data.splits[data.eval_split])
     options = {"--data": arguments.data, "--data-root": arguments.data_root}
     typed = [word for option, value in options.items() if value for word in (option, value)]
     repeat = command("evaluate", classifier.source.address, *typed)
-    record(cli.find_store(settings), classifier.source, data, result, repeat, settings.output_dir)
+    warnings = [data.warning] if data.warning else []
+    if data.eval_split != "test" and classifier.data.may_have_trained_on(own, data.eval_split):
+        warnings.append(f"The model may have been trained on these images: its own run did not keep them for {data.eval_split}.")
+    record(cli.find_store(settings), classifier.source, data, result, warnings, repeat, settings.output_dir)
 
 
 def measures(evaluation: "Evaluation", class_names: "Sequence[str]") -> dict[str, float]:
@@ -76,16 +81,14 @@ def measures(evaluation: "Evaluation", class_names: "Sequence[str]") -> dict[str
     return {f"{EVALUATION}{name}": value for name, value in evaluation.metrics.items()} | by_class
 
 
-def caveats(trained: "RunRecord | None", data: "Dataset") -> list[str]:
-    """Return warnings if the images are not those that were asked for, or may have been trained on."""
-    split = data.eval_split
-    kept_apart = split == "test" or (trained is not None and trained.digests.get(split) == data.digests[split])
-    unsure = f"The model may have been trained on these images: its own run did not keep them for {split}."
-    return [*([data.warning] if data.warning else []), *([] if kept_apart else [unsure])]
-
-
 def record(
-    store: "Store", source: "ModelSource", data: "Dataset", evaluation: "Evaluation", repeat: str, output_dir: Path
+    store: "Store",
+    source: "ModelSource",
+    data: "Dataset",
+    evaluation: "Evaluation",
+    warnings: "Sequence[str]",
+    repeat: str,
+    output_dir: Path,
 ) -> None:
     """Record the result as a run that is linked to the model, its data and its training run; show it.
 
@@ -94,6 +97,7 @@ def record(
         source: The model's origin.
         data: The data set.
         evaluation: The result on its `eval_split`.
+        warnings: What to know about the result.
         repeat: The command that repeats the evaluation.
         output_dir: The folder of all runs.
     """
@@ -107,7 +111,7 @@ def record(
     if source.run_id:
         with suppress(UserError):  # the run was deleted, its model was not
             trained = store.get_run(source.run_id)
-    split, warnings, results = data.eval_split, caveats(trained, data), measures(evaluation, data.class_names)
+    split, results = data.eval_split, measures(evaluation, data.class_names)
     tags = provenance.git_tags() | provenance.software() | provenance.process_tags(output_dir)
     tags |= {DATA: data.name, MODEL: source.address} | ({TRAINED_BY: source.run_id} if source.run_id else {})
     rows = {name: format_metric(name, value) for name, value in results.items()} | {

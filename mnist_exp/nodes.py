@@ -131,7 +131,15 @@ def not_built(node: Mapping[str, Any], key: str, error: BaseException) -> UserEr
 
 
 def check_arguments(node: Mapping[str, Any], key: str) -> None:
-    """Raise UserError unless the target of the node `key` accepts its arguments, by name and by annotation."""
+    """Raise UserError unless the node `key` and all nodes in it have arguments that their targets accept."""
+    _check_node(node, key)
+    for name, value in walk(node):
+        if isinstance(value, dict) and "_target_" in value:
+            _check_node(value, f"{key}.{name}")
+
+
+def _check_node(node: Mapping[str, Any], key: str) -> None:
+    """Check the arguments of a single node, by name and by annotation."""
     target = _target(node, key)
     arguments = {name: value for name, value in node.items() if name not in RESERVED}
     try:
@@ -142,9 +150,6 @@ def check_arguments(node: Mapping[str, Any], key: str) -> None:
         known = [name for name, item in parameters.items() if name in arguments or item.default is not item.empty]
         for name in arguments.keys() - parameters.keys():
             raise unknown_key(f"{key}.{name}", known, f"an argument of {node['_target_']}")
-    for name, value in arguments.items():
-        if isinstance(value, dict) and "_target_" in value:
-            check_arguments(value, f"{key}.{name}")
     plain = {name: value for name, value in arguments.items() if not _has_target(value)}
     if model := _arguments_model(target, tuple(plain)):
         try:
@@ -190,7 +195,7 @@ def defaults_of(node: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def is_location(override: str) -> bool:
-    """Return whether an override sets a location: of runs, of the store, or of data."""
+    """Return whether an override sets a location: of runs, of the store, or of data, where a download goes included."""
     key = key_of(override)
     group, _, name = key.partition(".")
     return key in LOCATIONS or group == "tracking" or (group == "data" and name in _data_locations(tuple(config_dirs())))
@@ -218,7 +223,7 @@ def _data_locations(folders: tuple[Path, ...]) -> set[str]:
     for place, target in targets(folders):
         if place == "data._target_":
             try:
-                names.update(marked({"_target_": target}, "data", Mark.LOCATION))
+                names.update(marked({"_target_": target}, "data", Mark.LOCATION, Mark.DOWNLOAD))
             except UserError:  # its package is not installed; a run that chooses it says so
                 continue
     return names

@@ -115,7 +115,8 @@ def check_ids(overrides: Iterable[str]) -> None:
     """Raise UserError on an id that Hydra reads as a number: 1234e567 as infinity, 00123456 without its zeros."""
     for override in overrides:
         key, text = key_of(override), text_of(override)
-        ids = text.split(",") if key in ("init", "resume", "rerun", "sweep.resume", "sweep.extend") else []
+        is_id = key in ("init", "resume", "rerun", "sweep.resume", "sweep.extend")
+        ids = [text_of(choice) for choice in choices(override)] if is_id else []
         if any(isinstance(parse(f"{key}={item}").value(), int | float) for item in ids):
             quotes = ",".join(f"'{item}'" for item in ids)
             raise UserError.invalid(key, text, "an id that is not a number", f'Type it in quotes: "{key}={quotes}".')

@@ -63,7 +63,7 @@ def run_composed(composed: DictConfig) -> float | None:
         raise UserError(f"{' '.join(in_sweep_only)} needs a sweep.", key=in_sweep_only[0], remedy="Add -m as the first argument.")
     prune = None
     if context and context.in_search:
-        prune = partial(make_pruning_callback, settings.output_dir / context.sweep_id, context.number, settings.objective)
+        prune = partial(make_pruning_callback, settings.output_dir / context.sweep_id, context.number, context.objective)
     if settings.resume:
         result = repeat.resume(settings, typed, prune)
     elif settings.rerun:

@@ -82,6 +82,7 @@ class JobContext(BaseModel):
         number: The number of the job.
         color: The color of the job in charts, `#RRGGBB`.
         varied: The keys that differ between jobs.
+        objective: The metric that decides.
         data: The data set of the finished jobs, None if they differ.
         in_search: Whether a search proposed the job, and may stop it.
     """
@@ -91,6 +92,7 @@ class JobContext(BaseModel):
     number: Annotated[int, Field(ge=0)]
     color: Annotated[str, Field(pattern="^#[0-9A-Fa-f]{6}$")]
     varied: list[str]
+    objective: str
     data: str | None
     in_search: bool
 
@@ -111,7 +113,8 @@ class DataDescription(BaseModel):
         preparation: How pictures become images: `handwriting` for digits, else `plain`.
         digests: The digest of each split.
         locations: The places where the data were found, by the arguments of their function.
-        trained_on: The splits that the model may have been trained on, also as another model before it.
+        trained_on: The splits that the model may have been trained on.
+        before: The descriptions of the models that its weights came from.
     """
 
     model_config = CHECKED
@@ -123,9 +126,12 @@ class DataDescription(BaseModel):
     digests: dict[str, str] = Field(default_factory=dict)
     locations: dict[str, str] = Field(default_factory=dict)
     trained_on: list[str] = Field(default_factory=list)
+    before: list["DataDescription"] = Field(default_factory=list)
 
     def may_have_trained_on(self, other: "DataDescription", split: str) -> bool:
         """Return whether a model of this description may have been trained on images of a split of `other`."""
+        if any(earlier.may_have_trained_on(other, split) for earlier in self.before):
+            return True
         if self.digests.get(split) == other.digests[split]:
             return split in self.trained_on
         return self.name == other.name
@@ -150,7 +156,7 @@ class Settings(BaseModel):
     batch_size: Count
     data: Node
     model: Node
-    phases: dict[str, Node]
+    phases: Annotated[dict[str, Node], Field(min_length=1)]
     tracking: Node
     init: Annotated[str, Field(min_length=1)] | None = None
     init_strict: bool = True
@@ -165,11 +171,12 @@ class Settings(BaseModel):
     sweep_job: JobContext | None = None
     data_description: DataDescription | None = None
 
-    def digest(self, counted: Collection[str] = ()) -> str:
+    def digest(self, counted: Collection[str] = (), overrides: Iterable[str] = ()) -> str:
         """Return a digest of the settings that affect the results of a run, with newer keys at their defaults.
 
         Args:
             counted: Keys that count although they do not affect the results, because a sweep varies them.
+            overrides: The overrides of a job. Options that differ in the place of their data alone are different jobs.
         """
         if self.rerun:  # such a run brings its own recipe
             return _digest_of({"rerun": self.rerun})
@@ -177,9 +184,10 @@ class Settings(BaseModel):
         recipe = _comparable(self.model_dump(mode="json", exclude=excluded), "")
         for group in ("data", "model"):
             for name in marked(recipe[group], group, *Mark):
-                if not {group, f"{group}.{name}"} & set(counted):
+                if f"{group}.{name}" not in counted:
                     recipe[group].pop(name, None)
-        return _digest_of(recipe)
+        chosen = [override for override in overrides if key_of(override) in {"data", "experiment", "arm"} & set(counted)]
+        return _digest_of([recipe, sorted(chosen)] if chosen else recipe)
 
 
 @dataclass(frozen=True)

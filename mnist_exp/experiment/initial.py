@@ -9,25 +9,19 @@ from mnist_exp.tracking.base import Store
 from mnist_exp.tracking.models import digest_of, read_model
 
 
-def load_initial(model: nn.Module, settings: Settings, store: Store, data: Dataset) -> list[str]:
-    """Load the weights of `settings.init` into a model, in place; return the splits of `data` that they may have been trained on.
+def load_initial(model: nn.Module, settings: Settings, store: Store) -> DataDescription:
+    """Load the weights of `settings.init` into a model, in place; return the description of the data that they come from.
 
     With `init_strict=false`, only the weights whose name and shape fit are loaded.
 
     Raises:
-        UserError: There is no such model, it has changed, its weights do not fit, or it may have been trained on the split that
-            scores the run.
+        UserError: There is no such model, it has changed, or its weights do not fit.
     """
     assert settings.init
     name, _, digest = settings.init.rpartition(":")
     found, described = read_model(store.fetch_model(store.find_model(name, settings.output_dir)))
     if digest_of(found) != digest:
         raise UserError.invalid("init", settings.init, f"the weights that it had, not those of {digest_of(found)}")
-    own = DataDescription(**data.description)
-    used = [split for split in data.splits if described.may_have_trained_on(own, split)]
-    if data.eval_split in used:
-        expected = f"a model that was not trained on the {data.eval_split} split of this data, and that one may have been"
-        raise UserError.invalid("init", name, expected)
     weights, present = found.state_dict(), model.state_dict()
     fitting = {key: value for key, value in weights.items() if key in present and present[key].shape == value.shape}
     if not fitting or (settings.init_strict and not weights.keys() == present.keys() == fitting.keys()):
@@ -35,4 +29,21 @@ def load_initial(model: nn.Module, settings: Settings, store: Store, data: Datas
         fits = f"a model with the same weights: {len(fitting)} of its {len(weights)} fit the {len(present)} here"
         raise UserError.invalid("init", name, fits, remedy)
     model.load_state_dict(present | fitting)
+    return described
+
+
+def splits_used_before(own: DataDescription, data: Dataset) -> list[str]:
+    """Return the splits of the data that the models before a run may have been trained on.
+
+    Args:
+        own: The description of the data, with the models before.
+        data: The data set.
+
+    Raises:
+        UserError: Among them is the split that scores the run.
+    """
+    used = [split for split in data.splits if any(earlier.may_have_trained_on(own, split) for earlier in own.before)]
+    if data.eval_split in used:
+        expected = f"a model that was not trained on the {data.eval_split} split of this data, and that one may have been"
+        raise UserError.invalid("init", "...", expected, "Choose a model of the same data, or of other data.")
     return used

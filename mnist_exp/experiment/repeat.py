@@ -23,9 +23,13 @@ def request(recipe: Recipe, **options: Any) -> RunRequest:
     """Return the request of a run; options: further fields of `RunRequest`. Raises UserError if it could not be resumed."""
     check_stored(recipe.overrides, "The command line")
     recipe = _with_whole_init(recipe)
-    options.setdefault("quiet", recipe.settings.sweep_job is not None)
+    options = {"quiet": recipe.settings.sweep_job is not None, "in_search": _is_trial(recipe.settings)} | options
     repeat = command("run", *recipe.overrides) if options["quiet"] else provenance.command_line()
     return RunRequest(recipe, repeat, **options)
+
+
+def _is_trial(settings: Settings) -> bool:
+    return settings.sweep_job is not None and settings.sweep_job.in_search
 
 
 def _with_whole_init(recipe: Recipe) -> Recipe:
@@ -72,7 +76,7 @@ def resume(settings: Settings, overrides: list[str], make_should_prune: MakeShou
         stored = with_present_locations(saved.recipe, settings, resume=settings.resume, rerun=rerun, sweep_job=job)
         threads_then = int(threads) if threads.isdecimal() else None
         options = {"threads": threads_then, "make_should_prune": make_should_prune, "quiet": in_sweep}
-        return run(request(stored, checkpoint=saved, **options))
+        return run(request(stored, data=locate_data(stored.settings, settings.data), checkpoint=saved, **options))
 
 
 def rerun(settings: Settings, overrides: list[str]) -> RunResult:
@@ -93,6 +97,8 @@ def rerun(settings: Settings, overrides: list[str]) -> RunResult:
     result = run(
         request(
             with_present_locations(original.recipe, settings, rerun=run_id, sweep_job=settings.sweep_job),
+            data=locate_data(original.recipe.settings, settings.data),
+            in_search=_is_trial(original.recipe.settings),
             threads=int(before["threads"]) if before.get("threads", "").isdecimal() else None,
         )
     )
@@ -114,33 +120,31 @@ def with_present_locations(stored: Recipe, settings: Settings, **changes: Any) -
     """
     for key, value in defaults_of_newer_keys(stored.settings).items():
         print(f"The stored recipe is older than the key {key}: its default {value} applies.", file=sys.stderr)
-    present = {name: getattr(settings, name) for name in ("output_dir", "tracking", "sweep")}
-    present |= {"resume": None, "rerun": None, "data": locate_data(stored.settings, settings.data)}
+    present = {name: getattr(settings, name) for name in ("output_dir", "tracking", "sweep")} | {"resume": None, "rerun": None}
     return replace(stored, settings=stored.settings.model_copy(update=present | changes))
 
 
 def locate_data(stored: Settings, present: Node) -> Node:
     """Return the node of the data of stored settings, with the places where the data are on this machine.
 
-    The command line and conf/local go first, then the recorded place if it exists. Arguments that do not affect the results,
-    such as a folder to download to, are never taken from the recipe.
+    The command line and conf/local go first, then the recorded place if it exists. A folder to download to is never taken from
+    the record.
 
     Args:
         stored: The settings.
         present: The node of this command line, perhaps of another data set.
     """
     node, own = dict(stored.data), present if present["_target_"] == stored.data["_target_"] else {}
-    for name in marked(node, "data", Mark.NEUTRAL):
+    for name in marked(node, "data", Mark.DOWNLOAD):
         node.pop(name, None)
         node |= {name: own[name]} if name in own else {}
     recorded = stored.data_description.locations if stored.data_description else {}
     for name in marked(node, "data", Mark.LOCATION):
-        is_chosen = f"data.{name}" in typed or name in local_defaults("data")
         place = recorded.get(name) or node.get(name)
-        if name in present and is_chosen:
+        if f"data.{name}" in typed and name in present:
             node[name] = present[name]
-        elif place and (name not in own or Path(place).exists()):
-            node[name] = place
-        elif name in own:
+        elif name in own and (name in local_defaults("data") or not (place and Path(place).exists())):
             node[name] = own[name]
+        elif place:
+            node[name] = place
     return node

@@ -15,7 +15,7 @@ from torch import nn
 from mnist_exp.console import Display
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.figures import run_figures
-from mnist_exp.experiment.initial import load_initial
+from mnist_exp.experiment.initial import load_initial, splits_used_before
 from mnist_exp.experiment.recorder import Recorder, recording
 from mnist_exp.experiment.summary import describe_run, parameters, result_rows, run_name, short_override
 from mnist_exp.learning.data import Dataset
@@ -24,7 +24,7 @@ from mnist_exp.learning.models import count_parameters, create_model
 from mnist_exp.learning.training import Phase, choose_device, choose_precision, disable_malloc_trim, fit, prepare_phases
 from mnist_exp.nodes import build
 from mnist_exp.overrides import command, key_of, section_of
-from mnist_exp.settings import NEUTRAL, DataDescription, Recipe, Settings, Trial
+from mnist_exp.settings import NEUTRAL, DataDescription, Node, Recipe, Settings, Trial
 from mnist_exp.storage import run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import provenance
@@ -42,17 +42,21 @@ class RunRequest:
     Args:
         recipe: The recipe, whose settings are checked.
         command: The shell command to record.
+        data: The node of the data, where it differs from the recipe's; None if it does not.
         checkpoint: The checkpoint to resume from.
         threads: The number of torch's threads, which affects the last bits of a result; None for the default.
         make_should_prune: Returns the function with which a search stops the run early.
+        in_search: Whether a search proposed the run, or the one that it repeats: it is not scored on test images.
         quiet: Whether to print warnings only.
     """
 
     recipe: Recipe
     command: str
+    data: Node | None = None
     checkpoint: Checkpoint | None = None
     threads: int | None = None
     make_should_prune: MakeShouldPrune | None = None
+    in_search: bool = False
     quiet: bool = False
 
     @property
@@ -142,11 +146,13 @@ def prepare(request: RunRequest) -> Prepared:
     Trial().try_out(settings)
     store = build(settings.tracking, "tracking")
     configs = {name: build(node, f"phases.{name}") for name, node in settings.phases.items()}
-    data: Dataset = build(settings.data, "data", seed=settings.seed)
-    if settings.sweep_job and settings.sweep_job.in_search:
+    data: Dataset = build(request.data or settings.data, "data", seed=settings.seed)
+    stored = settings.data_description  # of a run that is resumed or repeated
+    if stored:
+        data.check_digests(stored.digests)
+    description = DataDescription(**data.description)  # also of images that the run must not see
+    if request.in_search:
         data = data.without_test()
-    if settings.data_description:  # of a run that is resumed or repeated
-        data.check_digests(settings.data_description.digests)
     if settings.sweep_job and settings.sweep_job.data not in (None, data.name):
         raise UserError(
             f"The sweep was started with {settings.sweep_job.data}, but the data here is {data.name}.",
@@ -157,12 +163,15 @@ def prepare(request: RunRequest) -> Prepared:
     device = choose_device(settings.device)
     make_model = partial(build, settings.model, "model", **data.shape)
     model = create_model(make_model, settings.seed)
-    used = load_initial(model, settings, store, data) if settings.init else []
+    if settings.init:  # a checkpoint has the weights that it led to
+        before = stored.before if saved and saved.state and stored else [load_initial(model, settings, store)]
+        description = description.model_copy(update={"before": before})
+    used = splits_used_before(description, data)
     model, data = model.to(device), data.to(device)
     phases = prepare_phases(model, configs, data, settings.output_dir, used)
     leaked = [data.validation for phase in phases if phase.targets.saw_validation_split]
-    trained_on = sorted({*used, *leaked, *(phase.config.split for phase in phases)})
-    description = DataDescription(**data.description, trained_on=trained_on)
+    trained_on = sorted({*leaked, *(phase.config.split for phase in phases)})
+    description = description.model_copy(update={"trained_on": trained_on})
     totals = {phase.name: data.splits[phase.config.split].epoch_size * phase.config.epochs for phase in phases}
     epochs = {phase.name: phase.config.epochs for phase in phases}
     display = Display(totals, epochs, request.examples_seen, settings.objective, quiet=request.quiet)

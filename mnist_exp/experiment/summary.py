@@ -48,6 +48,7 @@ def parameters(recipe: Recipe) -> dict[str, object]:
         **{group: choices[group] for group in ("model", "data") if group in choices},
         **({**shared, "batch_size": settings.batch_size} if "train" in settings.phases else {}),  # they belong to phase train
         "seed": settings.seed,
+        **({"init": settings.init} if settings.init else {}),
         # An edited file in conf/ must show: its values, and the classes that each phase uses.
         **{key.removesuffix("._target_"): value.rpartition(".")[2] for key, value in walk(parts) if CLASS_KEY.fullmatch(key)},
         **{

@@ -41,6 +41,8 @@ def ensemble(data: Dataset, output_dir: Path, runs: Annotated[Sequence[RunId], F
         raise UserError.invalid(RUNS, list(runs), "different runs")
     eval_split, own = data.eval_split, DataDescription(**data.description)
     for saved, described in teachers:
+        if (described.class_names, described.shape) != (own.class_names, own.shape):
+            raise UserError.invalid(RUNS, saved.run_id, f"runs on images of the same shape and classes, {own.class_names}")
         if described.may_have_trained_on(own, eval_split):
             raise UserError.invalid(
                 RUNS,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """The base class. A phase that is resumed calls `on_phase_start`, `load_state_dict`, and `on_epoch_start`."""
+    """The base class. A phase that is resumed calls `on_phase_start`, `load_state_dict` and `on_epoch_start`; an ended one, nothing."""
 
     def check(self, model: nn.Module, validation: str | None) -> None:
         """Raise UserError if a phase cannot use the callback; called for all phases before the first one starts.
@@ -145,6 +145,9 @@ class Freeze(Callback):
         for name in self.modules:
             if name not in known:
                 raise UserError.invalid("modules", name, f"some of {', '.join(known)}")
+        frozen = {id(parameter) for name in self.modules for parameter in model.get_submodule(name).parameters()}
+        if not any(parameter.requires_grad and id(parameter) not in frozen for parameter in model.parameters()):
+            raise UserError.invalid("modules", list(self.modules), "modules that leave parameters to train")
 
     def on_phase_start(self, model: nn.Module) -> None:
         self.frozen = [model.get_submodule(name) for name in self.modules]

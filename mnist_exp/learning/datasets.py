@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor
 
-from mnist_exp.errors import Count, DownloadFolder, Fraction, Location, Mark, MissingDataError, UserError
+from mnist_exp.errors import Count, DownloadFolder, Fraction, Location, MissingDataError, UserError
 from mnist_exp.learning.data import Dataset, Split, generator
 from mnist_exp.learning.pictures import find_pictures, flatten, open_picture, plain
 
@@ -105,7 +105,7 @@ def load_mnist(
     validation_size: Annotated[int, Ge(0)],
     seed: int,
     download_root: DownloadFolder | None = None,
-    fallback: Annotated[Literal["digits"] | None, Mark.NEUTRAL] = None,
+    fallback: Literal["digits"] | None = None,
     subset: Count | None = None,
     source: Literal["mnist", "fashion_mnist"] = "mnist",
 ) -> Dataset:
@@ -222,8 +222,10 @@ def load_folder(
         UserError: The folder or a file cannot be read, has other classes than train/, or has no test images.
     """
     layout = "a folder of pictures, ROOT/CLASS/*.png, or ROOT/train/CLASS/*.png and ROOT/test/CLASS/*.png"
-    if root is None or not Path(root).is_dir():
-        raise MissingDataError.invalid("root", root, layout, "Set it with data.root=FOLDER.")
+    if root is None:
+        raise UserError.invalid("root", root, layout, "Set it with data.root=FOLDER.")
+    if not Path(root).is_dir():
+        raise MissingDataError.invalid("root", root, layout, "Name another folder with data.root=FOLDER.")
     parts = {part: Path(root, part) for part in ("train", "test")}
     has_parts = all(folder.is_dir() for folder in parts.values())
     base = parts["train"] if has_parts else Path(root)
@@ -236,8 +238,11 @@ def load_folder(
     else:
         test_images, test_labels = images[is_test], labels[is_test]
         images, labels = images[~is_test], labels[~is_test]
-    if not (len(test_labels) and len(labels)):
-        raise UserError.invalid("root", root, "a folder with training and test images", "Add pictures, or ROOT/test/CLASS/*.")
+    if lacking := [name for label, name in enumerate(names) if label not in labels]:
+        expected = f"training pictures of each class, also of {', '.join(lacking)}"
+        raise UserError.invalid("root", root, expected, "Add more pictures.")
+    if not len(test_labels):
+        raise UserError.invalid("root", root, "test pictures", "Add more pictures, or ROOT/test/CLASS/*.")
     splits = _train_and_finetune(images, labels, finetune_fraction, seed, subset, len(labels))
     splits["test"] = _split(test_images, test_labels, len(test_labels))
     place = Path(root).absolute()

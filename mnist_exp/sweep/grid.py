@@ -128,6 +128,8 @@ class GridSweep:
                 remedy = f"Write an option for each place, conf/{group}/NAME.yaml, and sweep over {group}=NAME,NAME."
                 raise UserError.invalid(key, text_of(override), "one place for all jobs", remedy)
         rest = [override for override in arguments if override not in locations and section_of(override) != "sweep"]
+        if self.settings.init and not any(key_of(override) == "init" for override in rest):  # from a preset, or conf/local
+            rest.append(f"init={quoted(self.settings.init)}")
         return self.composer.write_out([self._with_whole_ids(store, override) for override in rest])
 
     def _with_whole_ids(self, store: Store, override: str) -> str:
@@ -210,8 +212,9 @@ class GridSweep:
         for child in children:
             number = child.job  # unless it ended before it recorded its recipe
             if content := recipes.get(child.run_id):
-                then = read_recipe(content, f"{RECIPE} of run {child.run_id}").settings
-                number = numbers.get(then.digest(varied))
+                recipe = read_recipe(content, f"{RECIPE} of run {child.run_id}")
+                then = recipe.settings
+                number = numbers.get(then.digest(varied, recipe.overrides))
                 if number is None and child.status == "FINISHED" and not self.settings.sweep.force and child.job is not None:
                     _check_unchanged(f"run {child.run_id} ({child.name}) " + self._changes(then, child.job, jobs, varied))
             matched.append((child, number))

@@ -77,7 +77,7 @@ class Composer:
         composed = [self.settings(combination) for combination in combined]  # finds most mistakes, and is fast
         for combination, settings in zip(combined, composed, strict=True):
             self._check_job(settings, combination)
-            digest = settings.digest(varied)
+            digest = settings.digest(varied, combination)
             jobs.setdefault(digest, Job(len(jobs), list(combination), digest))
         return list(jobs.values())
 

@@ -101,6 +101,7 @@ class Parent:
                 number=job.number,
                 color=colors[job.number],
                 varied=plan.swept_keys,
+                objective=plan.objective,
                 data=data,
                 in_search=plan.sweeper != "grid",
             )

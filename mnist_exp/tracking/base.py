@@ -14,6 +14,7 @@ from uuid import uuid4
 from pydantic import Field, TypeAdapter, ValidationError
 
 from mnist_exp.errors import DivergedError, PrunedError, ResumableError, UserError
+from mnist_exp.nodes import is_location
 from mnist_exp.overrides import check_stored, command
 from mnist_exp.paths import TRACKING
 from mnist_exp.settings import ID, Recipe, Settings, read_recipe
@@ -188,7 +189,10 @@ def read_sweep(record: RunRecord) -> Sweep:
             value=record.tags.get(tag.GRIDS),
             remedy="Start it again, or use the version that recorded it.",
         ) from error
-    check_stored([override for grid in grids for override in grid], f"Sweep {record.run_id}")
+    overrides = [override for grid in grids for override in grid]
+    check_stored(overrides, f"Sweep {record.run_id}")
+    if placed := [override for override in overrides if is_location(override)]:  # it could point anywhere
+        raise UserError(f"Sweep {record.run_id} contains the location {placed[0]}.", key=placed[0], remedy="Start it again.")
     return Sweep(record, grids)
 
 
@@ -311,7 +315,7 @@ class Tracker:
         """
 
     def log_model(self, name: str, model: "nn.Module", settings: Settings, folder: Path) -> None:
-        """Record a model with the settings of its run, which hold the `shape` of the data. It is written to `folder`, too.
+        """Record a model with the settings of its run, which hold the description of the data. It is written to `folder`, too.
 
         Raises:
             UserError: `folder`, which the model replaces, cannot be written.

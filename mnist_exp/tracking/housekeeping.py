@@ -33,8 +33,8 @@ def plan_pruning(
     """
     records = store.runs()
     best, registered = _best(records, keep_best, metric), store.registered_runs().keys()
-    lists = " ".join(value for record in records for key, value in record.params.items() if key.endswith("teacher.runs"))
-    teachers = tuple(re.findall(ID, lists))
+    lists = " ".join(value for run in records for key, value in run.params.items() if key.endswith(("teacher.runs", "init")))
+    needed = tuple(re.findall(ID, lists))
     chosen, kept = [], Counter[str]()
     for group in group_by_sweep(records):
         ids = {run.run_id for run in group}
@@ -43,7 +43,7 @@ def plan_pruning(
             "younger": any((run.ended or 0) > before for run in group),
             "registered models": ids & registered,
             "resumable": _is_resumable(group, output_dir),
-            "teachers of other runs": any(run_id.startswith(teachers) for run_id in ids),
+            "teachers or initial models of other runs": any(run_id.startswith(needed) for run_id in ids),
             f"best {keep_best} of each data set by {metric}, or all if none has it": ids & best,
         }
         if reasons := [reason for reason, applies in checks.items() if applies]:

@@ -41,7 +41,8 @@ def save_model(folder: Path, model: nn.Module, settings: Settings) -> None:
     """
     data = settings.data_description
     assert data
-    content = {"format": FORMAT, "model": settings.model, "data_description": data.model_dump(exclude={"locations"})}
+    described = data.model_dump(exclude={"locations": True, "before": {"__all__": {"locations"}}})
+    content = {"format": FORMAT, "model": settings.model, "data_description": described}
     try:
         remove_folder(folder)
         folder.mkdir()

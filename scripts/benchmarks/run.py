@@ -102,7 +102,7 @@ def run_dataloader(root: str, transforms: str, seed: int) -> Measurement:
 def mnist_root() -> Path:
     """Return the torchvision root that the default configuration reads."""
     data = compose_recipe().settings.data
-    return Path(data["root"] or data["default_root"])
+    return Path(data["root"] or data["download_root"])
 
 
 def unpacked_mnist(folder: Path, root: Path) -> str:

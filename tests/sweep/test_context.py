@@ -15,6 +15,7 @@ CONTEXT = JobContext(
     number=3,
     color="#0072B2",
     varied=["model", "optimizer@phases.finetune.optimizer"],
+    objective="val/loss",
     data=None,
     in_search=False,
 )
