@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """The base class. A phase that is resumed calls `on_phase_start`, `load_state_dict` and `on_epoch_start`; an ended one, nothing."""
+    """The base class.
+
+    A phase that is resumed calls `on_phase_start`, `load_state_dict` and `on_epoch_start`; one that had ended calls nothing.
+    """
 
     def check(self, model: nn.Module, validation: str | None) -> None:
         """Raise UserError if a phase cannot use the callback; called for all phases before the first one starts.

@@ -270,7 +270,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "a phase": {"state": {"phase": "x", "steps": 1, "examples_seen": 1}},
     "no state": {"state": {}},
     "a job": {"recipe": ("sweep_job", {
-        "sweep_id": "../../bait", "number": 0, "color": "#000000", "varied": [], "objective": "val/loss", "data": None, "in_search": True})},
+        "sweep_id": "../../bait", "number": 0, "color": "#000000", "varied": [], "objective": "val/loss", "data": None,
+        "in_search": True})},
     "another type": {"seconds": {"train": "x"}},
     "another network": {"state": {"phase": "finetune", "steps": 1, "examples_seen": 1, "model": {}, "optimizer": 1}},
     "a teacher": {"recipe": ("phases.finetune.teacher", {
