@@ -15,7 +15,7 @@ from mnist_exp.experiment.repeat import request
 from mnist_exp.experiment.runner import RunResult, run
 from mnist_exp.nodes import is_location, remember_locations
 from mnist_exp.overrides import JOB_KEY, section_of
-from mnist_exp.paths import take_credentials
+from mnist_exp.paths import NAME, take_credentials
 from mnist_exp.serving import Classifier
 from mnist_exp.serving.classifier import load_from
 from mnist_exp.settings import Recipe
@@ -44,7 +44,7 @@ def train(*overrides: str) -> RunResult:
         raise UserError(
             f"train trains a new run: {repeated[0]} is for the command line.",
             key=repeated[0],
-            remedy="Use python -m mnist_exp.run.",
+            remedy=f"Use python -m {NAME}.run.",
         )
     recipe = compose_recipe(*typed)
     kept = [override for override in typed if not is_location(override)]

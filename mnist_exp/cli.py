@@ -125,7 +125,7 @@ def shared_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     group = options.add_argument_group("locations")
     group.add_argument("--tracking-uri", metavar="URI", help="the MLflow store (default: MLFLOW_TRACKING_URI, else ./mlflow.db)")
-    group.add_argument("--experiment", metavar="NAME", help="the MLflow experiment of `latest` (default: mnist_exp)")
+    group.add_argument("--experiment", metavar="NAME", help=f"the MLflow experiment of `latest` (default: {NAME})")
     group.add_argument("--output-dir", metavar="FOLDER", help="the folder of the runs' checkpoints (default: ./outputs)")
     group.add_argument(CONFIG_DIR, metavar="FOLDER", help="a further folder with options, as of the run")
     return options

@@ -14,7 +14,7 @@ from yaml import YAMLError
 from mnist_exp.errors import UserError
 from mnist_exp.nodes import did_you_mean, walk
 from mnist_exp.overrides import GROUPS, PARTS, check_groups, not_an_override, quoted
-from mnist_exp.paths import CONF, HOME, config_dirs, take_credentials
+from mnist_exp.paths import CONF, HOME, LOCAL, config_dirs, take_credentials
 from mnist_exp.settings import Recipe, Settings, check_settings
 
 OmegaConf.register_new_resolver("root", lambda path: str(HOME / path), replace=True)
@@ -67,7 +67,7 @@ def compose_recipe(*overrides: str) -> Recipe:
 
 def local_defaults(group: str) -> dict[str, Any]:
     """Return the keys of a group that the user's own defaults in conf/local set."""
-    file = CONF / "local" / f"{os.environ.get('MNIST_EXP_LOCAL', 'default')}.yaml"
+    file = CONF / "local" / f"{os.environ.get(LOCAL, 'default')}.yaml"
     content = OmegaConf.to_container(OmegaConf.load(file), resolve=False) if file.is_file() else {}
     own = content.get(group) if isinstance(content, dict) else None
     return own if isinstance(own, dict) else {}

@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 from urllib.parse import unquote
 
-NAME = "mnist_exp"  # of the package, the experiment and the default store
+NAME = "mnist_exp"  # of the package and the experiment
+DISTRIBUTION = NAME.replace("_", "-")  # as pip knows it
 PACKAGE = Path(__file__).resolve().parent
 # The repository that this package is used from; None for an installed copy, which brings its own conf/ along.
 CHECKOUT = PACKAGE.parent if (PACKAGE.parent / "conf" / "config.yaml").is_file() else None
@@ -21,6 +22,7 @@ LOCATIONS = {
 }
 CONFIG_DIR = "--config-dir"
 TRACKING = f"{NAME.upper()}_TRACKING"  # the variable that chooses the option of `tracking` for all commands
+LOCAL = f"{NAME.upper()}_LOCAL"  # the variable that chooses the file of one's own defaults in conf/local, without .yaml
 # The locations that this command line names, as text of overrides by key, and its --config-dir; set once by each command.
 typed: dict[str, str] = {}
 

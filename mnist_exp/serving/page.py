@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect
 
 from mnist_exp.errors import UserError
 from mnist_exp.learning.pictures import open_picture
+from mnist_exp.paths import NAME
 from mnist_exp.serving.classifier import Classifier
 
 PAGE = Path(__file__).with_name("page.html")
@@ -35,7 +36,7 @@ def create_app(classifier: Classifier, port: int) -> FastAPI:
     """
     names = ("127.0.0.1", "localhost")
     hosts = {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())  # browsers leave out port 80
-    app = FastAPI(title="mnist_exp", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title=NAME, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.middleware("http")
     async def protect(request: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:

@@ -27,6 +27,7 @@ from pebble import CONSTS, ProcessExpired, ProcessPool
 
 from mnist_exp.cli import safe_output
 from mnist_exp.errors import UserError
+from mnist_exp.paths import NAME
 from mnist_exp.signals import SIGNALS, Interrupted, defer_signals
 from mnist_exp.sweep.jobs import failed, result_of
 from mnist_exp.tracking.base import Store
@@ -38,7 +39,7 @@ TERMINAL = signal.SIGINT, signal.SIGHUP  # sent to the whole group; the server b
 CONTEXT = multiprocessing.get_context("forkserver")
 # The imports of a job, which the server preloads; torch imports its dynamo with any optimizer. Preloading is only faster:
 # multiprocessing ignores a name that cannot be imported. Not run.py: a worker imports it as its main module.
-PRELOADED = ["mnist_exp.sweep.search", "mnist_exp.experiment.runner", "torch._dynamo"]
+PRELOADED = [f"{NAME}.sweep.search", f"{NAME}.experiment.runner", "torch._dynamo"]
 
 _worker: tuple[HydraContext, DictConfig, TaskFunction]  # of a worker process
 

@@ -23,6 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from mnist_exp.errors import NonNegative, UserError, first_line
 from mnist_exp.metrics import format_metric
 from mnist_exp.overrides import command
+from mnist_exp.paths import NAME
 from mnist_exp.signals import defer_signals
 from mnist_exp.storage.run_dir import RUN_ID
 from mnist_exp.tracking import tags as tag
@@ -46,7 +47,7 @@ class MLflowStore(Store):
     """
 
     preloaded = (
-        "mnist_exp.tracking.mlflow_tracker", "mlflow.store.tracking.sqlalchemy_store", "alembic.command",
+        f"{NAME}.tracking.mlflow_tracker", "mlflow.store.tracking.sqlalchemy_store", "alembic.command",
         "matplotlib.backends.backend_agg",
     )  # fmt: skip
     remedy = f"{Store.remedy} For another MLflow store, set MLFLOW_TRACKING_URI or tracking.uri."

@@ -16,7 +16,9 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
-VERSION = ".".join(version("mnist-exp").split(".")[:2])
+from mnist_exp.paths import DISTRIBUTION, NAME
+
+VERSION = ".".join(version(DISTRIBUTION).split(".")[:2])
 VIEW_PREFIX = "mlflow.sharedViewState."
 COST, CURVES = "cost", "curves"
 TEMPLATES = json.loads(Path(__file__).with_name("views.json").read_text(encoding="utf-8"))
@@ -31,7 +33,7 @@ MARKS = {  # tags of an experiment: a typed address opens its training runs; the
 }
 # The UI opens its Assistant over a quarter of the page at a visitor's first visit, but only on `localhost`, 127.0.0.1 and ::1.
 # Neither the server nor a link can turn that off. Browsers resolve every name below .localhost to this machine (RFC 6761).
-HOST = "mnist-exp.localhost"
+HOST = f"{DISTRIBUTION}.localhost"
 
 
 def view_tag(view: Mapping[str, Any]) -> str:
@@ -57,8 +59,8 @@ def describe_experiment(experiment_id: str) -> str:
     """Return the description of the experiment in Markdown."""
     links = "\n".join(f"- [{view['name']}]({view_path(experiment_id, key)[1:]})" for key, view in VIEWS.items())
     return (
-        "Training runs of mnist_exp. A run is one training of one model. A sweep is a parent run with one child per job; its "
-        f"page opens with the answer of `mnist_exp.compare`.\n\n{links}\n\n"
+        f"Training runs of {NAME}. A run is one training of one model. A sweep is a parent run with one child per job; its "
+        f"page opens with the answer of `{NAME}.compare`.\n\n{links}\n\n"
         "The curves of a sweep, averaged by arm, are linked on the sweep's page. `test/...` is measured once, at the end; choose "
         "by `val/...`."
     )

@@ -1,5 +1,6 @@
 """Every command, link, picture and example in README.md and the other pages is real."""
 
+import json
 import os
 import re
 import shlex
@@ -20,7 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep
 from PIL import Image, ImageDraw
 
-from mnist_exp.paths import CONF
+from mnist_exp.paths import CONF, NAME
 from mnist_exp.run import main
 
 ROOT = Path(__file__).parents[2]
@@ -148,20 +149,59 @@ def test_the_files_that_the_readme_lists_exist() -> None:
             assert ROOT.joinpath(*folders).exists(), "".join(folders)
 
 
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A folder with the package and its configuration: a process that runs there uses these, and leaves its runs there."""
+    for name in ("conf", "hydra_plugins", NAME):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "local"))
+    return tmp_path
+
+
 @pytest.mark.slow
-def test_the_extensions_train(tmp_path: Path) -> None:
-    for name in ("conf", "hydra_plugins", "mnist_exp"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    write_examples(tmp_path)
+def test_the_extensions_train(copy: Path) -> None:
+    write_examples(copy)
     images, labels = np.random.default_rng(0).integers(0, 256, (6400, 28, 28), np.uint8), np.arange(6400) % 10
-    np.savez(tmp_path / "digits.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    np.savez(copy / "digits.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
     parts = ["optimizer=nadam", "scheduler=linear", "augmentation=affine_noise", "loss=margin", "callbacks=[gradients]"]
     options = ["phase=[warmup,train,finetune]", "model=mlp", "data=npz", "objective=val/macro_f1", "tracking=none"]
     frozen = "phases.warmup.callbacks.freeze.modules=[hidden]"
     command = [sys.executable, "-m", "mnist_exp.run", *parts, *options, frozen]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "test/macro_f1" in done.stdout
+
+
+# Executes the cells on its input in one namespace, and writes the figures that show data to NUMBER.png.
+EXECUTE = """
+import json, sys
+import matplotlib.pyplot as plt
+namespace = {}
+for number, cell in enumerate(json.load(sys.stdin)):
+    exec(compile(cell, f"cell {number}", "exec"), namespace)
+for number in plt.get_fignums():
+    if any(axes.has_data() for axes in plt.figure(number).axes):
+        plt.savefig(f"{number}.png", bbox_inches="tight")
+"""
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(copy: Path, store: str) -> None:
+    cells = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    done = subprocess.run(
+        [sys.executable, "-c", EXECUTE],
+        input=json.dumps(sources),
+        cwd=copy,
+        env=os.environ | {"MPLBACKEND": "agg"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = sum(source.count("plt.subplots(") for source in sources)
+    assert len(list(copy.glob("*.png"))) == figures
+    assert len(list((copy / "outputs").iterdir())) > 1, "a run, and the jobs of a sweep"
+    assert not any(cell.get("outputs") for cell in cells), "Clear the outputs before you commit the notebook."
 
 
 @pytest.mark.slow
