@@ -116,7 +116,7 @@ def check_ids(overrides: Iterable[str]) -> None:
     for override in overrides:
         key, text = key_of(override), text_of(override)
         is_id = key in ("init", "resume", "rerun", "sweep.resume", "sweep.extend")
-        ids = [text_of(choice) for choice in choices(override)] if is_id else []
+        ids = (text.split(",") if parse(override).is_sweep_override() else [text]) if is_id else []
         if any(isinstance(parse(f"{key}={item}").value(), int | float) for item in ids):
             quotes = ",".join(f"'{item}'" for item in ids)
             raise UserError.invalid(key, text, "an id that is not a number", f'Type it in quotes: "{key}={quotes}".')

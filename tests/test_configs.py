@@ -52,8 +52,8 @@ def test_every_file_composes_and_trains(
         monkeypatch.setattr(socket.socket, "connect", lambda *_: (_ for _ in ()).throw(OSError("no download in a test")))
         try:
             assert "train" in build(settings.data, "data", seed=0).splits
-        except MissingDataError as error:
-            pytest.skip(str(error))
+        except UserError as error:
+            pytest.skip(str(error))  # the images are not here, or it needs the folder of one's own
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)

@@ -26,7 +26,6 @@ def test_the_recorded_place_is_read_if_it_exists(composed: Compose) -> None:
     found = locate(composed, present, **stored)
     assert (found["root"], found["subset"]) == (THERE, 7)
     assert found["download_root"] == present["download_root"] != "/home/somebody"
-    assert found["fallback"] == "digits"
     assert locate(composed, present | {"root": "/tmp"}, root=GONE)["root"] == "/tmp"
     description = MNIST.model_copy(update={"locations": {"root": THERE}})
     settings = composed("data=mnist").model_copy(update={"data_description": description})

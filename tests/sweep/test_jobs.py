@@ -65,12 +65,17 @@ def test_a_known_reason_replaces_that_of_the_reaper(store: str) -> None:
         assert (stored.status, stored.tags["error"]) == ("KILLED", "the store was gone")
 
 
+class Linked(Store):
+    def link(self, run_id: str, path: str = "") -> str:
+        return "page"
+
+
 def test_runs_that_tie_are_named_together() -> None:
     def named(*accuracies: float) -> list[int]:
         children = [record(number, accuracy=accuracy) for number, accuracy in enumerate(accuracies)]
         jobs = [replace(JOB, number=number) for number in range(len(accuracies))]
         text = describe_sweep(
-            job_table(jobs, children, {}, "val/accuracy"), children, Store(), "1", "resume", [[]], "val/accuracy"
+            job_table(jobs, children, {}, "val/accuracy"), children, Linked(), "1", "resume", [[]], "val/accuracy"
         )
         return [number for number in range(len(jobs)) if f"[seed={number}]" in text]
 
