@@ -90,6 +90,8 @@ def explain(error: Exception) -> UserError:
         shared = re.match(rf"phases\.\w+\.(({'|'.join(PARTS)})\..+)", key)
         if shared and not cause.parent_node:
             return UserError(f"{key} refers to a key at the top level.", key=key, remedy=f"Override {shared[1]} instead.")
+        if chosen := _unchosen(key):
+            return chosen
         if isinstance(cause.parent_node, DictConfig):
             expected = f"one of {', '.join(sorted(map(str, cause.parent_node)))}"
             return UserError(
@@ -120,6 +122,15 @@ def explain(error: Exception) -> UserError:
     if isinstance(error, OverrideParseException):
         return not_an_override(error.override)
     return UserError(missing_extra(text) or "\n".join(dict.fromkeys([text, *([str(cause)] if cause else [])])))
+
+
+def _unchosen(key: str) -> UserError | None:
+    """Return the error for a key of a callback or a phase that has a file in conf/ but is not chosen, None for another key."""
+    found = re.fullmatch(r"(?:.*\.)?(callbacks|phases)\.(\w+)", key)
+    group = {"phases": "phase", "callbacks": "callbacks"}[found[1]] if found else ""
+    if not found or not any((folder / group / f"{found[2]}.yaml").is_file() for folder in config_dirs()):
+        return None
+    return UserError(f"The option {found[2]} of {key} is not chosen.", key=key, remedy=f"Choose it: '{group}=[...,{found[2]}]'.")
 
 
 def missing_extra(text: str) -> str | None:

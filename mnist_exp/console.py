@@ -71,13 +71,14 @@ class Display:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.progress.stop()
 
-    def update(self, phase: str, examples_seen: int, metrics: Mapping[str, float]) -> None:
+    def update(self, phase: str, examples_seen: int, metrics: Mapping[str, float], *, ended: bool = False) -> None:
         """Show the progress of a phase.
 
         Args:
             phase: The name of the phase.
             examples_seen: The examples of all phases so far.
             metrics: The values by name. `epoch` counts over all phases and is whole at the end of an epoch.
+            ended: Whether the phase has ended.
         """
         loss, accuracy, speed = (
             format_metric(name, metrics[name]) for name in ("train/loss", "train/accuracy", "train/examples_per_second")
@@ -86,13 +87,18 @@ class Display:
         self.progress.update(self.tasks[phase], advance=examples_seen - self.examples_seen, measured=measured)
         self.examples_seen = examples_seen
         epochs_seen = round(metrics["epoch"])
-        if self.quiet or self.console.is_terminal or not math.isclose(metrics["epoch"], epochs_seen):
+        if self.quiet or not math.isclose(metrics["epoch"], epochs_seen):
             return
         epoch = epochs_seen - self.epochs_before[phase]
-        parts = [f"epoch {epoch} of {self.epochs[phase]}", f"loss {loss}", f"accuracy {accuracy}"]
-        if self.objective in metrics:
-            parts.append(f"{self.objective} {format_metric(self.objective, metrics[self.objective])}")
-        show_lines([f"{phase}: {', '.join([*parts, speed])}"])
+        if not self.console.is_terminal:
+            parts = [f"epoch {epoch} of {self.epochs[phase]}", f"loss {loss}", f"accuracy {accuracy}"]
+            if self.objective in metrics:
+                parts.append(f"{self.objective} {format_metric(self.objective, metrics[self.objective])}")
+            show_lines([f"{phase}: {', '.join([*parts, speed])}"])
+        if ended and epoch < self.epochs[phase]:
+            show_lines([f"{phase}: a callback ended the phase after epoch {epoch} of {self.epochs[phase]}"])
+            later = list(self.epochs)[list(self.epochs).index(phase) + 1 :]
+            self.epochs_before |= {name: self.epochs_before[name] - self.epochs[phase] + epoch for name in later}
 
     def warn(self, message: str) -> None:
         """Show a prominent warning."""

@@ -58,7 +58,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     own = DataDescription(**data.description)
     if (own.shape, own.class_names) != (classifier.data.shape, classifier.data.class_names):
         expected = f"data with the images and classes of the model, {classifier.data.shape}, {classifier.data.class_names}"
-        raise UserError.invalid("--data", data.name, expected)
+        remedy = f"Found {own.shape}, {own.class_names}. For other sizes or colors, write an option, conf/data/NAME.yaml."
+        raise UserError.invalid("--data", data.name, expected, remedy)
     result = evaluation.evaluate(classifier.model, data.splits[data.eval_split])
     options = {"--data": arguments.data, "--data-root": arguments.data_root}
     typed = [word for option, value in options.items() if value for word in (option, value)]

@@ -128,13 +128,19 @@ def check_groups(overrides: Iterable[str]) -> None:
         key, _, value = override.partition("=")
         if key.lstrip("+").partition("@")[0] in GROUPS and (value == "null" or not _are_names(override, value)):
             raise UserError.invalid(
-                key, value, "an option of its group", f"Leave the group out with ~{key}, or choose an option."
+                key,
+                value,
+                "an option of its group, or a list of different ones",
+                f"Leave the group out with ~{key}, or choose an option.",
             )
 
 
 def _are_names(override: str, value: str) -> bool:
+    """Return whether a list of options has names only, each once."""
     items = parse(override).value() if value.startswith("[") else []
-    return not isinstance(items, list) or all(isinstance(item, str | QuotedString) for item in items)
+    if not isinstance(items, list):
+        return True
+    return all(isinstance(item, str | QuotedString) for item in items) and len({str(item) for item in items}) == len(items)
 
 
 def locations() -> list[str]:

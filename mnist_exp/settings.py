@@ -284,7 +284,10 @@ def check_settings(text: str) -> Settings:
         for part in PARTS.keys() & phase:
             nodes = phase[part].values() if part == "callbacks" and isinstance(phase[part], dict) else [phase[part]]
             if not all(isinstance(node, dict) and "_target_" in node for node in nodes):
-                raise UserError.invalid(f"phases.{name}.{part}", phase[part], f"an option: +{part}@phases.{name}.{part}=OPTION")
+                nested = ", below the name of the option" if part == "callbacks" else ""
+                expected = f"an option, whose file in conf/{part}/ has the key _target_{nested}"
+                remedy = f"Choose one with +{part}@phases.{name}.{part}=OPTION."
+                raise UserError.invalid(f"phases.{name}.{part}", phase[part], expected, remedy)
     check_nodes(json.loads(text))
     return settings
 
@@ -338,9 +341,9 @@ class Trial:
             phases[name] = self._once(_try_phase, node, f"phases.{name}", keys)
         if data and not any(check_phases(phases, data, model).values()) and needs_validation:
             raise UserError(
-                f"No phase measures {settings.objective}: all train on the images that validate, {data.validation}.",
+                f"No phase measures {settings.objective}: all train on the images that validate, {data.validation}, or come later.",
                 key="phases",
-                remedy="Train first on others, such as phase=[train].",
+                remedy="Train on others first, such as phase=[train].",
             )
 
     def _once(self, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -26,7 +26,8 @@ def load_initial(model: nn.Module, settings: Settings, store: Store) -> DataDesc
     fitting = {key: value for key, value in weights.items() if key in present and present[key].shape == value.shape}
     if not fitting or (settings.init_strict and not weights.keys() == present.keys() == fitting.keys()):
         remedy = "Take the weights that fit with init_strict=false." if fitting else "Choose another model."
-        fits = f"a model with the same weights: {len(fitting)} of its {len(weights)} fit the {len(present)} here"
+        others = ", ".join(sorted((weights.keys() | present.keys()) - fitting.keys())[:4])
+        fits = f"a model with the same weights: {len(fitting)} of its {len(weights)} fit the {len(present)} here, not {others}"
         raise UserError.invalid("init", name, fits, remedy)
     model.load_state_dict(present | fitting)
     return described

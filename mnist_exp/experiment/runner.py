@@ -248,7 +248,8 @@ def train(request: RunRequest, prepared: Prepared, recorder: Recorder) -> None:
             save_every=settings.save_every,
             resume_from=saved.state if saved else None,
         ):
-            prepared.display.update(report.phase, report.examples_seen, report.metrics)
+            ended = report.state is not None and report.state["ended"]
+            prepared.display.update(report.phase, report.examples_seen, report.metrics, ended=ended)
             recorder.log_report(report)
             if should_prune and should_prune(report.examples_seen, report.metrics):
                 recorder.prune()

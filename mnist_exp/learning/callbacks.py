@@ -45,9 +45,9 @@ class Callback:
         """Called with the metrics of an epoch, to which it may add; return whether to end the phase."""
         return False
 
-    def on_phase_end(self) -> "Mapping[str, Figure]":
-        """Called after the last epoch, before the weights are saved, which it may change; return figures by name."""
-        return {}
+    def on_phase_end(self) -> "Mapping[str, Figure] | None":
+        """Called after the last epoch, before the weights are saved, which it may change; may return figures by name."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed phase needs: plain values and tensors."""
@@ -81,9 +81,8 @@ class WeightAverage(Callback):
         network: nn.Module = self.average.module
         return network
 
-    def on_phase_end(self) -> "Mapping[str, Figure]":
+    def on_phase_end(self) -> None:
         self.model.load_state_dict(self.average.module.state_dict())
-        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return self.average.state_dict()
@@ -164,7 +163,6 @@ class Freeze(Callback):
         for module in self.frozen:
             module.eval()
 
-    def on_phase_end(self) -> "Mapping[str, Figure]":
+    def on_phase_end(self) -> None:
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        return {}

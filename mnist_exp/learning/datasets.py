@@ -280,7 +280,7 @@ def _read_picture(path: Path, changed: int, side: int, channels: int) -> tuple[T
         picture = flatten(open_picture(path))
         pixels = torch.from_numpy(plain(picture, side, channels).copy()).view(side, side, channels)
     except UserError as error:
-        raise UserError(f"{path}: {error}.", key="root", value=str(path), remedy="Correct the file, or remove it.") from error
+        raise UserError.invalid("root", path, f"a picture that can be read, but: {error}", "Correct or remove it.") from error
     digest = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).digest()
     return pixels.movedim(2, 0), int.from_bytes(digest[:8]) % TEST_SHARE == 0
 

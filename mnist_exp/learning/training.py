@@ -154,6 +154,7 @@ def prepare_phases(
         UserError: A phase cannot use its split, or one of its parts rejects its arguments, the number of steps or the classes.
     """
     check_phases(phases, data, model, used)
+    _check_output(model, data)
     prepared: list[Phase] = []
     device = next(model.parameters()).device
     for name, config in phases.items():
@@ -161,15 +162,15 @@ def prepare_phases(
         total_steps = config.epochs * steps_per_epoch
         if isinstance(config.loss, nn.Module):
             config.loss.to(device)
+        _check_loss(config, f"phases.{name}.loss", data.classes, device)
         try:
             optimizer = config.optimizer(model.parameters())
             scheduler = make_scheduler(config.scheduler, optimizer, total_steps)
             targets = config.teacher(data, output_dir)
-            config.loss(torch.zeros(2, data.classes, device=device), torch.zeros(2, dtype=torch.int64, device=device)).item()
-        except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
+        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise UserError(
-                f"phases.{name} is invalid: its optimizer, scheduler, teacher or loss rejects its arguments, the phase's "
-                f"{total_steps} steps, or {data.classes} classes: {error}.",
+                f"phases.{name} is invalid: its optimizer, scheduler or teacher rejects its arguments or the phase's "
+                f"{total_steps} steps: {error}.",
                 key=f"phases.{name}",
                 remedy="Their files in conf/ list the arguments.",
             ) from error
@@ -177,6 +178,33 @@ def prepare_phases(
     leaking = [phase.name for phase in prepared if phase.targets.saw_validation_split]
     validations = check_phases(phases, data, model, used, leaking)
     return [replace(phase, validation=validations[phase.name]) for phase in prepared]
+
+
+def _check_output(model: nn.Module, data: Dataset) -> None:
+    """Raise UserError unless the model maps two images of the data, as they are stored, to logits (2, classes)."""
+    was_training, images = model.training, next(iter(data.splits.values())).images[:2]
+    try:
+        with torch.no_grad():
+            logits = model.eval()(images)
+        found = str(tuple(logits.shape))
+    except Exception as error:  # models raise exceptions of any kind
+        found = f"{type(error).__name__}: {error}"
+    model.train(was_training)
+    if found != str((len(images), data.classes)):
+        expected = f"a model that maps images {tuple(images.shape)} uint8 to logits ({len(images)}, {data.classes}), not {found}"
+        raise UserError.invalid("model", type(model).__name__, expected)
+
+
+def _check_loss(config: PhaseConfig, key: str, classes: int, device: torch.device) -> None:
+    """Raise UserError unless the loss of a phase maps logits and labels to a scalar."""
+    try:
+        value = config.loss(torch.zeros(2, classes, device=device), torch.zeros(2, dtype=torch.int64, device=device))
+        found = f"a tensor {tuple(value.shape)}"
+    except Exception as error:  # losses raise exceptions of any kind
+        found = f"{type(error).__name__}: {error}"
+    if found != "a tensor ()":
+        expected = f"a loss that maps logits (2, {classes}) and labels (2,) to a scalar, not {found}"
+        raise UserError.invalid(key, type(config.loss).__name__, expected)
 
 
 def make_scheduler(factory: Callable[..., LRScheduler], optimizer: Optimizer, total_steps: int) -> LRScheduler:
@@ -217,6 +245,9 @@ def check_phases(
         trained_on |= {config.split, data.validation} if name in leaking else {config.split}
         validations[name] = None if data.validation in trained_on else data.validation
         for key, callback in config.callbacks.items():
+            if not isinstance(callback, Callback):
+                where = f"phases.{name}.callbacks.{key}"
+                raise UserError.invalid(where, type(callback).__name__, "a class derived from learning.callbacks.Callback")
             try:
                 callback.check(model, validations[name])
             except UserError as error:
@@ -406,9 +437,14 @@ class _PhaseTrainer:
             evaluation = evaluate(network, self.data.splits[self.phase.validation])
             metrics |= {f"val/{name}": value for name, value in evaluation.metrics.items()}
         stops = [callback.on_epoch_end(metrics) for callback in self.callbacks.values()]
+        for name, value in metrics.items():
+            try:
+                metrics[name] = float(value)  # a callback may have added a tensor
+            except (TypeError, ValueError) as error:
+                raise UserError.invalid(name, value, "a number, as the value of a metric", "Correct on_epoch_end.") from error
         self.ended = any(stops) or self.epoch == self.phase.config.epochs
         ending = self.callbacks.values() if self.ended else ()
-        return {name: figure for callback in ending for name, figure in callback.on_phase_end().items()}
+        return {name: figure for callback in ending for name, figure in (callback.on_phase_end() or {}).items()}
 
     def not_finite(self, problem: str, epoch: int, step: int, buffer: _MetricBuffer) -> DivergedError:
         """Return the error for a loss or weights that are not finite."""

@@ -6,6 +6,8 @@ that a damaged one costs an epoch and not the run.
 
 import io
 import os
+import pickle
+import re
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -47,6 +49,14 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     values = vars(checkpoint) | {"recipe": checkpoint.recipe.as_json()}
     buffer = io.BytesIO()
     torch.save(values, buffer)
+    try:  # what could not be read would be found when all is lost
+        torch.load(io.BytesIO(buffer.getvalue()), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise UserError(
+            f"The state of the training could not be read from a checkpoint: it contains {found[1] if found else 'an object'}.",
+            remedy="Let state_dict of your callback, optimizer or scheduler return plain values and tensors only.",
+        ) from error
     tmp_path = folder / f"{CHECKPOINT}.partial"
     try:
         with create(tmp_path) as file:

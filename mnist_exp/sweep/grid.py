@@ -294,5 +294,6 @@ def _conclude(parent: Parent, rows: list[dict[str, str]], next_command: tuple[st
             f"{first['error'] or first['status']}\n"
             f"Fix the cause, then run `{parent.resume_command}` to finish the sweep."
         )
-    if parent.tracker.is_recording and set(parent.plan.swept_keys) - {"seed"}:
+    keys = set(parent.plan.swept_keys) - {"seed"}
+    if parent.tracker.is_recording and keys and "data" not in keys:  # runs on different data are not compared
         show_lines([f"Next: {command(*next_command, parent.tracker.run_id)}"])
