@@ -90,11 +90,9 @@ def explain(error: Exception) -> UserError:
         shared = re.match(rf"phases\.\w+\.(({'|'.join(PARTS)})\..+)", key)
         if shared and not cause.parent_node:
             return UserError(f"{key} refers to a key at the top level.", key=key, remedy=f"Override {shared[1]} instead.")
-        if chosen := _unchosen(key):
-            return chosen
         if isinstance(cause.parent_node, DictConfig):
             expected = f"one of {', '.join(sorted(map(str, cause.parent_node)))}"
-            return UserError(
+            return _unchosen(key) or UserError(
                 f"{key} is not a key of the configuration{_hint(key, cause.parent_node)}: expected {expected}.",
                 key=key,
                 expected=expected,

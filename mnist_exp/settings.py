@@ -341,7 +341,7 @@ class Trial:
             phases[name] = self._once(_try_phase, node, f"phases.{name}", keys)
         if data and not any(check_phases(phases, data, model).values()) and needs_validation:
             raise UserError(
-                f"No phase measures {settings.objective}: all train on the images that validate, {data.validation}, or come later.",
+                f"No phase measures {settings.objective}: all use the images that validate, {data.validation}, or come later.",
                 key="phases",
                 remedy="Train on others first, such as phase=[train].",
             )
