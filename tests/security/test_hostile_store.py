@@ -276,8 +276,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "another network": {"state": {"phase": "finetune", "steps": 1, "examples_seen": 1, "model": {}, "optimizer": 1}},
     "a teacher": {"recipe": ("phases.finetune.teacher", {
         "_target_": "mnist_exp.experiment.teachers.ensemble", "_partial_": True, "runs": ["../bait"]})},
-    "data": {"recipe": ("data", LOADER | {
-        "root": None, "fallback": None, "finetune_fraction": 0.02, "validation_size": 0, "download_root": "BAIT"})},
 }  # fmt: skip
 
 
@@ -292,6 +290,19 @@ def test_hostile_values_in_a_checkpoint(
         changes["recipe"] = SimpleNamespace(as_json=lambda: text)
     unwatched(lambda: unfinished(**changes))
     check_refused(in_process("resume=latest"))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_does_not_say_where_to_download(
+    unfinished: Callable[..., Path], bait: Path, mnist_root: Path, in_process: CommandLine
+) -> None:
+    def elsewhere(settings: Settings) -> Recipe:
+        data = LOADER | {"root": None, "finetune_fraction": 0.02, "validation_size": 0, "download_root": str(bait)}
+        return Recipe(settings.model_copy(update={"data": data}))
+
+    unwatched(lambda: unfinished(elsewhere))
+    done = in_process("resume=latest")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_hostile_recipe_in_the_store(recipe: Recipe, store: str, in_process: CommandLine) -> None:
@@ -363,7 +374,7 @@ def test_the_study_of_a_search(
     folder = run_dir.ensure_writable_dir(tmp_path / "outputs" / parent)
     resume = ("-m", "hydra/sweeper=optuna", f"sweep.resume='{parent}'", "sweep.force=true")
     for prescribed in ({"optimizer.lr": 1e29}, {"optimizer.lr": f"0.1,output_dir={bait}"}, {"model": f"{bait}/evil"}):
-        unwatched(lambda prescribed=prescribed: open_study(folder, 0).enqueue_trial(prescribed))
+        unwatched(lambda prescribed=prescribed: open_study(folder, 0, "val/accuracy").enqueue_trial(prescribed))
         check_refused(in_process(*resume))
         (folder / "optuna.db").unlink()
     (folder / "optuna.db").write_bytes(b"no database" * 100)
