@@ -54,12 +54,6 @@ METRICS = {
         Metric("examples_per_second", ",.0f", "examples/s", "examples/s", higher_is_better=True, is_measured_time=True),
     )
 }
-# The metrics that can decide: those of an evaluation with a best direction, on validation images.
-OBJECTIVES = tuple(
-    f"val/{metric.name}"
-    for metric in METRICS.values()
-    if metric.higher_is_better is not None and not (metric.is_exact or metric.is_measured_time)
-)
 OTHER = Metric("other", ".4g")
 SHOWN = ("test/accuracy", "test/loss", "time/total_seconds")  # in tables of runs, after the objective
 EVALUATION = "evaluate/"  # begins the names of metrics of stored models: no command selects runs by them
@@ -69,6 +63,12 @@ def metric_of(name: str) -> Metric:
     """Return the metric that is recorded as `name`: of `test/accuracy` accuracy, of `time/train_seconds` seconds."""
     last = name.rpartition("/")[2]
     return METRICS.get("seconds" if last.endswith("_seconds") else last, OTHER)
+
+
+def objectives() -> list[str]:
+    """Return the metrics that can decide: those of an evaluation with a best direction, on validation images."""
+    measured = [item for item in METRICS.values() if not (item.is_exact or item.is_measured_time)]
+    return [f"val/{item.name}" for item in measured if item.higher_is_better is not None]
 
 
 def best_first(name: str, items: Iterable[Item], value: Callable[[Item], float]) -> list[Item]:

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from mnist_exp.errors import Count, Mark, MissingDataError, UserError
-from mnist_exp.metrics import OBJECTIVES
+from mnist_exp.metrics import objectives
 from mnist_exp.nodes import (
     CHECKED,
     build,
@@ -54,8 +54,8 @@ def _run_id(value: Any, *others: str) -> Any:
 
 
 def _objective(value: str) -> str:
-    if value not in OBJECTIVES:
-        raise PydanticCustomError("expected", "a validation metric: {known}", {"known": " or ".join(OBJECTIVES)})
+    if value not in objectives():
+        raise PydanticCustomError("expected", "a validation metric: {known}", {"known": " or ".join(objectives())})
     return value
 
 

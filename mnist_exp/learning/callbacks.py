@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_exp.errors import Count, Fraction, NonNegative, UserError
-from mnist_exp.metrics import OBJECTIVES, metric_of
+from mnist_exp.metrics import metric_of, objectives
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,8 +104,8 @@ class EarlyStopping(Callback):
     """
 
     def __init__(self, metric: str, patience: Count, min_delta: NonNegative = 0.0) -> None:
-        if metric not in OBJECTIVES:
-            raise UserError.invalid("metric", metric, f"a validation metric: {' or '.join(OBJECTIVES)}")
+        if metric not in objectives():
+            raise UserError.invalid("metric", metric, f"a validation metric: {' or '.join(objectives())}")
         self.metric, self.patience, self.min_delta = metric, patience, min_delta
         self.sign = 1 if metric_of(metric).higher_is_better else -1
 
