@@ -34,6 +34,7 @@ WRONG = {  # overrides that the message repeats, and the values that it expects
     "seed=range(0,3)": ["-m"],
     "optimizer=null": [],
     "optimizer=[[]]": ["option"],
+    "phase=[train,train]": ["different"],
     "model=[1]": ["option"],
     "batch_size=0": ["greater than or equal to 1"],
     "batch_size=100000": ["58800"],
@@ -50,6 +51,7 @@ WRONG = {  # overrides that the message repeats, and the values that it expects
 }
 OTHERS = {
     "~model._target_": ["model", "conf/"],
+    "callbacks.early_stopping.patience=2": ["callbacks.early_stopping", "callbacks=[...,early_stopping]"],
     "optimizer.lr=-0.1": ["optimizer", "lr=-0.1", "torch.optim.SGD"],
     "optimizer.momentum=0": ["optimizer", "momentum=0", "Nesterov"],
     "model.channels=[30000,30000,30000]": ["25000", "model.parameter_limit=null"],

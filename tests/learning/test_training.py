@@ -128,7 +128,8 @@ def test_a_split_that_a_teacher_was_trained_on_no_longer_validates(composed, sho
     for seed, drop, validates in ((0, "~phases.finetune", True), (0, "~phases.train", False), (1, "~phases.finetune", False)):
         run = finished(composed("data=digits", drop), of_seed[seed], tmp_path)
         config = build(composed("teacher=ensemble", f"teacher.runs=[{run}]").phases["train"], "phases.train")
-        (phase,) = prepare_phases(nn.Linear(1, 1), {"train": config}, short_digits, tmp_path)
+        model = build(composed().model, "model", **MNIST_SHAPE)
+        (phase,) = prepare_phases(model, {"train": config}, short_digits, tmp_path)
         assert (phase.validation == "finetune") == validates
 
 
@@ -208,8 +209,31 @@ def test_a_part_that_rejects_its_arguments_names_its_phase(composed, short_digit
     config = build(composed().phases["train"], "phases.train")
     phases = {"train": config, "more": replace(config, optimizer=partial(torch.optim.SGD, lr=-1))}
     with pytest.raises(UserError) as error:
-        prepare_phases(nn.Linear(1, 1), phases, short_digits, Path())
+        prepare_phases(build(composed().model, "model", **MNIST_SHAPE), phases, short_digits, Path())
     assert error.value.key == "phases.more"
+
+
+@pytest.mark.parametrize("output", [11, None])
+def test_a_model_with_another_output_is_refused_before_training(composed, short_digits, output: int | None) -> None:
+    class Wrong(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(784, output or 10)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.layer(images.flatten(1).float()) if output else self.layer(images.flatten(1))  # bytes
+
+    with pytest.raises(UserError) as error:
+        prepare_phases(Wrong(), {"train": build(composed().phases["train"], "phases.train")}, short_digits, Path())
+    assert error.value.key == "model"
+
+
+def test_an_object_that_is_no_callback_is_refused(composed, short_digits) -> None:
+    model = build(composed().model, "model", **MNIST_SHAPE)
+    phase = replace(build(composed().phases["train"], "phases.train"), callbacks={"mine": object()})
+    with pytest.raises(UserError) as error:
+        prepare_phases(model, {"train": phase}, short_digits, Path())
+    assert error.value.key == "phases.train.callbacks.mine"
 
 
 def test_a_device_that_is_not_there() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import MNIST, MNIST_SHAPE, Bomb, Compose
@@ -194,3 +195,12 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(folder)
     with pytest.raises(UserError), run_dir.lock_run(tmp_path / "link"):
         pass
+
+
+def test_a_state_that_could_not_be_read_back_is_refused(tmp_path: Path) -> None:
+    """Not only when the run is resumed, and all is lost."""
+    checkpoint.save(tmp_path, one("good"))
+    with pytest.raises(UserError) as error:
+        checkpoint.save(tmp_path, one("bad", state={"callbacks": {"mine": {"best": np.float64(1.5)}}}))
+    assert "state_dict" in error.value.remedy
+    assert checkpoint.load(tmp_path / CHECKPOINT).run_id == "good"
