@@ -319,9 +319,9 @@ class Trial:
 
         Args:
             settings: The configuration.
-            needs_validation: Whether a phase must be validated, if the images are read.
             read_data: Whether to read the images, which tell whether the model and the phases fit them. This is skipped if this
                 machine, such as the head of a cluster, lacks them.
+            needs_validation: Whether a phase must be validated, if the images are read.
 
         Raises:
             UserError: A target refuses its arguments, the model has too many parameters, or a value does not fit the images.
@@ -380,7 +380,7 @@ def _try_phase(node: dict[str, Any], key: str, keys: dict[str, str]) -> Any:
     from mnist_exp.learning.training import make_scheduler
 
     parts = {part: _build_part(node[part], keys[part]) for part in keys}
-    phase = build(node, key)
+    phase = build({name: value for name, value in node.items() if name not in parts}, key, **parts)
     layer = torch.nn.Conv2d(1, 1, 1)  # has both kinds of parameters that optimizers distinguish
     optimizer = call(parts["optimizer"], node["optimizer"], keys["optimizer"], layer.parameters())
     scheduler = call(make_scheduler, node["scheduler"], keys["scheduler"], parts["scheduler"], optimizer, TRIAL_STEPS)

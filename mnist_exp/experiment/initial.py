@@ -33,12 +33,13 @@ def load_initial(model: nn.Module, settings: Settings, store: Store) -> DataDesc
     return described
 
 
-def splits_used_before(own: DataDescription, data: Dataset) -> list[str]:
+def splits_used_before(own: DataDescription, data: Dataset, init: str | None) -> list[str]:
     """Return the splits of the data that the models before a run may have been trained on.
 
     Args:
         own: The description of the data, with the models before.
         data: The data set.
+        init: The model whose weights the run starts from, for the message.
 
     Raises:
         UserError: Among them is the split that scores the run.
@@ -46,5 +47,5 @@ def splits_used_before(own: DataDescription, data: Dataset) -> list[str]:
     used = [split for split in data.splits if any(earlier.may_have_trained_on(own, split) for earlier in own.before)]
     if data.eval_split in used:
         expected = f"a model that was not trained on the {data.eval_split} split of this data, and that one may have been"
-        raise UserError.invalid("init", "...", expected, "Choose a model of the same data, or of other data.")
+        raise UserError.invalid("init", init, expected, "Choose a model of the same data, or of other data.")
     return used

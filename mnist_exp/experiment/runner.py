@@ -166,7 +166,7 @@ def prepare(request: RunRequest) -> Prepared:
     if settings.init:  # a checkpoint has the weights that it led to
         before = stored.before if saved and saved.state and stored else [load_initial(model, settings, store)]
         description = description.model_copy(update={"before": before})
-    used = splits_used_before(description, data)
+    used = splits_used_before(description, data, settings.init)
     model, data = model.to(device), data.to(device)
     phases = prepare_phases(model, configs, data, settings.output_dir, used)
     leaked = [data.validation for phase in phases if phase.targets.saw_validation_split]

@@ -183,12 +183,8 @@ def prepare_phases(
 def _check_output(model: nn.Module, data: Dataset) -> None:
     """Raise UserError unless the model maps two images of the data, as they are stored, to logits (2, classes)."""
     was_training, images = model.training, next(iter(data.splits.values())).images[:2]
-    try:
-        with torch.no_grad():
-            logits = model.eval()(images)
-        found = str(tuple(logits.shape))
-    except Exception as error:  # models raise exceptions of any kind
-        found = f"{type(error).__name__}: {error}"
+    with torch.no_grad():
+        found = _shape_of_result(model.eval(), images)
     model.train(was_training)
     if found != str((len(images), data.classes)):
         expected = f"a model that maps images {tuple(images.shape)} uint8 to logits ({len(images)}, {data.classes}), not {found}"
@@ -197,14 +193,19 @@ def _check_output(model: nn.Module, data: Dataset) -> None:
 
 def _check_loss(config: PhaseConfig, key: str, classes: int, device: torch.device) -> None:
     """Raise UserError unless the loss of a phase maps logits and labels to a scalar."""
-    try:
-        value = config.loss(torch.zeros(2, classes, device=device), torch.zeros(2, dtype=torch.int64, device=device))
-        found = f"a tensor {tuple(value.shape)}"
-    except Exception as error:  # losses raise exceptions of any kind
-        found = f"{type(error).__name__}: {error}"
-    if found != "a tensor ()":
+    logits, labels = torch.zeros(2, classes, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+    found = _shape_of_result(config.loss, logits, labels)
+    if found != "()":
         expected = f"a loss that maps logits (2, {classes}) and labels (2,) to a scalar, not {found}"
         raise UserError.invalid(key, type(config.loss).__name__, expected)
+
+
+def _shape_of_result(function: Callable[..., Tensor], *inputs: Tensor) -> str:
+    """Return the shape of a function's result as text, or the error that it raises."""
+    try:
+        return str(tuple(function(*inputs).shape))
+    except Exception as error:  # models and losses raise exceptions of any kind
+        return f"{type(error).__name__}: {error}"
 
 
 def make_scheduler(factory: Callable[..., LRScheduler], optimizer: Optimizer, total_steps: int) -> LRScheduler:

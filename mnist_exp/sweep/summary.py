@@ -68,9 +68,8 @@ def preview(jobs: Sequence[Job], done: Container[int | None], total: int) -> tup
 def rank_arms(children: Iterable[RunRecord], objective: str) -> list[tuple[list[str], list[float]]]:
     """Return the overrides of each arm and the objective of its finished jobs, the best mean first, else in the sweep's order."""
     arms = defaultdict[tuple[str, ...], list[float]](list)
-    for _, child in sorted(latest_run_per_job(children).items()):
-        if child.status == "FINISHED" and objective in child.metrics:
-            arms[tuple(item for item in child.overrides if key_of(item) != "seed")].append(child.metrics[objective])
+    for child in _scored(children, objective):
+        arms[tuple(item for item in child.overrides if key_of(item) != "seed")].append(child.metrics[objective])
     ranked = [(list(overrides), values) for overrides, values in arms.items()]
     return best_first(objective, ranked, lambda arm: statistics.mean(arm[1]))
 
@@ -121,11 +120,15 @@ def sweep_metrics(rows: list[dict[str, str]], children: list[RunRecord], objecti
     return counts | ({"sweep/best_objective": best[0].metrics[objective]} if best else {})
 
 
+def _scored(children: Iterable[RunRecord], objective: str) -> list[RunRecord]:
+    """Return the finished runs of the jobs with an objective, in the order of their jobs."""
+    runs = [child for _, child in sorted(latest_run_per_job(children).items())]
+    return [child for child in runs if child.status == "FINISHED" and objective in child.metrics]
+
+
 def _ranked(children: Iterable[RunRecord], objective: str) -> list[RunRecord]:
     """Return the finished runs of the jobs with an objective, the best first, equal ones in the order of their jobs."""
-    runs = [child for _, child in sorted(latest_run_per_job(children).items())]
-    scored = [child for child in runs if child.status == "FINISHED" and objective in child.metrics]
-    return best_first(objective, scored, lambda child: child.metrics[objective])
+    return best_first(objective, _scored(children, objective), lambda child: child.metrics[objective])
 
 
 def describe_sweep(

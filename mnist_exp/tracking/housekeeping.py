@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from mnist_exp.errors import UserError
-from mnist_exp.metrics import EVALUATION, metric_of
+from mnist_exp.metrics import EVALUATION, best_first, metric_of
 from mnist_exp.overrides import command
 from mnist_exp.settings import ID
 from mnist_exp.storage import run_dir
@@ -58,8 +58,7 @@ def _best(records: Iterable[RunRecord], count: int, metric: str) -> set[str]:
 
     Without the metric in any run of a data set, none can be preferred: all of them are returned.
     """
-    is_better = metric_of(metric).higher_is_better
-    if is_better is None or metric.startswith(EVALUATION):
+    if metric_of(metric).higher_is_better is None or metric.startswith(EVALUATION):
         raise UserError.invalid("--by", metric, "a metric of training runs with a best direction, such as val/accuracy")
     by_data = defaultdict(list)
     for record in records:
@@ -67,7 +66,7 @@ def _best(records: Iterable[RunRecord], count: int, metric: str) -> set[str]:
             by_data[record.data, record.digests.get("test")].append(record)
     best: set[str] = set()
     for runs in by_data.values():
-        ranked = sorted((run for run in runs if metric in run.metrics), key=lambda run: run.metrics[metric], reverse=is_better)
+        ranked = best_first(metric, (run for run in runs if metric in run.metrics), lambda run: run.metrics[metric])
         best |= {record.run_id for record in (ranked[:count] if ranked else runs)}
     return best
 

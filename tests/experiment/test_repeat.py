@@ -29,7 +29,7 @@ def test_the_recorded_place_is_read_if_it_exists(composed: Compose) -> None:
     assert locate(composed, present | {"root": "/tmp"}, root=GONE)["root"] == "/tmp"
     description = MNIST.model_copy(update={"locations": {"root": THERE}})
     settings = composed("data=mnist").model_copy(update={"data_description": description})
-    assert locate_data(settings, present)["root"] == THERE, "where the data were found, whatever was typed"
+    assert locate_data(settings, present)["root"] == THERE, "the place where the data were found"
 
 
 def test_the_command_line_and_the_user_s_defaults_go_first(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
