@@ -155,18 +155,15 @@ def find_images(store: "Store", settings: "Settings", records: "Mapping[str, Run
     """Return the images that the runs were scored on, and the names of their classes; None if they are not on this machine."""
     from mnist_exp.experiment.repeat import locate_data
     from mnist_exp.nodes import build, marked
-    from mnist_exp.settings import read_recipe
-    from mnist_exp.tracking.base import RECIPE
 
     with suppress(UserError, StopIteration):  # a damaged file, or no finished run
         run = next(iter(records.values()))
-        for content in store.read_artifacts([run], RECIPE).values():
-            recipe = read_recipe(content, f"{RECIPE} of run {run.run_id}")
-            node = locate_data(recipe.settings, settings.data)
-            kept = {key: value for key, value in node.items() if key not in marked(node, "data", Mark.DOWNLOAD)}  # no download
-            data: Dataset = build(kept, "data", seed=recipe.settings.seed)
-            if data.digests[data.eval_split] == run.digests.get(data.eval_split):
-                return data.splits[data.eval_split].images, list(data.class_names)
+        recipe = store.recipe(run)
+        node = locate_data(recipe.settings, settings.data)
+        kept = {key: value for key, value in node.items() if key not in marked(node, "data", Mark.DOWNLOAD)}  # no download
+        data: Dataset = build(kept, "data", seed=recipe.settings.seed)
+        if data.digests[data.eval_split] == run.digests.get(data.eval_split):
+            return data.splits[data.eval_split].images, list(data.class_names)
     return None
 
 

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from functools import partial
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -63,14 +62,14 @@ def run_composed(composed: DictConfig) -> float | None:
         raise UserError(f"{' '.join(in_sweep_only)} needs a sweep.", key=in_sweep_only[0], remedy="Add -m as the first argument.")
     prune = None
     if context and context.in_search:
-        prune = partial(make_pruning_callback, settings.output_dir / context.sweep_id, context.number, context.objective)
+        prune = make_pruning_callback(settings.output_dir / context.sweep_id, context.number, context.objective)
     if settings.resume:
         result = repeat.resume(settings, typed, prune)
     elif settings.rerun:
         result = repeat.rerun(settings, typed)
     else:
         recipe = Recipe(settings, choices_of(job), [override for override in typed if not is_location(override)])
-        result = runner.run(repeat.request(recipe, make_should_prune=prune))
+        result = runner.run(repeat.request(recipe, should_prune=prune))
     return result.metrics.get(settings.objective)
 
 

@@ -377,13 +377,14 @@ def _try_phase(node: dict[str, Any], key: str, keys: dict[str, str]) -> Any:
     """Return a phase as built, after its optimizer and its scheduler took a step; keys: those of its parts, for messages."""
     import torch
 
-    from mnist_exp.learning.training import make_scheduler
+    from mnist_exp.learning.training import make_scheduler, set_mode
 
     parts = {part: _build_part(node[part], keys[part]) for part in keys}
     phase = build({name: value for name, value in node.items() if name not in parts}, key, **parts)
     layer = torch.nn.Conv2d(1, 1, 1)  # has both kinds of parameters that optimizers distinguish
     optimizer = call(parts["optimizer"], node["optimizer"], keys["optimizer"], layer.parameters())
     scheduler = call(make_scheduler, node["scheduler"], keys["scheduler"], parts["scheduler"], optimizer, TRIAL_STEPS)
+    set_mode(optimizer, "train")
     for parameter in layer.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for part, stepped, lacks in (("optimizer", optimizer, "closure"), ("scheduler", scheduler, "metric")):

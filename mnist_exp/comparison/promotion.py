@@ -1,7 +1,6 @@
 """Decides by the objective, on validation images alone, which arm of a sweep becomes the champion."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 
@@ -50,17 +49,13 @@ def decide_by_sweep(runs: pd.DataFrame, objective: str, champion: str | None) ->
     ]
     runs = runs.drop(columns=keys).assign(**{ARM: arms})
     means = _means_of_finished_arms(runs, objective, sweep)
-    is_low = metric_of(objective).higher_is_better is False
-
-    def best_of(values: "pd.Series[float]") -> Any:
-        return values.idxmin() if is_low else values.idxmax()  # the first of equal ones
 
     def best_run(arm: str) -> str:
-        own = runs[runs[ARM] == arm]
-        return str(own.loc[best_of(own[objective]), "run"])
+        scores = runs[runs[ARM] == arm].set_index("run")[objective].dropna()
+        return str(best_first(objective, scores.index, scores.__getitem__)[0])
 
     if champion is None:
-        best = str(best_of(means))
+        best = str(best_first(objective, means.index, means.__getitem__)[0])
         value = format_metric(objective, means[best])
         reason = f"The first champion: {best or 'the only arm'} has the best mean {objective}, {value}."
         return Decision(best_run(best), reason, {"arm": best})
@@ -78,8 +73,9 @@ def decide_by_sweep(runs: pd.DataFrame, objective: str, champion: str | None) ->
     if not rows:
         return Decision(None, "The champion stays: for a verdict, its arm and another one must have finished all seeds.", {})
     row = best_first(objective, rows, lambda row: row.estimate.difference)[0]
+    better = "lower" if metric_of(objective).higher_is_better is False else "higher"
     finding = f"{row.arm} against {row.baseline} in {objective}: {describe_verdict(row)}, {format_difference(row)}."
-    if row.verdict != ("lower" if is_low else "higher") or row.is_doubtful:
+    if row.verdict != better or row.is_doubtful:
         return Decision(None, f"The champion stays: {finding}", {})
     return Decision(best_run(row.arm), finding, {"arm": row.arm, "verdict": row.verdict})
 

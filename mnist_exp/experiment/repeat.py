@@ -7,9 +7,9 @@ from typing import Any
 
 from mnist_exp.composing import local_defaults
 from mnist_exp.errors import Mark, UserError
-from mnist_exp.experiment.runner import MakeShouldPrune, RunRequest, RunResult, run
+from mnist_exp.experiment.runner import RunRequest, RunResult, ShouldPrune, run
 from mnist_exp.metrics import metric_of
-from mnist_exp.nodes import build, marked
+from mnist_exp.nodes import build, defaults_of, marked
 from mnist_exp.overrides import check_stored, command, key_of, quoted
 from mnist_exp.paths import typed
 from mnist_exp.settings import Node, Recipe, Settings, check_repeats, defaults_of_newer_keys
@@ -42,13 +42,13 @@ def _with_whole_init(recipe: Recipe) -> Recipe:
     return replace(recipe, settings=settings.model_copy(update={"init": whole}), overrides=[*kept, f"init={quoted(whole)}"])
 
 
-def resume(settings: Settings, overrides: list[str], make_should_prune: MakeShouldPrune | None = None) -> RunResult:
+def resume(settings: Settings, overrides: list[str], should_prune: ShouldPrune | None = None) -> RunResult:
     """Resume the run `settings.resume` from its last intact checkpoint, with the recipe that it contains.
 
     Args:
         settings: The settings of the command line.
         overrides: Its overrides.
-        make_should_prune: As in `RunRequest`.
+        should_prune: As in `RunRequest`.
 
     Raises:
         UserError: The run has finished, has no intact checkpoint, or the command line changes its recipe.
@@ -75,8 +75,8 @@ def resume(settings: Settings, overrides: list[str], make_should_prune: MakeShou
         rerun = saved.recipe.settings.rerun  # the digest of such a job
         stored = with_present_locations(saved.recipe, settings, resume=settings.resume, rerun=rerun, sweep_job=job)
         threads_then = int(threads) if threads.isdecimal() else None
-        options = {"threads": threads_then, "make_should_prune": make_should_prune, "quiet": in_sweep}
-        return run(request(stored, data=locate_data(stored.settings, settings.data), checkpoint=saved, **options))
+        options = {"threads": threads_then, "should_prune": should_prune, "quiet": in_sweep}
+        return run(request(stored, checkpoint=saved, **options))
 
 
 def rerun(settings: Settings, overrides: list[str]) -> RunResult:
@@ -84,25 +84,22 @@ def rerun(settings: Settings, overrides: list[str]) -> RunResult:
     assert settings.rerun
     check_repeats(settings, overrides)
     store: Store = build(settings.tracking, "tracking")
-    original = store.read(store.resolve_id(settings.rerun, finished=True))
-    before, run_id = original.record.tags, original.record.run_id
-    if original.record.status != "FINISHED":
-        raise UserError(
-            f"rerun={run_id}: the run is {original.record.status}, expected a FINISHED run.", key="rerun", value=run_id
-        )
+    original = store.get_run(store.resolve_id(settings.rerun, finished=True))
+    recipe, before, run_id = store.recipe(original), original.tags, original.run_id
+    if original.status != "FINISHED":
+        raise UserError(f"rerun={run_id}: the run is {original.status}, expected a FINISHED run.", key="rerun", value=run_id)
     now = provenance.software() | provenance.git_tags()
     changed = provenance.differences(before, now)
     if changed:
         print(f"The environment differs from the original run's: {changed}.", file=sys.stderr)
     result = run(
         request(
-            with_present_locations(original.recipe, settings, rerun=run_id, sweep_job=settings.sweep_job),
-            data=locate_data(original.recipe.settings, settings.data),
-            in_search=_is_trial(original.recipe.settings),
+            with_present_locations(recipe, settings, rerun=run_id, sweep_job=settings.sweep_job),
+            in_search=_is_trial(recipe.settings),
             threads=int(before["threads"]) if before.get("threads", "").isdecimal() else None,
         )
     )
-    compared = {name: points for name, points in original.points.items() if not metric_of(name).is_measured_time}
+    compared = {name: points for name, points in store.points(original).items() if not metric_of(name).is_measured_time}
     differing = sorted(name for name, points in compared.items() if points != result.points.get(name))
     if differing:
         raise UserError(f"Run {result.run_id} differs from run {run_id} in {', '.join(differing)}.")
@@ -121,7 +118,8 @@ def with_present_locations(stored: Recipe, settings: Settings, **changes: Any) -
     for key, value in defaults_of_newer_keys(stored.settings).items():
         print(f"The stored recipe is older than the key {key}: its default {value} applies.", file=sys.stderr)
     present = {name: getattr(settings, name) for name in ("output_dir", "tracking", "sweep")} | {"resume": None, "rerun": None}
-    return replace(stored, settings=stored.settings.model_copy(update=present | changes))
+    data = locate_data(stored.settings, settings.data)
+    return replace(stored, settings=stored.settings.model_copy(update=present | {"data": data} | changes))
 
 
 def locate_data(stored: Settings, present: Node) -> Node:
@@ -137,7 +135,7 @@ def locate_data(stored: Settings, present: Node) -> Node:
     node, own = dict(stored.data), present if present["_target_"] == stored.data["_target_"] else {}
     for name in marked(node, "data", Mark.DOWNLOAD):
         node.pop(name, None)
-        node |= {name: own[name]} if name in own else {}
+        node |= {key: value for key, value in (defaults_of(node, "data") | own).items() if key == name}
     recorded = stored.data_description.locations if stored.data_description else {}
     for name in marked(node, "data", Mark.LOCATION):
         place = recorded.get(name) or node.get(name)

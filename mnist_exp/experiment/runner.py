@@ -24,7 +24,7 @@ from mnist_exp.learning.models import count_parameters, create_model
 from mnist_exp.learning.training import Phase, choose_device, choose_precision, disable_malloc_trim, fit, prepare_phases
 from mnist_exp.nodes import build
 from mnist_exp.overrides import command, key_of, section_of
-from mnist_exp.settings import NEUTRAL, DataDescription, Node, Recipe, Settings, Trial
+from mnist_exp.settings import NEUTRAL, DataDescription, Recipe, Settings, Trial
 from mnist_exp.storage import run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import provenance
@@ -32,7 +32,6 @@ from mnist_exp.tracking.base import RunInfo, Store
 from mnist_exp.tracking.tags import ARM, COLOR, DATA, JOB, OVERRIDES, PARENT, RERUN_OF, RESUMED, SWEEP
 
 ShouldPrune = Callable[[int, Mapping[str, float]], bool]  # called with examples seen and metrics
-MakeShouldPrune = Callable[[], ShouldPrune]
 
 
 @dataclass(frozen=True)
@@ -42,20 +41,18 @@ class RunRequest:
     Args:
         recipe: The recipe, whose settings are checked.
         command: The shell command to record.
-        data: The node of the data, where it differs from the recipe's; None if it does not.
         checkpoint: The checkpoint to resume from.
         threads: The number of torch's threads, which affects the last bits of a result; None for the default.
-        make_should_prune: Returns the function with which a search stops the run early.
+        should_prune: Decides after each report whether a search stops the run early.
         in_search: Whether a search proposed the run, or the one that it repeats: it is not scored on test images.
         quiet: Whether to print warnings only.
     """
 
     recipe: Recipe
     command: str
-    data: Node | None = None
     checkpoint: Checkpoint | None = None
     threads: int | None = None
-    make_should_prune: MakeShouldPrune | None = None
+    should_prune: ShouldPrune | None = None
     in_search: bool = False
     quiet: bool = False
 
@@ -146,7 +143,7 @@ def prepare(request: RunRequest) -> Prepared:
     Trial().try_out(settings)
     store = build(settings.tracking, "tracking")
     configs = {name: build(node, f"phases.{name}") for name, node in settings.phases.items()}
-    data: Dataset = build(request.data or settings.data, "data", seed=settings.seed)
+    data: Dataset = build(settings.data, "data", seed=settings.seed)
     stored = settings.data_description  # of a run that is resumed or repeated
     if stored:
         data.check_digests(stored.digests)
@@ -237,7 +234,6 @@ def train(request: RunRequest, prepared: Prepared, recorder: Recorder) -> None:
         recorder.tracker.set_tags(provenance.process_tags(settings.output_dir) | {RESUMED: note})
     else:
         recorder.log_origin(provenance.origin(request.command, prepared.device))
-    should_prune = request.make_should_prune() if request.make_should_prune else None
     with prepared.display:
         for report in fit(
             prepared.model,
@@ -251,7 +247,7 @@ def train(request: RunRequest, prepared: Prepared, recorder: Recorder) -> None:
             ended = report.state is not None and report.state["ended"]
             prepared.display.update(report.phase, report.examples_seen, report.metrics, ended=ended)
             recorder.log_report(report)
-            if should_prune and should_prune(report.examples_seen, report.metrics):
+            if request.should_prune and request.should_prune(report.examples_seen, report.metrics):
                 recorder.prune()
 
 

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 from annotated_types import MinLen
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_exp.errors import Count, Fraction, NonNegative, UserError
@@ -33,6 +34,16 @@ class Callback:
 
     def on_epoch_start(self) -> None:
         """Called before an epoch, after `model.train()`."""
+
+    def on_batch(self, images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the batch of a step, perhaps changed.
+
+        Args:
+            images: (n, channels, side, side) float32, augmented.
+            targets: Labels (n,) int64, or probabilities (n, classes) float32 from a teacher or an earlier callback.
+            generator: The only source of randomness, so that a resumed run stays exact.
+        """
+        return images, targets
 
     def on_step(self) -> None:
         """Called after a step of the optimizer, while the parameters have their gradients."""

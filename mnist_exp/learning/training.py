@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -214,6 +214,14 @@ def make_scheduler(factory: Callable[..., LRScheduler], optimizer: Optimizer, to
     return factory(optimizer, total_steps=total_steps) if is_open else factory(optimizer)
 
 
+def set_mode(optimizer: Optimizer, mode: Literal["train", "eval"]) -> None:
+    """Prepare the weights for steps or for evaluation, if the optimizer has others for each.
+
+    Such as one without a schedule (Defazio et al., The Road Less Scheduled, 2024).
+    """
+    getattr(optimizer, mode, lambda: None)()
+
+
 def check_phases(
     phases: Mapping[str, PhaseConfig],
     data: Dataset,
@@ -352,6 +360,7 @@ class _PhaseTrainer:
         phase, steps_per_epoch, epoch = self.phase, self.phase.steps_per_epoch, self.epoch
         report_steps = {round(steps_per_epoch * (i + 1) / REPORTS_PER_EPOCH) for i in range(REPORTS_PER_EPOCH)}
         self.model.train()
+        set_mode(phase.optimizer, "train")
         for callback in self.callbacks.values():
             callback.on_epoch_start()
         buffers, buffer, started = [], _MetricBuffer(), time.perf_counter()
@@ -387,8 +396,10 @@ class _PhaseTrainer:
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(derive_seed(*seed_parts, "dropout"))  # dropout uses torch's global generator only
             with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-                logits = self.model(images)  # (n, classes)
                 targets = self.phase.targets(images, labels)  # (n,) or (n, classes)
+                for name, callback in self.callbacks.items():
+                    images, targets = callback.on_batch(images, targets, generator(*seed_parts, "callbacks", name))
+                logits = self.model(images)  # (n, classes)
         loss = config.loss(logits.float(), targets)
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -431,6 +442,7 @@ class _PhaseTrainer:
 
     def end_epoch(self, metrics: dict[str, float]) -> "dict[str, Figure]":
         """Add the validation metrics, unless training has used that split, and end the phase if it is time; return figures."""
+        set_mode(self.phase.optimizer, "eval")
         if self.phase.validation is not None:
             network = self.model
             for callback in self.callbacks.values():

@@ -197,15 +197,6 @@ def read_sweep(record: RunRecord) -> Sweep:
 
 
 @dataclass(frozen=True)
-class StoredRun:
-    """A run as stored, with its recipe and the points of each metric by examples seen."""
-
-    record: RunRecord
-    recipe: Recipe
-    points: dict[str, dict[int, float]]
-
-
-@dataclass(frozen=True)
 class Answer:
     """The answer of a comparison, for the parent of its sweep.
 
@@ -434,9 +425,9 @@ class Store:
             raise UserError(f"{text} is ambiguous: it is the start of {len(found)} ids. Type more digits of one of them:{listed}")
         return found[0].run_id
 
-    def read(self, run_id: str) -> StoredRun:
-        """Return a run with its recipe; raises UserError if the store lacks a part."""
-        record = self.get_run(run_id)
+    def recipe(self, record: RunRecord) -> Recipe:
+        """Return the recipe of a run; raises UserError if the store lacks it."""
+        run_id = record.run_id
         if tag.SWEEP_JOBS in record.tags:
             raise UserError(
                 f"Run {run_id} is a sweep: choose one of its jobs, which `{command('runs', 'list', '--jobs')}` shows."
@@ -444,7 +435,7 @@ class Store:
         recipes = self.read_artifacts([record], RECIPE, strict=True)
         if run_id not in recipes:
             raise UserError(f"Run {run_id} has no readable {RECIPE}.")
-        return StoredRun(record, read_recipe(recipes[run_id], f"{RECIPE} of run {run_id}"), self.points(record))
+        return read_recipe(recipes[run_id], f"{RECIPE} of run {run_id}")
 
     def find_sweep(self, sweep: str, *, unfinished: bool = False) -> Sweep:
         """Return a sweep, by id, the start of one, or `latest`.

@@ -13,7 +13,7 @@ from mnist_exp.metrics import best_first, format_metric
 from mnist_exp.nodes import did_you_mean, walk
 from mnist_exp.overrides import JOB_KEY
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.base import RunRecord, Store, StoredRun
+from mnist_exp.tracking.base import RunRecord, Store
 from mnist_exp.tracking.provenance import ORIGIN, PATCH, Origin
 
 CODE = {tag.COMMIT: "commit", tag.BRANCH: "branch", tag.DIRTY: "uncommitted changes", "code": "digest of the code"}
@@ -133,18 +133,16 @@ def run_differences(store: Store, first_id: str, second_id: str) -> dict[str, Se
     Raises:
         UserError: A run does not exist, is a sweep, or has no readable recipe.
     """
-    runs = [store.read(run_id) for run_id in (first_id, second_id)]
-    first, second = (_comparable(store, run) for run in runs)
+    first, second = (_comparable(store, store.get_run(run_id)) for run_id in (first_id, second_id))
     return {section: _differing(first[section], second[section]) for section in first}
 
 
-def _comparable(store: Store, run: StoredRun) -> dict[str, dict[str, str]]:
-    record, tags = run.record, run.record.tags
-    origin = _origin(store, run)
-    config = walk(run.recipe.settings.model_dump(mode="json", exclude={JOB_KEY}))
+def _comparable(store: Store, record: RunRecord) -> dict[str, dict[str, str]]:
+    tags, origin = record.tags, _origin(store, record)
+    config = walk(store.recipe(record).settings.model_dump(mode="json", exclude={JOB_KEY}))
     return {
         "configuration": {key: str(value) for key, value in config if not isinstance(value, dict | list)},
-        "code": {name: tags[key] for key, name in CODE.items() if key in tags} | _changed_files(_text(store, run, PATCH)),
+        "code": {name: tags[key] for key, name in CODE.items() if key in tags} | _changed_files(_text(store, record, PATCH)),
         "packages": origin.packages,
         "machine": origin.machine,
         "data": {"name": record.data} | {f"digest of {split}": digest for split, digest in record.digests.items()},
@@ -152,16 +150,16 @@ def _comparable(store: Store, run: StoredRun) -> dict[str, dict[str, str]]:
     }
 
 
-def _origin(store: Store, run: StoredRun) -> Origin:
+def _origin(store: Store, record: RunRecord) -> Origin:
     try:
-        return Origin.model_validate_json(_text(store, run, ORIGIN))
+        return Origin.model_validate_json(_text(store, record, ORIGIN))
     except ValidationError:  # the run ended before it recorded one
         return Origin()
 
 
-def _text(store: Store, run: StoredRun, path: str) -> str:
+def _text(store: Store, record: RunRecord, path: str) -> str:
     """Return a text file of a run, empty if it has none."""
-    return store.read_artifacts([run.record], path).get(run.record.run_id, b"").decode(errors="replace")
+    return store.read_artifacts([record], path).get(record.run_id, b"").decode(errors="replace")
 
 
 def _changed_files(patch: str) -> dict[str, str]:

@@ -165,10 +165,12 @@ def test_the_extensions_train(copy: Path) -> None:
     parts = ["optimizer=nadam", "scheduler=linear", "augmentation=affine_noise", "loss=margin", "callbacks=[gradients]"]
     options = ["phase=[warmup,train,finetune]", "model=mlp", "data=npz", "objective=val/macro_f1", "tracking=none"]
     frozen = "phases.warmup.callbacks.freeze.modules=[hidden]"
-    command = [sys.executable, "-m", "mnist_exp.run", *parts, *options, frozen]
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "test/macro_f1" in done.stdout
+    mixed = ["phase=[train]", "callbacks=[mixup]", "data.fallback=digits", "tracking=none"]
+    for words in ([*parts, *options, frozen], mixed):
+        command = [sys.executable, "-m", "mnist_exp.run", *words]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "test/macro_f1" in done.stdout
 
 
 # Executes the cells on its input in one namespace, and writes the figures that show data to NUMBER.png.

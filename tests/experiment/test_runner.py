@@ -111,7 +111,7 @@ def test_a_resumed_run_keeps_its_id_and_repeats_no_training(prepared: Prepare, t
 
 
 def test_a_search_can_stop_a_run(prepared: Prepare, tmp_path: Path) -> None:
-    request, parts, store = prepared(make_should_prune=lambda: lambda examples_seen, metrics: True)
+    request, parts, store = prepared(should_prune=lambda examples_seen, metrics: True)
     with pytest.raises(PrunedError), start_run(request, parts) as recorder:
         train(request, parts, recorder)
     assert store.tracker.calls[-1] == ("end", PrunedError)

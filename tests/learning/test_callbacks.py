@@ -3,11 +3,12 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import MNIST_SHAPE, Compose
-from torch import nn
+from torch import Tensor, nn
 
 from mnist_exp.errors import UserError
 from mnist_exp.learning.callbacks import Callback, EarlyStopping, Freeze, WeightAverage
@@ -95,13 +96,61 @@ def test_frozen_modules_keep_weights_and_statistics(composed: Compose, short_dig
 def test_what_a_phase_cannot_use_is_an_error_before_training(composed: Compose, short_digits: Dataset) -> None:
     """Also in a later phase: nothing is trained in vain."""
     for option, key in (("early_stopping", "early_stopping.metric"), ("freeze", "freeze.modules")):
-        extra = ["callbacks@phases.finetune.callbacks.freeze.modules=[nothing]"] if False else []
-        config = composed(f"callbacks@phases.finetune.callbacks=[{option}]", *extra)
+        config = composed(f"callbacks@phases.finetune.callbacks=[{option}]")
         if option == "freeze":
             config.phases["finetune"]["callbacks"]["freeze"]["modules"] = ["nothing"]
         with pytest.raises(UserError) as error:
             train(config, short_digits)
         assert error.value.key == f"phases.finetune.callbacks.{key}"
+
+
+def test_a_callback_may_change_the_batch(composed: Compose, short_digits: Dataset) -> None:
+    """Images and targets, one callback after the other; without its generator, a resumed run would differ."""
+
+    class Half(Callback):
+        def __init__(self, least: float) -> None:
+            self.least, self.drawn = least, list[float]()
+
+        def on_batch(self, images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            assert float(images.max()) > self.least, "the callbacks before it have halved the images"
+            assert targets.ndim == 1
+            self.drawn.append(torch.rand((), generator=generator).item())
+            return images / 2, torch.zeros_like(targets)
+
+    first, second, again = Half(128), Half(64), Half(128)
+    config = composed("phase=[train]", "batch_size=300", "phases.train.epochs=3", "optimizer.lr=0.05")
+    _, model, _ = train(config, short_digits, first=first, second=second)
+    train(config, short_digits, first=again)
+    assert first.drawn == again.drawn
+    assert len(set(first.drawn + second.drawn)) == 2 * len(first.drawn)
+    assert set(evaluate(model, short_digits.splits["finetune"]).predictions.tolist()) == {0}, "the targets that it gave"
+
+
+def test_an_optimizer_may_evaluate_with_other_weights_than_it_trains(composed: Compose, short_digits: Dataset) -> None:
+    """A schedule-free one leaves the average of its weights, which validation has seen."""
+    config = composed("phase=[train]", "batch_size=300", "scheduler=constant")
+    config.phases["train"]["optimizer"] = {"_target_": "pytorch_optimizer.ScheduleFreeSGD", "lr": 0.1}
+    optimizers: list[Any] = []
+
+    class Weights(Callback):
+        def on_step(self) -> None:
+            assert optimizers[-1].param_groups[0]["train_mode"]
+
+    phase = build(config.phases["train"], "phases.train")
+    model = build(config.model, "model", **MNIST_SHAPE)
+
+    def make(parameters: Any) -> Any:
+        optimizers.append(phase.optimizer(parameters))
+        return optimizers[-1]
+
+    phases = prepare_phases(
+        model, {"train": replace(phase, optimizer=make, callbacks={"weights": Weights()})}, short_digits, Path()
+    )
+    *_, last = fit(model, phases, short_digits, seed=0, precision=torch.float32)
+    values = evaluate(model, short_digits.splits["finetune"]).metrics
+    assert last.metrics["val/loss"] == values["loss"]
+    optimizers[-1].train()
+    assert evaluate(model, short_digits.splits["finetune"]).metrics["loss"] != values["loss"]
 
 
 def test_a_callback_may_add_metrics_and_return_figures(composed: Compose, short_digits: Dataset) -> None:

@@ -268,17 +268,22 @@ CALLBACKS = (
 )
 
 
+SCHEDULE_FREE = {"_target_": "pytorch_optimizer.ScheduleFreeSGD", "lr": 0.1}
+
+
 @pytest.mark.parametrize(
-    "options", [["optimizer=sgd_nesterov"], ["optimizer=adamw"], CALLBACKS], ids=["sgd", "adamw", "callbacks"]
+    ("options", "parts"),
+    [(["optimizer=sgd_nesterov"], {}), (["optimizer=adamw"], {}), (CALLBACKS, {}), ([], {"optimizer": SCHEDULE_FREE})],
+    ids=["sgd", "adamw", "callbacks", "schedule_free"],
 )
-def test_resuming_from_any_checkpoint_ends_in_the_same_state(composed, short_digits, options: list[str]) -> None:
+def test_resuming_from_any_checkpoint_ends_in_the_same_state(composed, short_digits, options: list[str], parts: dict) -> None:
     """In both phases, within an epoch, at its end and between phases; metrics are equal, too, except the speed."""
     config = composed(*options, "batch_size=300", "phases.train.epochs=3", "phases.finetune.batch_size=10")
 
     def start() -> tuple[nn.Module, list[Phase]]:
         torch.manual_seed(derive_seed(0, "weights"))
         model = build(config.model, "model", **MNIST_SHAPE)
-        configs = {name: build(node, f"phases.{name}") for name, node in config.phases.items()}
+        configs = {name: build(node | parts, f"phases.{name}") for name, node in config.phases.items()}
         return model, prepare_phases(model, configs, short_digits, Path())
 
     options = {"seed": 0, "precision": choose_precision("auto", torch.device("cpu")), "save_every": 2}
