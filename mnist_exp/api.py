@@ -5,6 +5,7 @@ Mistakes raise `mnist_exp.errors.UserError`, whose fields `key`, `value`, `expec
 
 import io
 from contextlib import redirect_stdout
+from dataclasses import replace
 
 import pandas as pd
 
@@ -18,7 +19,7 @@ from mnist_exp.overrides import JOB_KEY, section_of
 from mnist_exp.paths import NAME, take_credentials
 from mnist_exp.serving import Classifier
 from mnist_exp.serving.classifier import load_from
-from mnist_exp.settings import Recipe
+from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking.frame import FIRST, SEED
 from mnist_exp.tracking.frame import frame as sweep_frame
 
@@ -49,7 +50,7 @@ def train(*overrides: str) -> RunResult:
     recipe = compose_recipe(*typed)
     kept = [override for override in typed if not is_location(override)]
     with redirect_stdout(io.StringIO()):  # warnings are in the result
-        return run(request(Recipe(recipe.settings, recipe.choices, kept), quiet=True))
+        return run(request(Checkpoint("", replace(recipe, overrides=kept)), quiet=True))
 
 
 def load(model: str = "latest") -> Classifier:

@@ -15,7 +15,7 @@ from mnist_exp.errors import UserError
 from mnist_exp.nodes import is_location, remember_locations
 from mnist_exp.overrides import JOB_KEY, check_groups, check_ids, section_of
 from mnist_exp.paths import CONF, NAME
-from mnist_exp.settings import Recipe
+from mnist_exp.settings import Recipe, check_repeats
 from mnist_exp.signals import install_signal_handlers
 
 
@@ -43,6 +43,7 @@ def run_composed(composed: DictConfig) -> float | None:
     """Train, resume or repeat the run that a composed configuration describes; return its last objective."""
     install_signal_handlers()
     from mnist_exp.experiment import repeat, runner  # after the command line is parsed: they take seconds to import
+    from mnist_exp.storage.checkpoint import Checkpoint
     from mnist_exp.sweep.search import make_pruning_callback
 
     job = HydraConfig.get()
@@ -60,16 +61,17 @@ def run_composed(composed: DictConfig) -> float | None:
     in_sweep_only = [override for override in overrides if section_of(override) == "sweep"]
     if in_sweep_only and job.mode == RunMode.RUN:
         raise UserError(f"{' '.join(in_sweep_only)} needs a sweep.", key=in_sweep_only[0], remedy="Add -m as the first argument.")
+    check_repeats(settings, typed)
     prune = None
     if context and context.in_search:
         prune = make_pruning_callback(settings.output_dir / context.sweep_id, context.number, context.objective)
     if settings.resume:
-        result = repeat.resume(settings, typed, prune)
+        result = repeat.resume(settings, prune)
     elif settings.rerun:
-        result = repeat.rerun(settings, typed)
+        result = repeat.rerun(settings)
     else:
         recipe = Recipe(settings, choices_of(job), [override for override in typed if not is_location(override)])
-        result = runner.run(repeat.request(recipe, should_prune=prune))
+        result = runner.run(repeat.request(Checkpoint("", recipe), should_prune=prune))
     return result.metrics.get(settings.objective)
 
 

@@ -12,20 +12,21 @@ from mnist_exp.metrics import metric_of
 from mnist_exp.nodes import build, defaults_of, marked
 from mnist_exp.overrides import check_stored, command, key_of, quoted
 from mnist_exp.paths import typed
-from mnist_exp.settings import Node, Recipe, Settings, check_repeats, defaults_of_newer_keys
+from mnist_exp.settings import Node, Recipe, Settings, defaults_of_newer_keys
 from mnist_exp.storage import checkpoint, run_dir
+from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import Store
 from mnist_exp.tracking.models import whole_id
 
 
-def request(recipe: Recipe, **options: Any) -> RunRequest:
+def request(start: Checkpoint, **options: Any) -> RunRequest:
     """Return the request of a run; options: further fields of `RunRequest`. Raises UserError if it could not be resumed."""
-    check_stored(recipe.overrides, "The command line")
-    recipe = _with_whole_init(recipe)
+    check_stored(start.recipe.overrides, "The command line")
+    recipe = _with_whole_init(start.recipe)
     options = {"quiet": recipe.settings.sweep_job is not None, "in_search": _is_trial(recipe.settings)} | options
     repeat = command("run", *recipe.overrides) if options["quiet"] else provenance.command_line()
-    return RunRequest(recipe, repeat, **options)
+    return RunRequest(replace(start, recipe=recipe), repeat, **options)
 
 
 def _is_trial(settings: Settings) -> bool:
@@ -42,19 +43,17 @@ def _with_whole_init(recipe: Recipe) -> Recipe:
     return replace(recipe, settings=settings.model_copy(update={"init": whole}), overrides=[*kept, f"init={quoted(whole)}"])
 
 
-def resume(settings: Settings, overrides: list[str], should_prune: ShouldPrune | None = None) -> RunResult:
+def resume(settings: Settings, should_prune: ShouldPrune | None = None) -> RunResult:
     """Resume the run `settings.resume` from its last intact checkpoint, with the recipe that it contains.
 
     Args:
         settings: The settings of the command line.
-        overrides: Its overrides.
         should_prune: As in `RunRequest`.
 
     Raises:
-        UserError: The run has finished, has no intact checkpoint, or the command line changes its recipe.
+        UserError: The run has finished, or has no intact checkpoint.
     """
     assert settings.resume
-    check_repeats(settings, overrides)
     folder = run_dir.find_run(settings.output_dir, settings.resume)
     with run_dir.lock_run(folder):  # before reading: another process may be about to finish the run
         run_dir.check_unfinished(folder)
@@ -71,34 +70,21 @@ def resume(settings: Settings, overrides: list[str], should_prune: ShouldPrune |
             )
             if stored_job := saved.recipe.settings.sweep_job:  # it still belongs to its sweep
                 job = stored_job.model_copy(update={"data": None})
-        threads = saved.software.get("threads", "")
         rerun = saved.recipe.settings.rerun  # the digest of such a job
         stored = with_present_locations(saved.recipe, settings, resume=settings.resume, rerun=rerun, sweep_job=job)
-        threads_then = int(threads) if threads.isdecimal() else None
-        options = {"threads": threads_then, "should_prune": should_prune, "quiet": in_sweep}
-        return run(request(stored, checkpoint=saved, **options))
+        return run(request(replace(saved, recipe=stored), should_prune=should_prune, quiet=in_sweep))
 
 
-def rerun(settings: Settings, overrides: list[str]) -> RunResult:
+def rerun(settings: Settings) -> RunResult:
     """Repeat the stored run `settings.rerun`; raises UserError if it has not finished, or a metric differs."""
     assert settings.rerun
-    check_repeats(settings, overrides)
     store: Store = build(settings.tracking, "tracking")
     original = store.get_run(store.resolve_id(settings.rerun, finished=True))
-    recipe, before, run_id = store.recipe(original), original.tags, original.run_id
+    recipe, run_id = store.recipe(original), original.run_id
     if original.status != "FINISHED":
         raise UserError(f"rerun={run_id}: the run is {original.status}, expected a FINISHED run.", key="rerun", value=run_id)
-    now = provenance.software() | provenance.git_tags()
-    changed = provenance.differences(before, now)
-    if changed:
-        print(f"The environment differs from the original run's: {changed}.", file=sys.stderr)
-    result = run(
-        request(
-            with_present_locations(recipe, settings, rerun=run_id, sweep_job=settings.sweep_job),
-            in_search=_is_trial(recipe.settings),
-            threads=int(before["threads"]) if before.get("threads", "").isdecimal() else None,
-        )
-    )
+    repeated = with_present_locations(recipe, settings, rerun=run_id, sweep_job=settings.sweep_job)
+    result = run(request(Checkpoint("", repeated, original.tags), in_search=_is_trial(recipe.settings)))
     compared = {name: points for name, points in store.points(original).items() if not metric_of(name).is_measured_time}
     differing = sorted(name for name, points in compared.items() if points != result.points.get(name))
     if differing:

@@ -24,7 +24,7 @@ from mnist_exp.learning.models import count_parameters, create_model
 from mnist_exp.learning.training import Phase, choose_device, choose_precision, disable_malloc_trim, fit, prepare_phases
 from mnist_exp.nodes import build
 from mnist_exp.overrides import command, key_of, section_of
-from mnist_exp.settings import NEUTRAL, DataDescription, Recipe, Settings, Trial
+from mnist_exp.settings import NEUTRAL, DataDescription, Settings, Trial
 from mnist_exp.storage import run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import provenance
@@ -39,19 +39,16 @@ class RunRequest:
     """A run that a command asks for.
 
     Args:
-        recipe: The recipe, whose settings are checked.
+        start: The checkpoint to start from, with the recipe, whose settings are checked. That of a new run has no id; that of a
+            repeated run has the software of the original run.
         command: The shell command to record.
-        checkpoint: The checkpoint to resume from.
-        threads: The number of torch's threads, which affects the last bits of a result; None for the default.
         should_prune: Decides after each report whether a search stops the run early.
         in_search: Whether a search proposed the run, or the one that it repeats: it is not scored on test images.
         quiet: Whether to print warnings only.
     """
 
-    recipe: Recipe
+    start: Checkpoint
     command: str
-    checkpoint: Checkpoint | None = None
-    threads: int | None = None
     should_prune: ShouldPrune | None = None
     in_search: bool = False
     quiet: bool = False
@@ -59,12 +56,12 @@ class RunRequest:
     @property
     def settings(self) -> Settings:
         """The settings of the recipe."""
-        return self.recipe.settings
+        return self.start.recipe.settings
 
     @property
     def examples_seen(self) -> int:
         """The examples that a resumed run has seen before."""
-        return self.checkpoint.state["examples_seen"] if self.checkpoint and self.checkpoint.state else 0
+        return self.start.state["examples_seen"] if self.start.state else 0
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ class Prepared:
     device: torch.device
     store: Store
     software: dict[str, str]
-    changed: str  # how the environment differs from that of a resumed run
+    changed: str  # how the environment differs from that of a resumed or repeated run
     display: Display
     started: float
 
@@ -132,12 +129,12 @@ def run(request: RunRequest) -> RunResult:
 
 def prepare(request: RunRequest) -> Prepared:
     """Build all parts of the run; raises UserError if one cannot be built."""
-    settings, saved = request.settings, request.checkpoint
-    started = time.perf_counter() - (saved.elapsed if saved else 0.0)
+    settings, saved = request.settings, request.start
+    started = time.perf_counter() - saved.elapsed
     disable_malloc_trim()
-    torch.set_num_threads(request.threads or _default_threads())
+    torch.set_num_threads(int(saved.software.get("threads", 0)) or _default_threads())  # it affects the last bits of a result
     software = provenance.software() | {"threads": str(torch.get_num_threads())}
-    changed = provenance.differences(saved.software, software) if saved else ""
+    changed = provenance.differences(saved.software, software) if saved.software else ""
     run_dir.ensure_writable_dir(settings.output_dir)
     # The nodes: all are checked before the data are read.
     Trial().try_out(settings)
@@ -161,7 +158,7 @@ def prepare(request: RunRequest) -> Prepared:
     make_model = partial(build, settings.model, "model", **data.shape)
     model = create_model(make_model, settings.seed)
     if settings.init:  # a checkpoint has the weights that it led to
-        before = stored.before if saved and saved.state and stored else [load_initial(model, settings, store)]
+        before = stored.before if saved.state and stored else [load_initial(model, settings, store)]
         description = description.model_copy(update={"before": before})
     used = splits_used_before(description, data, settings.init)
     model, data = model.to(device), data.to(device)
@@ -183,35 +180,27 @@ def _default_threads() -> int:
 
 def start_run(request: RunRequest, prepared: Prepared) -> AbstractContextManager[Recorder]:
     """Warn about what is unusual; return the recorder, which starts the run in the store."""
-    data, saved = prepared.data, request.checkpoint
+    data, recipe = prepared.data, request.start.recipe
     if prepared.changed:
         prepared.display.warn(f"The environment differs from the original run's: {prepared.changed}. The results may differ.")
     if data.warning:
         prepared.display.warn(data.warning)
     # The description lets others use the model without the data; a resumed or repeated run looks for the data where they were.
     settings = request.settings.model_copy(update={"data_description": prepared.description})
-    initial = Checkpoint(
-        run_id=saved.run_id if saved else "",
-        recipe=replace(request.recipe, settings=settings),
-        software=prepared.software,
-        state=None,
-        history=saved.history if saved else [],
-        seconds=saved.seconds if saved else {},
-        elapsed=saved.elapsed if saved else 0.0,
-    )
+    initial = replace(request.start, recipe=replace(recipe, settings=settings), software=prepared.software)
     return recording(prepared.store, _run_info(request, prepared), initial, prepared.started)
 
 
 def _run_info(request: RunRequest, prepared: Prepared) -> RunInfo:
-    settings, choices, job = request.settings, request.recipe.choices, request.settings.sweep_job
-    shown = [override for override in request.recipe.overrides if section_of(override) not in NEUTRAL]
+    settings, choices, job = request.settings, request.start.recipe.choices, request.settings.sweep_job
+    shown = [override for override in request.start.recipe.overrides if section_of(override) not in NEUTRAL]
     tags = {
         **provenance.git_tags(),
         **prepared.software,
         **provenance.machine_tags(prepared.device),
         **provenance.process_tags(settings.output_dir),
         DATA: prepared.data.name,
-        OVERRIDES: shlex.join(request.recipe.overrides),
+        OVERRIDES: shlex.join(request.start.recipe.overrides),
     }
     if job:
         shown = [override for override in shown if key_of(override) in job.varied]
@@ -225,11 +214,11 @@ def _run_info(request: RunRequest, prepared: Prepared) -> RunInfo:
 
 def train(request: RunRequest, prepared: Prepared, recorder: Recorder) -> None:
     """Record the setup of the run, then train it through its phases."""
-    settings, saved, data = request.settings, request.checkpoint, prepared.data
+    settings, start, data = request.settings, request.start, prepared.data
     uses = [(phase.config.split, phase.name) for phase in prepared.phases] + [(data.validation, "validation")]
     actual = {"precision": str(prepared.precision).removeprefix("torch."), "device": prepared.device.type, "data": data.name}
-    recorder.log_setup(parameters(request.recipe) | actual, data, uses)
-    if saved:
+    recorder.log_setup(parameters(start.recipe) | actual, data, uses)
+    if start.run_id:
         note = f"at {request.examples_seen:,} examples" + (f"; {prepared.changed}" if prepared.changed else "")
         recorder.tracker.set_tags(provenance.process_tags(settings.output_dir) | {RESUMED: note})
     else:
@@ -242,7 +231,7 @@ def train(request: RunRequest, prepared: Prepared, recorder: Recorder) -> None:
             seed=settings.seed,
             precision=prepared.precision,
             save_every=settings.save_every,
-            resume_from=saved.state if saved else None,
+            resume_from=start.state,
         ):
             ended = report.state is not None and report.state["ended"]
             prepared.display.update(report.phase, report.examples_seen, report.metrics, ended=ended)
@@ -256,11 +245,11 @@ def finalize(request: RunRequest, prepared: Prepared, recorder: Recorder, evalua
 
     The jobs of a sweep share most of their recipe: they do not repeat the figures of it.
     """
-    data, split, choices = prepared.data, prepared.data.eval_split, request.recipe.choices
+    data, split, recipe = prepared.data, prepared.data.eval_split, request.start.recipe
     seed, with_recipe = request.settings.seed, request.settings.sweep_job is None
     recorder.log_figures(run_figures(evaluation, split, data, prepared.phases, recorder.history, seed, with_recipe=with_recipe))
     recorder.log_history(split, evaluation.mistakes)
-    recorder.log_model(prepared.model.eval(), f"{choices.get('model', 'model')}-{data.name}")
+    recorder.log_model(prepared.model.eval(), f"{recipe.choices.get('model', 'model')}-{data.name}")
     results = {f"time/{phase}_seconds": seconds for phase, seconds in recorder.seconds.items()}
     results["model/parameters"] = count_parameters(prepared.model)
     if split == "test":
@@ -270,7 +259,7 @@ def finalize(request: RunRequest, prepared: Prepared, recorder: Recorder, evalua
     result = RunResult(recorder.tracker.run_id, [*recorder.history, (0, results)], prepared.model, evaluation, data.warning)
     rows = result_rows(result.metrics, data)
     picture = prepared.store.link(result.run_id, "pictures/worst_mistakes.png")
-    recorder.finish(results, describe_run(rows, request.recipe.overrides, data.warning, picture))
+    recorder.finish(results, describe_run(rows, recipe.overrides, data.warning, picture))
     rows |= {"run": result.run_id, "checkpoint": os.path.relpath(recorder.folder / run_dir.CHECKPOINT)}
     use_commands = {}
     if recorder.tracker.is_recording:

@@ -10,7 +10,7 @@ import pickle
 import re
 import sys
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ class Checkpoint:
     """A run between two steps.
 
     Args:
+        run_id: The id of the run, empty for a new one.
         recipe: The recipe, in the file as JSON.
-        software: The versions that affect the outcome, from `provenance.software`.
+        software: The versions and the threads that affect the outcome, from `provenance.software`; empty for a new run.
         state: The state in the last report of `training.fit`, None before the first.
         history: (examples seen, metrics) of every report.
         seconds: Seconds of training by phase.
@@ -37,11 +38,11 @@ class Checkpoint:
 
     run_id: str
     recipe: Recipe
-    software: dict[str, str]
-    state: dict[str, Any] | None
-    history: list[tuple[int, dict[str, float]]]
-    seconds: dict[str, float]
-    elapsed: float
+    software: dict[str, str] = field(default_factory=dict)
+    state: dict[str, Any] | None = None
+    history: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    elapsed: float = 0.0
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:

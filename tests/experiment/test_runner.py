@@ -12,6 +12,7 @@ from mnist_exp.experiment.runner import Prepared, RunRequest, finalize, prepare,
 from mnist_exp.learning.evaluation import evaluate
 from mnist_exp.settings import Recipe
 from mnist_exp.storage import checkpoint, run_dir
+from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking.base import RunInfo, Store, Tracker
 
 RUN_ID = "0" * 32
@@ -49,10 +50,10 @@ Prepare = Callable[..., tuple[RunRequest, Prepared, RecordingStore]]
 def prepared(composed, tmp_path: Path) -> Prepare:
     """Prepare a short run whose records go to a double."""
 
-    def make(**changes: Any) -> tuple[RunRequest, Prepared, RecordingStore]:
+    def make(start: Checkpoint | None = None, **changes: Any) -> tuple[RunRequest, Prepared, RecordingStore]:
         settings = composed("data=digits", "~phases.train", "tracking=none", f"output_dir={tmp_path}")
         recipe = Recipe(settings, {"model": "se_cnn", "data": "digits"}, ["data=digits"])
-        request = RunRequest(recipe, "the command", quiet=True, **changes)
+        request = RunRequest(start or Checkpoint("", recipe), "the command", quiet=True, **changes)
         store = RecordingStore()
         return request, replace(prepare(request), store=store), store
 
@@ -102,7 +103,7 @@ def test_a_resumed_run_keeps_its_id_and_repeats_no_training(prepared: Prepare, t
     with start_run(request, parts) as recorder:
         train(request, parts, recorder)
     saved = checkpoint.load(tmp_path / RUN_ID / run_dir.CHECKPOINT)
-    request, parts, store = prepared(checkpoint=saved)
+    request, parts, store = prepared(saved)
     with start_run(request, parts) as recorder:
         train(request, parts, recorder)
     assert store.tracker.run_id == RUN_ID
