@@ -27,6 +27,7 @@ from mnist_exp.signals import SIGNALS
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.tracking.base import RunInfo
 from mnist_exp.tracking.mlflow_store import MLflowStore
+from mnist_exp.tracking.models import save_model
 
 Compose = Callable[..., Settings]
 CommandLine = Callable[..., subprocess.CompletedProcess[str]]
@@ -53,6 +54,8 @@ def finished(settings: Settings, data: Dataset, output_dir: Path, *, ended: bool
     folder = run_dir.ensure_writable_dir(output_dir / run_id)
     recipe = Recipe(settings.model_copy(update={"data_description": DataDescription(**data.description, trained_on=used)}))
     checkpoint.save(folder, checkpoint.Checkpoint(run_id, recipe, {}, state, history, {}, 0.0))
+    if ended:
+        save_model(folder / "model", model, recipe.settings)
     run_dir.mark_complete(folder)
     return run_id
 
