@@ -29,7 +29,7 @@ class Grid(Sweeper):
         self.sweeper.sweep(arguments)
 
 
-class Optuna(Sweeper):
+class Optuna(Grid):
     """`hydra/sweeper=optuna`.
 
     Args:
@@ -39,15 +39,13 @@ class Optuna(Sweeper):
     """
 
     def __init__(self, n_trials: int, at_once: int | None, params: dict[str, str] | None = None) -> None:
-        self.n_trials, self.at_once, self.params = n_trials, at_once, params or {}
+        super().__init__(params)
+        self.n_trials, self.at_once = n_trials, at_once
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         from mnist_exp.sweep.search import SearchSweep
 
         self.sweeper = SearchSweep(hydra_context, task_function, config, self.params, self.n_trials, self.at_once)
-
-    def sweep(self, arguments: list[str]) -> Any:
-        self.sweeper.sweep(arguments)
 
 
 class Workers(Launcher):

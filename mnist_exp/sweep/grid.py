@@ -31,7 +31,7 @@ from mnist_exp.settings import ID, NEUTRAL, Settings, read_recipe
 from mnist_exp.signals import install_signal_handlers
 from mnist_exp.storage import run_dir
 from mnist_exp.sweep.jobs import Composer, Job, failed
-from mnist_exp.sweep.parent import Parent, Plan, check_output_dir, open_parent
+from mnist_exp.sweep.parent import Parent, check_output_dir
 from mnist_exp.sweep.summary import Progress, preview
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import RECIPE, RunRecord, Store, Sweep, grids_text
@@ -102,8 +102,8 @@ class GridSweep:
             launching = [override for override in hydra.overrides.hydra if "launcher" in override]
             selecting = [*self.selecting_overrides, *launching]
             objective = stored.record.objective if stored else settings.objective
-            plan = Plan(self.name, grids, jobs, total, swept_keys, locations, selecting, objective)
-            parent = lock.enter_context(open_parent(store, settings, plan, stored))
+            parent = Parent(store, settings, self.name, grids, jobs, total, swept_keys, locations, selecting, objective)
+            lock.enter_context(parent.open(stored))
             for child, number in renumbered:
                 store.set_tags(child.run_id, {JOB: NO_JOB if number is None else str(number)})
             display = SweepDisplay(total)
@@ -247,7 +247,7 @@ class GridSweep:
 
     def run_jobs(self, parent: Parent) -> None:
         """Run all jobs."""
-        self.launch_missing(parent, parent.plan.jobs)
+        self.launch_missing(parent, parent.jobs)
 
     def launch_missing(self, parent: Parent, jobs: Sequence[Job]) -> None:
         """Run those of `jobs` that have not finished."""
@@ -294,6 +294,6 @@ def _conclude(parent: Parent, rows: list[dict[str, str]], next_command: tuple[st
             f"{first['error'] or first['status']}\n"
             f"Fix the cause, then run `{parent.resume_command}` to finish the sweep."
         )
-    keys = set(parent.plan.swept_keys) - {"seed"}
+    keys = set(parent.swept_keys) - {"seed"}
     if parent.tracker.is_recording and keys and "data" not in keys:  # runs on different data are not compared
         show_lines([f"Next: {command(*next_command, parent.tracker.run_id)}"])

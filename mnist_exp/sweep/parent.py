@@ -25,10 +25,12 @@ ORPHAN_PATIENCE = 60.0  # seconds for the jobs of a killed parent to end
 
 
 @dataclass
-class Plan:
-    """The jobs of a sweep, and the overrides that define them.
+class Parent:
+    """The parent of a sweep: its jobs, the overrides that define them, and its own run.
 
     Args:
+        store: Holds the runs of the jobs.
+        settings: The settings of the command line.
         sweeper: The name of what proposes the jobs.
         grids: The overrides of each grid.
         jobs: The jobs that are known so far; a search appends those that it proposes.
@@ -37,8 +39,14 @@ class Plan:
         locations: The overrides of locations on the command line, which every job receives.
         selecting_overrides: The overrides that select the sweeper and the launcher.
         objective: The metric that decides.
+
+    Attributes:
+        tracker: Of the parent's own run, once it is open.
+        results: The reports of the launcher, by job.
     """
 
+    store: Store
+    settings: Settings
     sweeper: str
     grids: list[list[str]]
     jobs: list[Job]
@@ -47,25 +55,8 @@ class Plan:
     locations: list[str]
     selecting_overrides: list[str]
     objective: str
-
-
-@dataclass
-class Parent:
-    """The parent of a sweep that is running.
-
-    Args:
-        store: Holds the runs of the jobs.
-        settings: The settings of the command line.
-        plan: The jobs.
-        tracker: Of the parent's own run.
-        results: The reports of the launcher, by job.
-    """
-
-    store: Store
-    settings: Settings
-    plan: Plan
-    tracker: Tracker
-    results: dict[int, JobReturn] = field(default_factory=dict)
+    tracker: Tracker = field(init=False)
+    results: dict[int, JobReturn] = field(default_factory=dict, init=False)
 
     @property
     def folder(self) -> Path:
@@ -75,7 +66,35 @@ class Parent:
     @property
     def resume_command(self) -> str:
         """The command that resumes the sweep."""
-        return command("run", "-m", *self.plan.selecting_overrides, f"sweep.resume={quoted(self.tracker.run_id)}")
+        return command("run", "-m", *self.selecting_overrides, f"sweep.resume={quoted(self.tracker.run_id)}")
+
+    @contextmanager
+    def open(self, stored: Sweep | None) -> Iterator[None]:
+        """Start the run for the block, or resume that of `stored`, whose folder the caller has locked."""
+        output_dir, first = self.settings.output_dir, self.grids[0]
+        process_tags = provenance.process_tags(output_dir)
+        sweep_tags = {
+            GRIDS: grids_text(self.grids),
+            SWEEPER: self.sweeper,
+            SWEEP_JOBS: str(self.total),
+            OBJECTIVE: self.objective,
+        }
+        tags = provenance.git_tags() | provenance.software() | process_tags | sweep_tags | {OVERRIDES: shlex.join(first)}
+        name = f"sweep {' by '.join(self.swept_keys) or 'of one'}"
+        info = RunInfo(name, command("run", "-m", *self.selecting_overrides, *first), tags)
+        with ExitStack() as lock, ExitStack() as running:  # the lock outlasts the final status
+            self.store.open()  # may take long and be interrupted
+            with defer_signals():  # a sweep that has started must get a final status
+                self.tracker = running.enter_context(self.store.start(info, stored.run_id if stored else None))
+            lock.enter_context(_resume_advice(self.resume_command))
+            if stored:
+                # Before the first job starts. Answers from fewer jobs no longer hold.
+                answers = {name: "" for name in stored.record.tags if name.partition(".")[0] == ANSWER}
+                self.store.set_tags(stored.run_id, process_tags | sweep_tags | answers)
+            else:
+                lock.enter_context(run_dir.lock_run(self.folder))
+                self.store.reap(output_dir)
+            yield
 
     def children(self) -> list[RunRecord]:
         """Return the runs of the jobs."""
@@ -83,9 +102,9 @@ class Parent:
 
     def missing(self, jobs: Sequence[Job]) -> dict[int, list[str]]:
         """Return the overrides of those of `jobs` that have not finished; each resumes its last checkpoint if it has one."""
-        plan, children = self.plan, self.children()
-        runs, colors = latest_run_per_job(children), job_colors(plan.jobs)
-        data = None if self.settings.sweep.force else common_data(children, plan.swept_keys)
+        children, colors = self.children(), job_colors(self.jobs)
+        runs = latest_run_per_job(children)
+        data = None if self.settings.sweep.force else common_data(children, self.swept_keys)
         missing = {}
         for job in jobs:
             child, result = runs.get(job.number), self.results.get(job.number)
@@ -100,12 +119,12 @@ class Parent:
                 sweep_id=self.tracker.run_id,
                 number=job.number,
                 color=colors[job.number],
-                varied=plan.swept_keys,
-                objective=plan.objective,
+                varied=self.swept_keys,
+                objective=self.objective,
                 data=data,
-                in_search=plan.sweeper != "grid",
+                in_search=self.sweeper != "grid",
             )
-            missing[job.number] = [*overrides, *plan.locations, context.as_override()]
+            missing[job.number] = [*overrides, *self.locations, context.as_override()]
         return missing
 
     def mark_killed(self, numbers: Sequence[int]) -> None:
@@ -134,42 +153,13 @@ class Parent:
         """Record the results of all jobs; return them as the rows of a table."""
         self.store.reap(self.settings.output_dir)
         children = self.children()
-        rows = job_table(self.plan.jobs, children, self.results, self.plan.objective)
-        if rows:
-            if self.tracker.is_recording:
-                table = frame([(self.store.find_sweep(self.tracker.run_id), children)])
-                self.tracker.log_text(table.to_csv(index=False), "results.csv")
-            self.tracker.log_results(sweep_metrics(rows, children, self.plan.objective))
-            self.tracker.set_description(
-                describe_sweep(
-                    rows, children, self.store, self.tracker.run_id, self.resume_command, self.plan.grids, self.plan.objective
-                )
-            )
+        rows = job_table(self.jobs, children, self.results, self.objective)
+        if rows and self.tracker.is_recording:
+            sweep = self.store.find_sweep(self.tracker.run_id)
+            self.tracker.log_text(frame([(sweep, children)]).to_csv(index=False), "results.csv")
+            self.tracker.log_results(sweep_metrics(rows, children, self.objective))
+            self.tracker.set_description(describe_sweep(rows, children, self.store, sweep, self.resume_command))
         return rows
-
-
-@contextmanager
-def open_parent(store: Store, settings: Settings, plan: Plan, stored: Sweep | None) -> Iterator[Parent]:
-    """Start the parent's run, or resume that of `stored`, whose folder the caller has locked."""
-    output_dir, first = settings.output_dir, plan.grids[0]
-    process_tags = provenance.process_tags(output_dir)
-    sweep_tags = {GRIDS: grids_text(plan.grids), SWEEPER: plan.sweeper, SWEEP_JOBS: str(plan.total), OBJECTIVE: plan.objective}
-    tags = provenance.git_tags() | provenance.software() | process_tags | sweep_tags | {OVERRIDES: shlex.join(first)}
-    name = f"sweep {' by '.join(plan.swept_keys) or 'of one'}"
-    info = RunInfo(name, command("run", "-m", *plan.selecting_overrides, *first), tags)
-    with ExitStack() as lock, ExitStack() as running:  # the lock outlasts the final status
-        store.open()  # may take long and be interrupted
-        with defer_signals():  # a sweep that has started must get a final status
-            parent = Parent(store, settings, plan, running.enter_context(store.start(info, stored.run_id if stored else None)))
-        lock.enter_context(_resume_advice(parent.resume_command))
-        if stored:
-            # Before the first job starts. Answers from fewer jobs no longer hold.
-            answers = {name: "" for name in stored.record.tags if name.partition(".")[0] == ANSWER}
-            store.set_tags(stored.run_id, process_tags | sweep_tags | answers)
-        else:
-            lock.enter_context(run_dir.lock_run(parent.folder))
-            store.reap(output_dir)
-        yield parent
 
 
 @contextmanager

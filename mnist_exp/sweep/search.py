@@ -90,17 +90,16 @@ class SearchSweep(GridSweep):
 
     def run_jobs(self, parent: Parent) -> None:
         """Propose jobs, run them, and report their results to the study, until there are n_trials jobs."""
-        study = open_study(parent.folder, self.settings.seed, parent.plan.objective)
-        plan = parent.plan
-        jobs = list(plan.jobs)
+        study = open_study(parent.folder, self.settings.seed, parent.objective)
+        jobs = list(parent.jobs)
         while True:
             self.launch_missing(parent, jobs)
             tell_study(study, parent)
-            missing = min(self.at_once or cores(), plan.total - len(plan.jobs))
+            missing = min(self.at_once or cores(), parent.total - len(parent.jobs))
             if missing <= 0:
                 return
-            jobs = [self._job(study.ask(), plan.grids) for _ in range(missing)]
-            plan.jobs.extend(jobs)
+            jobs = [self._job(study.ask(), parent.grids) for _ in range(missing)]
+            parent.jobs.extend(jobs)
 
     def _job(self, trial: "BaseTrial", grids: list[list[str]]) -> Job:
         """Return the job of a trial, which gets a value for each searched key that has none."""
@@ -176,7 +175,7 @@ def tell_study(study: "Study", parent: Parent) -> None:
     """Report the results of the jobs that have ended to the study."""
     from optuna.trial import TrialState
 
-    children, objective = latest_run_per_job(parent.children()), parent.plan.objective
+    children, objective = latest_run_per_job(parent.children()), parent.objective
     for trial in study.get_trials(states=[TrialState.RUNNING]):
         child = children.get(trial.number)
         if child and child.status == "FINISHED" and objective in child.metrics:

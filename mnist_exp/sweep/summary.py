@@ -11,7 +11,7 @@ from hydra.core.utils import JobStatus
 from mnist_exp.metrics import SHOWN, best_first, format_metric
 from mnist_exp.overrides import key_of
 from mnist_exp.sweep.jobs import Job, JobResults, failure_reason, result_of
-from mnist_exp.tracking.base import RunRecord, Store, latest_run_per_job
+from mnist_exp.tracking.base import RunRecord, Store, Sweep, latest_run_per_job
 from mnist_exp.tracking.tags import ERROR, PRUNED
 
 ROWS_SHOWN = 50  # MLflow truncates descriptions after 8,000 characters
@@ -131,26 +131,17 @@ def _ranked(children: Iterable[RunRecord], objective: str) -> list[RunRecord]:
     return best_first(objective, _scored(children, objective), lambda child: child.metrics[objective])
 
 
-def describe_sweep(
-    rows: list[dict[str, str]],
-    children: list[RunRecord],
-    store: Store,
-    sweep_id: str,
-    resume_command: str,
-    grids: Sequence[Sequence[str]],
-    objective: str,
-) -> str:
+def describe_sweep(rows: list[dict[str, str]], children: list[RunRecord], store: Store, sweep: Sweep, resume_command: str) -> str:
     """Return the parent's description in Markdown: counts by status, the best jobs by the objective, history, the table.
 
     Args:
         rows: From `job_table`.
         children: The runs of the jobs.
         store: The store, for links.
-        sweep_id: The id of the parent.
+        sweep: The sweep.
         resume_command: The command that resumes the sweep.
-        grids: The overrides of each grid.
-        objective: The metric that decides.
     """
+    objective = sweep.record.objective
     counts = ", ".join(f"{count} {status}" for status, count in Counter(row["status"] for row in rows).most_common())
     lines = [f"{len(rows)} jobs: {counts}."]
     if ranked := _ranked(children, objective):
@@ -163,10 +154,10 @@ def describe_sweep(
         tied = f"{len(best)} tie: " if len(best) > 1 else ""
         lines.append(f"Best by {objective}, {format_metric(objective, highest)}: {tied}{links}{more}.")
     finished = sum(row["status"] == "FINISHED" for row in rows)
-    if finished and (curves := store.link_curves(sweep_id, finished, objective)):
+    if finished and (curves := store.link_curves(sweep.run_id, finished, objective)):
         lines += ["", f"[Curves by arm]({curves}), each the mean over its runs."]
-    if len(grids) > 1:
-        lines += ["", "Its grids:", *(f"- `{shlex.join(grid)}`" for grid in grids)]
+    if len(sweep.grids) > 1:
+        lines += ["", "Its grids:", *(f"- `{shlex.join(grid)}`" for grid in sweep.grids)]
     shown = ("job", "name", "status", objective, *SHOWN)
     lines += ["", f"| {' | '.join(shown)} |", f"|{' --- |' * len(shown)}"]
     lines += [f"| {' | '.join(row[key] for key in shown)} |" for row in rows[:ROWS_SHOWN]]

@@ -76,7 +76,7 @@ def make_sweep(uri: str, arms: Sequence[str], seeds: int, factor: str = "model",
     with store.start(info, parent.run_id) as tracker:
         rows = job_table([Job(number, [], "") for number in range(len(children))], children, {}, "val/accuracy")
         tracker.log_results(sweep_metrics(rows, children, "val/accuracy"))
-        tracker.set_description(describe_sweep(rows, children, store, parent.run_id, "resume", [grid], "val/accuracy"))
+        tracker.set_description(describe_sweep(rows, children, store, store.find_sweep(parent.run_id), "resume"))
     return parent.run_id
 
 

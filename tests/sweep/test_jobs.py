@@ -7,7 +7,7 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from mnist_exp.sweep.jobs import Job, common_data, failed, failure_reason, result_of
 from mnist_exp.sweep.summary import describe_sweep, job_table
-from mnist_exp.tracking.base import RunInfo, RunRecord, Store, StoreLostError
+from mnist_exp.tracking.base import RunInfo, RunRecord, Store, StoreLostError, Sweep
 from mnist_exp.tracking.mlflow_store import MLflowStore
 from mnist_exp.tracking.provenance import PROCESS_DIED
 
@@ -74,9 +74,8 @@ def test_runs_that_tie_are_named_together() -> None:
     def named(*accuracies: float) -> list[int]:
         children = [record(number, accuracy=accuracy) for number, accuracy in enumerate(accuracies)]
         jobs = [replace(JOB, number=number) for number in range(len(accuracies))]
-        text = describe_sweep(
-            job_table(jobs, children, {}, "val/accuracy"), children, Linked(), "1", "resume", [[]], "val/accuracy"
-        )
+        rows = job_table(jobs, children, {}, "val/accuracy")
+        text = describe_sweep(rows, children, Linked(), Sweep(record(len(jobs)), [[]]), "resume")
         return [number for number in range(len(jobs)) if f"[seed={number}]" in text]
 
     assert named(1, 0.99, 1) == [0, 2]
