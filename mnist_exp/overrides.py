@@ -1,4 +1,4 @@
-"""Overrides: parse them, decide which ones a store may contain, and write them as commands."""
+"""Overrides: parse them, and write them as commands."""
 
 import re
 import shlex
@@ -20,21 +20,6 @@ from mnist_exp.paths import CONFIG_DIR, LOCATIONS, NAME, TRACKING, typed
 # later, with further arguments, so that its file needs no `_partial_: true`.
 PARTS = {"optimizer": True, "scheduler": True, "augmentation": False, "loss": False, "teacher": True, "callbacks": False}
 GROUPS = {"data", "model", "phase", "experiment", "arm", *PARTS}  # the groups of a recipe in conf/
-# The keys of a recipe: what affects a run's results or its ranking, and how often it saves checkpoints.
-RECIPE = {
-    "seed",
-    "batch_size",
-    "precision",
-    "device",
-    "phases",
-    "data",
-    "model",
-    "init",
-    "init_strict",
-    "objective",
-    "save_every",
-    *PARTS,
-}
 JOB_KEY = "sweep_job"  # the hidden key with which a sweep passes a context to its jobs
 
 
@@ -166,37 +151,3 @@ def command(module: str, *arguments: str) -> str:
     folder = [CONFIG_DIR, typed[CONFIG_DIR]] if CONFIG_DIR in typed else []
     tracking = [f"{TRACKING}={typed['tracking']}"] if "tracking" in typed and module != "run" else []
     return shlex.join([*tracking, "python", "-m", f"{NAME}.{module}", *arguments, *repeated, *folder])
-
-
-def check_stored(overrides: Iterable[str], source: str) -> None:
-    """Raise UserError unless all overrides, read from `source`, set keys of the recipe or choose options of its groups.
-
-    Anyone who can write to the source can change them. `hydra.*`, a search path or an option outside conf/ could run code, a
-    resolver could read the environment, and a location could point outside the output folder.
-    """
-    for override in overrides:
-        if problem := _problem(override):
-            raise UserError(
-                f"{source} contains the override {override!r}, which {problem}.",
-                key=override,
-                expected="overrides of the recipe's keys and groups, such as model=se_cnn or optimizer.lr=0.1",
-                remedy="Start a new run or sweep with your own command line.",
-            )
-
-
-def _problem(override: str) -> str:
-    """Return the reason why a store must not contain an override, empty if it may."""
-    try:
-        parsed = parse(override)
-    except UserError:
-        return "Hydra cannot parse"
-    if re.search(r"\$\\|\$\{(?![\w.]+\})", override):
-        return "contains another interpolation than ${KEY}"
-    if parsed.key_or_group in GROUPS:
-        if parsed.package is not None and parsed.package.partition(".")[0] not in RECIPE:
-            return f"inserts an option at {parsed.package}"
-        return "chooses no option by its plain name" if re.search(r"[/{]|\.\.", text_of(override)) else ""
-    is_id = re.fullmatch(r"(resume|rerun)=[0-9a-f,']+", override)  # of runs whose own recipes are checked in turn
-    if not (section_of(override) in RECIPE or is_id):
-        return "sets no key of the recipe and names no run by its id"
-    return ""

@@ -27,7 +27,7 @@ from mnist_exp.nodes import (
     unknown_key,
     walk,
 )
-from mnist_exp.overrides import JOB_KEY, PARTS, check_stored, key_of
+from mnist_exp.overrides import GROUPS, JOB_KEY, PARTS, key_of, parse, section_of, text_of
 from mnist_exp.paths import HOME
 
 if TYPE_CHECKING:
@@ -190,6 +190,10 @@ class Settings(BaseModel):
         return _digest_of([recipe, sorted(chosen)] if chosen else recipe)
 
 
+# The keys that a stored override may set: those of a recipe, and those that decide on its ranking and its checkpoints.
+STORABLE = (Settings.model_fields.keys() - set(NEUTRAL)) | {"objective", "save_every", *PARTS}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A run's settings, the option of each group, and the overrides of its command line.
@@ -229,6 +233,40 @@ def read_recipe(text: str | bytes, source: str) -> Recipe:
         raise UserError(f"{source} contains no readable recipe: {error}") from error
     check_stored(recipe.overrides, source)
     return recipe
+
+
+def check_stored(overrides: Iterable[str], source: str) -> None:
+    """Raise UserError unless all overrides, read from `source`, set keys of the recipe or choose options of its groups.
+
+    Anyone who can write to the source can change them. `hydra.*`, a search path or an option outside conf/ could run code, a
+    resolver could read the environment, and a location could point outside the output folder.
+    """
+    for override in overrides:
+        if problem := _problem(override):
+            raise UserError(
+                f"{source} contains the override {override!r}, which {problem}.",
+                key=override,
+                expected="overrides of the recipe's keys and groups, such as model=se_cnn or optimizer.lr=0.1",
+                remedy="Start a new run or sweep with your own command line.",
+            )
+
+
+def _problem(override: str) -> str:
+    """Return the reason why a store must not contain an override, empty if it may."""
+    try:
+        parsed = parse(override)
+    except UserError:
+        return "Hydra cannot parse"
+    if re.search(r"\$\\|\$\{(?![\w.]+\})", override):
+        return "contains another interpolation than ${KEY}"
+    if parsed.key_or_group in GROUPS:
+        if parsed.package is not None and parsed.package.partition(".")[0] not in STORABLE:
+            return f"inserts an option at {parsed.package}"
+        return "chooses no option by its plain name" if re.search(r"[/{]|\.\.", text_of(override)) else ""
+    is_id = re.fullmatch(r"(resume|rerun)=[0-9a-f,']+", override)  # of runs whose own recipes are checked in turn
+    if not (section_of(override) in STORABLE or is_id):
+        return "sets no key of the recipe and names no run by its id"
+    return ""
 
 
 def check_format(content: Any, source: str) -> None:

@@ -5,7 +5,8 @@ from omegaconf import OmegaConf
 
 from mnist_exp.errors import UserError
 from mnist_exp.nodes import remember_locations
-from mnist_exp.overrides import check_stored, command, parse, quoted
+from mnist_exp.overrides import command, parse, quoted
+from mnist_exp.settings import check_stored
 
 STORABLE = [
     "model=se_cnn", "model=plain_cnn,se_cnn", "model=glob(*)", "seed=range(0,3)", "seed=1", "~phases.train", "optimizer=null",

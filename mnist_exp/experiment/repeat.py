@@ -10,9 +10,9 @@ from mnist_exp.errors import Mark, UserError
 from mnist_exp.experiment.runner import RunRequest, RunResult, ShouldPrune, run
 from mnist_exp.metrics import metric_of
 from mnist_exp.nodes import build, defaults_of, marked
-from mnist_exp.overrides import check_stored, command, key_of, quoted
+from mnist_exp.overrides import command, key_of, quoted
 from mnist_exp.paths import typed
-from mnist_exp.settings import Node, Recipe, Settings, defaults_of_newer_keys
+from mnist_exp.settings import Node, Recipe, Settings, check_stored, defaults_of_newer_keys
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import provenance

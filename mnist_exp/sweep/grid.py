@@ -178,8 +178,6 @@ class GridSweep:
                     remedy="Leave the overrides out, start another sweep, or add jobs with sweep.extend.",
                 )
             return stored.grids
-        if not overrides:
-            raise UserError(f"sweep.extend={stored.run_id} adds nothing: expected new values, such as 'seed=range(5,20)'.")
         typed = {key_of(override): override for override in overrides}
         extended = [list(({key_of(override): override for override in grid} | typed).values()) for grid in stored.grids]
         return [list(grid) for grid in dict.fromkeys(map(tuple, [*stored.grids, *extended]))]
@@ -188,7 +186,7 @@ class GridSweep:
         """Return all jobs that can be defined before the first starts, checked."""
         jobs = self.composer.grid(grids)
         if self.settings.sweep.extend and stored and len(jobs) == stored.total:
-            raise UserError(f"sweep.extend={stored.run_id} adds no job: the sweep has all of these combinations.")
+            raise UserError(f"sweep.extend={stored.run_id} adds no job: expected new values, such as 'seed=range(5,20)'.")
         return jobs
 
     def total(self, stored: Sweep | None, jobs: list[Job]) -> int:
@@ -216,7 +214,7 @@ class GridSweep:
                 then = recipe.settings
                 number = numbers.get(then.digest(varied, recipe.overrides))
                 if number is None and child.status == "FINISHED" and not self.settings.sweep.force and child.job is not None:
-                    _check_unchanged(f"run {child.run_id} ({child.name}) " + self._changes(then, child.job, jobs, varied))
+                    _check_unchanged(f"in run {child.run_id} ({child.name}), " + self._changes(then, child.job, jobs, varied))
             matched.append((child, number))
         return matched
 
@@ -229,17 +227,16 @@ class GridSweep:
             jobs: The jobs as composed now.
             varied: The keys that differ between jobs.
         """
+        excluded = set(NEUTRAL) - set(varied)
         for job in (job for job in jobs if job.number == number):
             before, now = (
-                dict(walk(settings.model_dump(mode="json", exclude=set(NEUTRAL) - set(varied))))
+                dict(walk(settings.model_dump(mode="json", exclude=excluded)))
                 for settings in (then, self.composer.settings(job.overrides))
             )
-            keys = [
-                key for key, value in (now | before).items() if not isinstance(value, dict) and now.get(key) != before.get(key)
-            ]
-            if keys:
-                return "; ".join(f"had {key}={before.get(key)}, is now {now.get(key)}" for key in keys)
-        return "has a configuration that no job has now"
+            values = {key: now.get(key) for key, value in (now | before).items() if not isinstance(value, dict)}
+            if changes := provenance.differences(before, values):
+                return changes
+        return "the configuration is that of no job"
 
     def swept_keys(self, grids: list[list[str]]) -> list[str]:
         """Return the keys that differ between jobs."""

@@ -5,13 +5,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.override_parser.types import IntervalSweep
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import metric_of
-from mnist_exp.overrides import parse
+from mnist_exp.overrides import key_of, parse
 from mnist_exp.sweep.grid import GridSweep
 from mnist_exp.sweep.jobs import Job
 from mnist_exp.sweep.parent import Parent
@@ -86,7 +85,7 @@ class SearchSweep(GridSweep):
 
     def swept_keys(self, grids: list[list[str]]) -> list[str]:
         """Return the keys that are searched."""
-        return [key for key, value in self._space(grids).items() if not isinstance(value, str)]
+        return [key_of(override) for override in grids[0] if parse(override).is_sweep_override()]
 
     def run_jobs(self, parent: Parent) -> None:
         """Propose jobs, run them, and report their results to the study, until there are n_trials jobs."""
@@ -103,23 +102,7 @@ class SearchSweep(GridSweep):
 
     def _job(self, trial: "BaseTrial", grids: list[list[str]]) -> Job:
         """Return the job of a trial, which gets a value for each searched key that has none."""
-        overrides = [f"{key}={suggest(trial, key, value)}" for key, value in self._space(grids).items()]
-        return self.composer.job(trial.number, overrides)
-
-    def _space(self, grids: list[list[str]]) -> dict[str, Any]:
-        """Return the values of each key: a single one, a list, or an interval."""
-        space: dict[str, Any] = {}
-        for override in map(parse, grids[0]):
-            if not override.is_sweep_override():
-                value: Any = override.get_value_element_as_str()
-            elif override.is_discrete_sweep():
-                value = list(override.sweep_string_iterator())
-            else:
-                value = override.value()
-                if not isinstance(value, IntervalSweep):
-                    raise UserError(f"{override.input_line} is invalid: expected choice, range, interval or tag(log, interval).")
-            space[override.get_key_element()] = value
-        return space
+        return self.composer.job(trial.number, [suggest(trial, override) for override in grids[0]])
 
 
 def open_study(folder: Path, seed: int, objective: str) -> "Study":
@@ -162,13 +145,16 @@ def _continued(study: "Study", trial: "FrozenTrial") -> "BaseTrial":
     return optuna.trial.Trial(study, trial._trial_id)  # noqa: SLF001  # see above
 
 
-def suggest(trial: "BaseTrial", key: str, value: Any) -> object:
-    """Return the trial's value of `key`, as written on a command line."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        return trial.suggest_categorical(key, value)
-    return trial.suggest_float(key, float(value.start), float(value.end), log="log" in value.tags)
+def suggest(trial: "BaseTrial", override: str) -> str:
+    """Return an override with the trial's value of its key, if it leaves that open."""
+    parsed = parse(override)
+    if not parsed.is_sweep_override():
+        return override
+    key = parsed.get_key_element()
+    if parsed.is_discrete_sweep():
+        return f"{key}={trial.suggest_categorical(key, list(parsed.sweep_string_iterator()))}"
+    interval: Any = parsed.value()
+    return f"{key}={trial.suggest_float(key, float(interval.start), float(interval.end), log='log' in interval.tags)}"
 
 
 def tell_study(study: "Study", parent: Parent) -> None:

@@ -15,9 +15,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from mnist_exp.errors import DivergedError, PrunedError, ResumableError, UserError
 from mnist_exp.nodes import is_location
-from mnist_exp.overrides import check_stored, command
+from mnist_exp.overrides import command
 from mnist_exp.paths import TRACKING
-from mnist_exp.settings import ID, Recipe, Settings, read_recipe
+from mnist_exp.settings import ID, Recipe, Settings, check_stored, read_recipe
 from mnist_exp.signals import defer_signals
 from mnist_exp.storage.run_dir import RUN_ID
 from mnist_exp.tracking import tags as tag
