@@ -62,14 +62,17 @@ def resume(settings: Settings, should_prune: ShouldPrune | None = None) -> RunRe
             raise UserError(f"{folder} contains the checkpoint of run {saved.run_id}: expected a folder named like its run.")
         job = settings.sweep_job
         in_sweep = job is not None
-        if not in_sweep and (stored_job := saved.recipe.settings.sweep_job):  # it still belongs to its sweep
-            job = stored_job.model_copy(update={"data": None})
+        if not in_sweep:
+            state = saved.state or {"examples_seen": 0, "steps": 0, "phase": next(iter(saved.recipe.settings.phases))}
+            print(
+                f"Resuming run {saved.run_id} after step {state['steps']} of phase {state['phase']}, {state['examples_seen']:,} "
+                "examples in all."
+            )
+            if stored_job := saved.recipe.settings.sweep_job:  # it still belongs to its sweep
+                job = stored_job.model_copy(update={"data": None})
         rerun = saved.recipe.settings.rerun  # the digest of such a job
         stored = with_present_locations(saved.recipe, settings, resume=settings.resume, rerun=rerun, sweep_job=job)
-        resumed = request(replace(saved, recipe=stored), should_prune=should_prune, quiet=in_sweep)
-        if not in_sweep:
-            print(f"Resuming run {saved.run_id} after {resumed.examples_seen:,} examples.")
-        return run(resumed)
+        return run(request(replace(saved, recipe=stored), should_prune=should_prune, quiet=in_sweep))
 
 
 def rerun(settings: Settings) -> RunResult:
