@@ -2,21 +2,25 @@
 
 import argparse
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnist_exp import cli
+from mnist_exp.console import show_lines, show_pairs
 from mnist_exp.errors import Mark, UserError
 from mnist_exp.metrics import EVALUATION, format_metric
+from mnist_exp.nodes import build, marked
 from mnist_exp.overrides import command, quoted
+from mnist_exp.settings import DataDescription
+from mnist_exp.tracking import provenance
+from mnist_exp.tracking.base import ModelSource, RunInfo, Store
+from mnist_exp.tracking.tags import DATA, MODEL, TRAINED_BY
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from mnist_exp.learning.data import Dataset
     from mnist_exp.learning.evaluation import Evaluation
-    from mnist_exp.tracking.base import ModelSource, Store
 
 NO_NAME = r"[^-\w. ]"  # what the name of a metric must not contain
 
@@ -42,9 +46,7 @@ def parser() -> argparse.ArgumentParser:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Score the model on the test images of the data, show and record the result."""
     from mnist_exp.learning import evaluation
-    from mnist_exp.nodes import build, marked
     from mnist_exp.serving.classifier import load_from
-    from mnist_exp.settings import DataDescription
 
     chosen = [f"data={quoted(arguments.data)}"] if arguments.data else []
     settings = cli.default_settings(*chosen)
@@ -70,7 +72,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     record(cli.find_store(settings), classifier.source, data, result, warnings, repeat, settings.output_dir)
 
 
-def measures(evaluation: "Evaluation", class_names: "Sequence[str]") -> dict[str, float]:
+def measures(evaluation: "Evaluation", class_names: Sequence[str]) -> dict[str, float]:
     """Return the metrics of an evaluation, among them the accuracy on each class, by names that no run's metric has."""
     matrix = evaluation.confusion_matrix.double()  # (classes, classes), by label and prediction
     counts = matrix.sum(1)
@@ -83,11 +85,11 @@ def measures(evaluation: "Evaluation", class_names: "Sequence[str]") -> dict[str
 
 
 def record(
-    store: "Store",
-    source: "ModelSource",
+    store: Store,
+    source: ModelSource,
     data: "Dataset",
     evaluation: "Evaluation",
-    warnings: "Sequence[str]",
+    warnings: Sequence[str],
     repeat: str,
     output_dir: Path,
 ) -> None:
@@ -102,11 +104,7 @@ def record(
         repeat: The command that repeats the evaluation.
         output_dir: The folder of all runs.
     """
-    from mnist_exp.console import show_lines, show_pairs
     from mnist_exp.experiment.figures import confusion_matrix
-    from mnist_exp.tracking import provenance
-    from mnist_exp.tracking.base import RunInfo
-    from mnist_exp.tracking.tags import DATA, MODEL, TRAINED_BY
 
     trained = None
     if source.run_id:
