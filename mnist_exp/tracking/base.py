@@ -391,15 +391,9 @@ class Store:
         """
         return {}
 
-    def children(self, sweep_id: str, ended_after: int = 0) -> list[RunRecord]:
-        """Return the runs of a sweep, also those that are none of its jobs any more.
-
-        Args:
-            sweep_id: The id of the parent.
-            ended_after: Milliseconds since 1970: only runs that ended later; 0 for all runs.
-        """
-        jobs = [run for run in self.runs(tag=tag.SWEEP, everywhere=True) if run.tags[tag.SWEEP] == sweep_id]
-        return [run for run in jobs if not ended_after or (run.ended or 0) > ended_after]
+    def children(self, sweep_id: str) -> list[RunRecord]:
+        """Return the runs of a sweep, given the id of its parent, also those that are none of its jobs any more."""
+        return [run for run in self.runs(tag=tag.SWEEP, everywhere=True) if run.tags[tag.SWEEP] == sweep_id]
 
     def resolve_id(self, text: str, *, finished: bool = False) -> str:
         """Return the id of a run, given its start, in any experiment; or that of the newest run of this one, given `latest`.

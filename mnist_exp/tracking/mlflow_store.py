@@ -131,9 +131,8 @@ class MLflowStore(Store):
         }
         return self._search(" and ".join(text for text, is_asked in conditions.items() if is_asked), everywhere)
 
-    def children(self, sweep_id: str, ended_after: int = 0) -> list[RunRecord]:
-        ended = f" and attributes.end_time > {ended_after}" if ended_after else ""
-        return self._retry(partial(self._search, f"tags.{tag.SWEEP} = '{sweep_id}'{ended}", everywhere=True))
+    def children(self, sweep_id: str) -> list[RunRecord]:
+        return self._retry(partial(self._search, f"tags.{tag.SWEEP} = '{sweep_id}'", everywhere=True))
 
     @defer_signals()
     def _search(self, query: str, everywhere: bool) -> list[RunRecord]:
