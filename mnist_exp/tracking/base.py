@@ -21,7 +21,7 @@ from mnist_exp.settings import ID, Recipe, Settings, read_recipe
 from mnist_exp.signals import defer_signals
 from mnist_exp.storage.run_dir import RUN_ID
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.provenance import PROCESS_DIED, PROCESS_LEFT, abandoned
+from mnist_exp.tracking.provenance import PROCESS_DIED, abandoned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -470,7 +470,7 @@ class Store:
         """
         record = self.get_run(run_id)
         applies = record.status == was  # it may have ended in the meantime
-        if applies or record.tags.get(tag.ERROR) in (PROCESS_DIED, PROCESS_LEFT):
+        if applies or record.tags.get(tag.ERROR) == PROCESS_DIED:
             self.set_tags(run_id, {tag.ERROR: reason})
         if applies:
             self.set_status(run_id, "KILLED")
@@ -483,8 +483,8 @@ class Store:
         """
         reaped = []
         for record in self.runs(status="RUNNING"):
-            with abandoned(record.run_id, record.tags, output_dir.absolute()) as reason:
-                if reason and self.mark_killed(record.run_id, reason):
+            with abandoned(record.run_id, record.tags, output_dir.absolute()) as is_abandoned:
+                if is_abandoned and self.mark_killed(record.run_id, PROCESS_DIED):
                     reaped.append(record)
         return reaped
 
