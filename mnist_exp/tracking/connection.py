@@ -54,8 +54,6 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
         database = Path(uri.removeprefix("sqlite:///"))
         with FileLock(f"{database}.lock"):
             return _open_experiment(uri, experiment, (database.parent / "mlartifacts").as_uri())
-    except UserError:
-        raise
     except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
         if "out-of-date database schema" in str(error):
             raise UserError(_upgrade_advice(uri)) from error

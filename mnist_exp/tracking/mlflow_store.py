@@ -206,14 +206,25 @@ class MLflowStore(Store):
             return {record.run_id: content for record, content in found if content is not None}
 
     def publish(self, run_id: str, answer: Answer) -> str:
-        name = answer.report.name
+        name, run = answer.report.name, self._stored_run(run_id)
+        text = " ".join([f"{answer.title}.", *answer.notes])
+        # One paragraph for each factor, which its next comparison replaces.
+        mark, earlier = f"**{answer.factor}**: ", run.data.tags.get(tag.DESCRIPTION, "")
+        others = re.sub(rf"^{re.escape(mark)}.*?(\n\n|\Z)", "", earlier, flags=re.DOTALL | re.MULTILINE)
+        description = (
+            f"{mark}{shorten(text, MAX_ANSWER, placeholder=' ...')} See `{name}` under Artifacts for the full report.\n"
+            f"![The comparison by {answer.factor}]({artifact_path(run_id, answer.picture.name)})\n\n{others}"
+        )
         try:
-            address = f"{_publish(self.client, run_id, answer)}/{name}"
+            for path in (answer.report, answer.picture):
+                self.client.log_artifact(run_id, str(path))
         except (MlflowException, SQLAlchemyError, OSError) as error:
             raise UserError(f"{name} cannot be added to run {run_id} of {self.uri}: {first_line(error)}") from error
-        if not address.startswith("file:"):
+        tags = {tag.ANSWER: answer.title, f"{tag.ANSWER}.{answer.factor}": text[:MAX_TAG], tag.DESCRIPTION: description}
+        self.set_tags(run_id, tags)
+        if not run.info.artifact_uri.startswith("file:"):
             return f"{name}, under Artifacts of {self.uri}{run_path(self.experiment_id, run_id)}"
-        return unquote(urlsplit(address).path)
+        return unquote(urlsplit(f"{run.info.artifact_uri}/{name}").path)
 
     def run_model(self, record: RunRecord, output_dir: Path) -> ModelSource | None:
         found = next(iter(self._logged_models(record)), None)
@@ -303,26 +314,6 @@ class MLflowStore(Store):
         except MlflowException:  # the sweep has its results without a view
             return ""
         return view_path(self.experiment_id, key).removeprefix("/")
-
-
-def _publish(client: MlflowClient, run_id: str, answer: Answer) -> str:
-    """Add an answer to the parent of a sweep; return the address of the run's artifacts."""
-    for path in (answer.report, answer.picture):
-        client.log_artifact(run_id, str(path))
-    run = client.get_run(run_id)
-    text = " ".join([f"{answer.title}.", *answer.notes])
-    # One paragraph for each factor, which its next comparison replaces.
-    mark = f"**{answer.factor}**: "
-    others = re.sub(
-        rf"^{re.escape(mark)}.*?(\n\n|\Z)", "", run.data.tags.get(tag.DESCRIPTION, ""), flags=re.DOTALL | re.MULTILINE
-    )
-    description = (
-        f"{mark}{shorten(text, MAX_ANSWER, placeholder=' ...')} See `{answer.report.name}` under Artifacts for the full report.\n"
-        f"![The comparison by {answer.factor}]({artifact_path(run_id, answer.picture.name)})\n\n{others}"
-    )
-    tags = {tag.ANSWER: answer.title, f"{tag.ANSWER}.{answer.factor}": text[:MAX_TAG], tag.DESCRIPTION: description}
-    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-    return str(run.info.artifact_uri)
 
 
 def _project_run(client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str]) -> Run | None:
