@@ -138,7 +138,7 @@ def list_runs(store: Store, settings: Settings, arguments: argparse.Namespace) -
 
 def show_run(store: Store, settings: Settings, arguments: argparse.Namespace) -> None:
     """Show one run."""
-    record = store.get_run(store.resolve_id(arguments.run_id))
+    record = store.find_run(arguments.run_id)
     show_pairs("Run", tables.run_details(record))
     show_pairs("Settings", dict(sorted(record.params.items())))
     show_pairs("Metrics", {name: format_metric(name, value) for name, value in sorted(record.metrics.items())})
@@ -155,11 +155,11 @@ def show_run(store: Store, settings: Settings, arguments: argparse.Namespace) ->
 
 def diff_runs(store: Store, settings: Settings, arguments: argparse.Namespace) -> None:
     """Show the differences between two runs."""
-    first, second = (store.resolve_id(text) for text in (arguments.first, arguments.second))
+    first, second = (store.find_run(text) for text in (arguments.first, arguments.second))
     sections = tables.run_differences(store, first, second)
     for name, section in sections.items():
         if section:
-            columns = (name, f"A: {first[:8]}", f"B: {second[:8]}")
+            columns = (name, f"A: {first.run_id[:8]}", f"B: {second.run_id[:8]}")
             show_table([dict(zip(columns, (key, *values), strict=True)) for key, values in section.items()])
     same = [name for name, section in sections.items() if not section]
     show_lines([f"Identical: {', '.join(same)}."] if same else [])
@@ -190,7 +190,7 @@ def promote_model(store: Store, settings: Settings, arguments: argparse.Namespac
     from mnist_exp.tracking.frame import frame
 
     if arguments.run_id:
-        record = store.get_run(store.resolve_id(arguments.run_id, finished=True))
+        record = store.find_run(arguments.run_id, finished=True)
         reason, tags = "Promoted by hand.", {}
     else:
         champion = store.find_champion(arguments.name, arguments.alias)

@@ -84,7 +84,7 @@ def rerun(settings: Settings, overrides: list[str]) -> RunResult:
     assert settings.rerun
     check_repeats(settings, overrides)
     store: Store = build(settings.tracking, "tracking")
-    original = store.get_run(store.resolve_id(settings.rerun, finished=True))
+    original = store.find_run(settings.rerun, finished=True)
     recipe, before, run_id = store.recipe(original), original.tags, original.run_id
     if original.status != "FINISHED":
         raise UserError(f"rerun={run_id}: the run is {original.status}, expected a FINISHED run.", key="rerun", value=run_id)

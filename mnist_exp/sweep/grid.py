@@ -138,7 +138,7 @@ class GridSweep:
             return override
         texts = [text_of(choice).strip("'") for choice in choices(override)]
         if key_of(override) == "rerun":
-            ids = [store.resolve_id(text) if re.fullmatch(ID, text) else text for text in texts]
+            ids = [store.find_run(text).run_id if re.fullmatch(ID, text) else text for text in texts]
         else:
             ids = [text if text == "null" else whole_id(store, text, self.settings.output_dir) for text in texts]
         return f"{key_of(override)}={','.join(id_ if id_ == 'null' else quoted(id_) for id_ in ids)}"

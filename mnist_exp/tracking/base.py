@@ -395,8 +395,8 @@ class Store:
         """Return the runs of a sweep, given the id of its parent, also those that are none of its jobs any more."""
         return [run for run in self.runs(tag=tag.SWEEP, everywhere=True) if run.tags[tag.SWEEP] == sweep_id]
 
-    def resolve_id(self, text: str, *, finished: bool = False) -> str:
-        """Return the id of a run, given its start, in any experiment; or that of the newest run of this one, given `latest`.
+    def find_run(self, text: str, *, finished: bool = False) -> RunRecord:
+        """Return a run of any experiment, given its id or the start of it; or the newest run of this one, given `latest`.
 
         Args:
             text: At least 6 hexadecimal digits, or `latest`.
@@ -406,7 +406,7 @@ class Store:
             UserError: There is no such run, or there are several.
         """
         if RUN_ID.fullmatch(text):
-            return text
+            return self.get_run(text)
         if text == "latest":
             newest = self.runs(status="FINISHED" if finished else "")
             found = [run for run in newest if not {tag.SWEEP_JOBS, tag.MODEL} & run.tags.keys()][:1]  # no sweeps and evaluations
@@ -417,7 +417,7 @@ class Store:
         if len(found) > 1:
             listed = "".join(f"\n{record.run_id}  {record.name} ({record.status})" for record in found[:10])
             raise UserError(f"{text} is ambiguous: it is the start of {len(found)} ids. Type more digits of one of them:{listed}")
-        return found[0].run_id
+        return found[0]
 
     def recipe(self, record: RunRecord) -> Recipe:
         """Return the recipe of a run; raises UserError if the store lacks it."""
@@ -442,7 +442,7 @@ class Store:
             UserError: There is no such sweep, or it cannot be read.
         """
         if sweep != "latest":
-            record = self.get_run(self.resolve_id(sweep))
+            record = self.find_run(sweep)
             if tag.SWEEP_JOBS not in record.tags:
                 raise UserError.invalid("sweep", sweep, "the id of a sweep", f"`{command('runs', 'list')}` lists them.")
             return read_sweep(record)
@@ -516,7 +516,7 @@ class Store:
             finished = self.runs(status="FINISHED")
             records = sorted(finished, key=lambda record: record.job is not None)  # keeps the order by time
         elif re.fullmatch(ID, text.lower()):
-            records = [self.get_run(self.resolve_id(text))]
+            records = [self.find_run(text)]
         else:
             raise UserError.invalid("model", text, MODELS, f"`{command('runs', 'list')}` lists the runs.")
         if found := next(filter(None, (self.run_model(record, output_dir) for record in records)), None):
