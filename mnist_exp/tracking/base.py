@@ -556,7 +556,7 @@ class Store:
             tags: Tags of the version.
 
         Raises:
-            UserError: The model is missing or damaged, or not as `Tracker.log_model` writes it; or the store refuses.
+            UserError: The model is missing or damaged, or not as `Tracker.log_model` writes it.
         """
         raise self.unsupported("has no model registry")
 

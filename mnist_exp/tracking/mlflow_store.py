@@ -215,11 +215,8 @@ class MLflowStore(Store):
             f"{mark}{shorten(text, MAX_ANSWER, placeholder=' ...')} See `{name}` under Artifacts for the full report.\n"
             f"![The comparison by {answer.factor}]({artifact_path(run_id, answer.picture.name)})\n\n{others}"
         )
-        try:
-            for path in (answer.report, answer.picture):
-                self.client.log_artifact(run_id, str(path))
-        except (MlflowException, SQLAlchemyError, OSError) as error:
-            raise UserError(f"{name} cannot be added to run {run_id} of {self.uri}: {first_line(error)}") from error
+        for path in (answer.report, answer.picture):
+            self.client.log_artifact(run_id, str(path))
         tags = {tag.ANSWER: answer.title, f"{tag.ANSWER}.{answer.factor}": text[:MAX_TAG], tag.DESCRIPTION: description}
         self.set_tags(run_id, tags)
         if not run.info.artifact_uri.startswith("file:"):
@@ -269,7 +266,7 @@ class MLflowStore(Store):
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the model, or its alias
                 return None
-            raise UserError(f"{name}@{alias} cannot be read from {self.uri}: {first_line(error)}") from error
+            raise
 
     def register(self, record: RunRecord, name: str, alias: str, reason: str, tags: Mapping[str, str]) -> str:
         from mnist_exp.tracking.mlflow_models import check_written_by_us  # with torch
@@ -282,12 +279,9 @@ class MLflowStore(Store):
         scores = sorted(item for item in record.metrics.items() if item[0].startswith(("test/", "val/")))
         results = [f"{metric} {format_metric(metric, value)}" for metric, value in scores]
         description = f"{reason}\n\n{', '.join([f'{link} on {record.data}', *results])}."
-        try:
-            version = mlflow.register_model(source.address, name, tags=dict(tags))  # also links the logged model to the version
-            self.client.update_model_version(name, version.version, description)
-            self.client.set_registered_model_alias(name, alias, version.version)
-        except MlflowException as error:
-            raise UserError(f"{name} cannot be registered in {self.uri}: {first_line(error)}") from error
+        version = mlflow.register_model(source.address, name, tags=dict(tags))  # also links the logged model to the version
+        self.client.update_model_version(name, version.version, description)
+        self.client.set_registered_model_alias(name, alias, version.version)
         return str(version.version)
 
     def show_ui(self, run_id: str | None, view: str | None, port: int) -> None:
