@@ -29,6 +29,7 @@ from mnist_exp.storage.run_dir import RUN_ID
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import MAX_TAG, MODELS, Answer, ModelSource, RunInfo, RunRecord, Store, StoreUnavailableError, Sweep
 from mnist_exp.tracking.connection import Result, check_uri, connect, gc_command, is_refusal, restore_command, retry, terminate
+from mnist_exp.tracking.mlflow_ui import show
 from mnist_exp.tracking.views import CURVES, VIEW_PREFIX, artifact_path, curves_tag, run_path, surplus_curves, view_path
 
 if TYPE_CHECKING:
@@ -285,8 +286,6 @@ class MLflowStore(Store):
         return str(version.version)
 
     def show_ui(self, run_id: str | None, view: str | None, port: int) -> None:
-        from mnist_exp.tracking.mlflow_ui import show  # which other commands do not need
-
         show(self, run_id, view, port)
 
     def link(self, run_id: str, path: str = "") -> str:
