@@ -75,7 +75,7 @@ def _open_experiment(uri: str, experiment: str, artifact_location: str | None) -
         )
     if found is None:
         with suppress(MlflowException):  # a server has no lock file: another process may have been first
-            client.create_experiment(experiment, artifact_location, tags=MARKS)
+            client.create_experiment(experiment, artifact_location)
         found = client.get_experiment_by_name(experiment)
     if found is None:
         raise StoreUnavailableError(f"{uri} does not create the experiment {experiment}. May you write to it?")

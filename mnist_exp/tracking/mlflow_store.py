@@ -139,13 +139,8 @@ class MLflowStore(Store):
     def _search(self, query: str, everywhere: bool) -> list[RunRecord]:
         """Return the runs of this experiment, or of all, for which MLflow's filter `query` holds, the newest first."""
         self.open()
-        experiments = [item.experiment_id for item in self.client.search_experiments()] if everywhere else [self.experiment_id]
-        runs: list[Run] = []
-        token: str | None = ""
-        while token is not None:
-            page = self.client.search_runs(experiments, query, max_results=1000, page_token=token or None)
-            runs += page
-            token = page.token
+        experiments = None if everywhere else [self.experiment_id]
+        runs = mlflow.search_runs(experiments, query, output_format="list", search_all_experiments=everywhere)
         return [record_of(run) for run in runs if RUN_ID.fullmatch(run.info.run_id)]
 
     def points(self, record: RunRecord) -> dict[str, dict[int, float]]:
