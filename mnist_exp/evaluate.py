@@ -2,21 +2,24 @@
 
 import argparse
 import re
+from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnist_exp import cli
+from mnist_exp.console import show_lines, show_pairs
 from mnist_exp.errors import Mark, UserError
 from mnist_exp.metrics import EVALUATION, format_metric
+from mnist_exp.nodes import build, marked
 from mnist_exp.overrides import command, quoted
+from mnist_exp.settings import DataDescription, Settings
+from mnist_exp.tracking import provenance
+from mnist_exp.tracking.base import ModelSource, RunInfo
+from mnist_exp.tracking.tags import DATA, MODEL, TRAINED_BY
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from mnist_exp.learning.data import Dataset
     from mnist_exp.learning.evaluation import Evaluation
-    from mnist_exp.tracking.base import ModelSource, Store
 
 NO_NAME = r"[^-\w. ]"  # what the name of a metric must not contain
 
@@ -42,9 +45,7 @@ def parser() -> argparse.ArgumentParser:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Score the model on the test images of the data, show and record the result."""
     from mnist_exp.learning import evaluation
-    from mnist_exp.nodes import build, marked
     from mnist_exp.serving.classifier import load_from
-    from mnist_exp.settings import DataDescription
 
     chosen = [f"data={quoted(arguments.data)}"] if arguments.data else []
     settings = cli.default_settings(*chosen)
@@ -67,10 +68,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     warnings = [data.warning] if data.warning else []
     if data.eval_split != "test" and classifier.data.may_have_trained_on(own, data.eval_split):
         warnings.append(f"The model may have been trained on these images: its own run did not keep them for {data.eval_split}.")
-    record(cli.find_store(settings), classifier.source, data, result, warnings, repeat, settings.output_dir)
+    record(settings, classifier.source, data, result, warnings, repeat)
 
 
-def measures(evaluation: "Evaluation", class_names: "Sequence[str]") -> dict[str, float]:
+def measures(evaluation: "Evaluation", class_names: Sequence[str]) -> dict[str, float]:
     """Return the metrics of an evaluation, among them the accuracy on each class, by names that no run's metric has."""
     matrix = evaluation.confusion_matrix.double()  # (classes, classes), by label and prediction
     counts = matrix.sum(1)
@@ -83,37 +84,31 @@ def measures(evaluation: "Evaluation", class_names: "Sequence[str]") -> dict[str
 
 
 def record(
-    store: "Store",
-    source: "ModelSource",
+    settings: Settings,
+    source: ModelSource,
     data: "Dataset",
     evaluation: "Evaluation",
-    warnings: "Sequence[str]",
+    warnings: Sequence[str],
     repeat: str,
-    output_dir: Path,
 ) -> None:
     """Record the result as a run that is linked to the model, its data and its training run; show it.
 
     Args:
-        store: The store.
+        settings: The settings, with the store.
         source: The model's origin.
         data: The data set.
         evaluation: The result on its `eval_split`.
         warnings: What to know about the result.
         repeat: The command that repeats the evaluation.
-        output_dir: The folder of all runs.
     """
-    from mnist_exp.console import show_lines, show_pairs
     from mnist_exp.experiment.figures import confusion_matrix
-    from mnist_exp.tracking import provenance
-    from mnist_exp.tracking.base import RunInfo
-    from mnist_exp.tracking.tags import DATA, MODEL, TRAINED_BY
 
-    trained = None
+    store, trained = cli.find_store(settings), None
     if source.run_id:
         with suppress(UserError):  # the run was deleted, its model was not
             trained = store.get_run(source.run_id)
     split, results = data.eval_split, measures(evaluation, data.class_names)
-    tags = provenance.git_tags() | provenance.software() | provenance.process_tags(output_dir)
+    tags = provenance.git_tags() | provenance.software() | provenance.process_tags(settings.output_dir)
     tags |= {DATA: data.name, MODEL: source.address} | ({TRAINED_BY: source.run_id} if source.run_id else {})
     rows = {name: format_metric(name, value) for name, value in results.items()} | {
         "data": f"{data.name}, {split}, n = {len(data.splits[split]):,}"
@@ -128,9 +123,7 @@ def record(
             confusion_matrix(evaluation, data.class_names, f"{data.name}, {split}"), "pictures/confusion_matrix.png"
         )
         table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-        link = store.link(source.run_id) if source.run_id else ""
-        by = f"\n\nThe model was trained by [this run]({link})." if link else ""
-        tracker.set_description("\n\n".join([*warnings, f"| | |\n| --- | --- |\n{table}{by}"]))
+        tracker.set_description("\n\n".join([*warnings, f"| | |\n| --- | --- |\n{table}"]))
     show_pairs(f"Model: {source.title}", rows)
     show_lines([*warnings, store.ui_hint(tracker.run_id)])
 

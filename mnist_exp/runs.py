@@ -7,20 +7,19 @@ import argparse
 import re
 import statistics
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from mnist_exp import cli
+from mnist_exp.console import show_lines, show_pairs, show_table
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import SHOWN, format_metric
 from mnist_exp.overrides import command
 from mnist_exp.paths import NAME
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from mnist_exp.settings import Settings
-    from mnist_exp.tracking.base import RunRecord, Store
-    from mnist_exp.tracking.tables import Group
+from mnist_exp.settings import Settings
+from mnist_exp.sweep.summary import rank_arms
+from mnist_exp.tracking import housekeeping, tables
+from mnist_exp.tracking import tags as tag
+from mnist_exp.tracking.base import RunRecord, Store
 
 HOURS = {"h": 1, "d": 24, "w": 168}
 AGE = "such as 7d, 12h or 4w"
@@ -105,25 +104,20 @@ def ago(text: str) -> float:
     return 1000 * (time.time() - 3600 * int(found[1]) * HOURS[found[2]])
 
 
-def reap_runs(store: "Store", settings: "Settings", arguments: argparse.Namespace) -> None:
+def reap_runs(store: Store, settings: Settings, arguments: argparse.Namespace) -> None:
     """Correct the status of dead runs."""
     print(f"{reap(store, settings.output_dir)} reaped")
 
 
-def reap(store: "Store", output_dir: "Path") -> int:
+def reap(store: Store, output_dir: Path) -> int:
     """Correct the status of dead runs, report them, and return their number."""
-    from mnist_exp.console import show_lines
-
     reaped = store.reap(output_dir)
     show_lines([f"{record.run_id} ({record.name}): its process is dead, now KILLED" for record in reaped])
     return len(reaped)
 
 
-def list_runs(store: "Store", settings: "Settings", arguments: argparse.Namespace) -> None:
+def list_runs(store: Store, settings: Settings, arguments: argparse.Namespace) -> None:
     """Show a table of the chosen runs."""
-    from mnist_exp.console import show_table
-    from mnist_exp.tracking import tables
-
     reap(store, settings.output_dir)
     records = store.runs()
     if not records:
@@ -142,13 +136,9 @@ def list_runs(store: "Store", settings: "Settings", arguments: argparse.Namespac
     show_table(rows, optional=[name for name in reversed(metrics) if name != (arguments.sort or SHOWN[0])])
 
 
-def show_run(store: "Store", settings: "Settings", arguments: argparse.Namespace) -> None:
+def show_run(store: Store, settings: Settings, arguments: argparse.Namespace) -> None:
     """Show one run."""
-    from mnist_exp.console import show_lines, show_pairs
-    from mnist_exp.tracking import tables
-    from mnist_exp.tracking import tags as tag
-
-    record = store.get_run(store.resolve_id(arguments.run_id))
+    record = store.find_run(arguments.run_id)
     show_pairs("Run", tables.run_details(record))
     show_pairs("Settings", dict(sorted(record.params.items())))
     show_pairs("Metrics", {name: format_metric(name, value) for name, value in sorted(record.metrics.items())})
@@ -163,26 +153,20 @@ def show_run(store: "Store", settings: "Settings", arguments: argparse.Namespace
     show_lines([f"{name}: {text}" for name, text in lines.items() if text])
 
 
-def diff_runs(store: "Store", settings: "Settings", arguments: argparse.Namespace) -> None:
+def diff_runs(store: Store, settings: Settings, arguments: argparse.Namespace) -> None:
     """Show the differences between two runs."""
-    from mnist_exp.console import show_lines, show_table
-    from mnist_exp.tracking.tables import run_differences
-
-    first, second = (store.resolve_id(text) for text in (arguments.first, arguments.second))
-    sections = run_differences(store, first, second)
+    first, second = (store.find_run(text) for text in (arguments.first, arguments.second))
+    sections = tables.run_differences(store, first, second)
     for name, section in sections.items():
         if section:
-            columns = (name, f"A: {first[:8]}", f"B: {second[:8]}")
+            columns = (name, f"A: {first.run_id[:8]}", f"B: {second.run_id[:8]}")
             show_table([dict(zip(columns, (key, *values), strict=True)) for key, values in section.items()])
     same = [name for name, section in sections.items() if not section]
     show_lines([f"Identical: {', '.join(same)}."] if same else [])
 
 
-def best_arm(store: "Store", settings: "Settings", arguments: argparse.Namespace) -> None:
+def best_arm(store: Store, settings: Settings, arguments: argparse.Namespace) -> None:
     """Show the arms of a sweep, and the command that trains the best one."""
-    from mnist_exp.console import show_lines, show_table
-    from mnist_exp.sweep.summary import rank_arms
-
     sweep = store.find_sweep(arguments.sweep)
     objective = sweep.record.objective
     arms = rank_arms(store.children(sweep.run_id), objective)
@@ -200,14 +184,13 @@ def best_arm(store: "Store", settings: "Settings", arguments: argparse.Namespace
     show_lines([command("run", *arms[0][0])])
 
 
-def promote_model(store: "Store", settings: "Settings", arguments: argparse.Namespace) -> None:
+def promote_model(store: Store, settings: Settings, arguments: argparse.Namespace) -> None:
     """Register a model and point the alias to it, or say why the champion stays."""
     from mnist_exp.comparison.promotion import decide_by_sweep
-    from mnist_exp.console import show_lines
     from mnist_exp.tracking.frame import frame
 
     if arguments.run_id:
-        record = store.get_run(store.resolve_id(arguments.run_id, finished=True))
+        record = store.find_run(arguments.run_id, finished=True)
         reason, tags = "Promoted by hand.", {}
     else:
         champion = store.find_champion(arguments.name, arguments.alias)
@@ -221,23 +204,17 @@ def promote_model(store: "Store", settings: "Settings", arguments: argparse.Name
     show_lines([reason, f"models:/{arguments.name}@{arguments.alias} is version {version}, of run {record.run_id}."])
 
 
-def delete_runs(store: "Store", settings: "Settings", arguments: argparse.Namespace) -> None:
+def delete_runs(store: Store, settings: Settings, arguments: argparse.Namespace) -> None:
     """Delete the runs that the user names."""
-    from mnist_exp.tracking.housekeeping import find_groups
-
     reap(store, settings.output_dir)
-    delete_groups(store, find_groups(store, arguments.run_ids), settings.output_dir)
+    delete_groups(store, housekeeping.find_groups(store, arguments.run_ids), settings.output_dir)
 
 
-def prune_runs(store: "Store", settings: "Settings", arguments: argparse.Namespace) -> None:
+def prune_runs(store: Store, settings: Settings, arguments: argparse.Namespace) -> None:
     """Show the runs that can be deleted, and delete them with --yes."""
-    from mnist_exp.console import show_lines, show_table
-    from mnist_exp.tracking import tables
-    from mnist_exp.tracking.housekeeping import plan_pruning
-
     reap(store, settings.output_dir)
     by = arguments.by or settings.objective
-    groups, kept = plan_pruning(store, settings.output_dir, arguments.older_than, arguments.keep_best, by)
+    groups, kept = housekeeping.plan_pruning(store, settings.output_dir, arguments.older_than, arguments.keep_best, by)
     if groups:
         metrics = settings.objective, *SHOWN
         show_table([tables.run_row(tables.group_name(group), group[0], metrics) for group in groups], optional=metrics[::-1])
@@ -248,22 +225,18 @@ def prune_runs(store: "Store", settings: "Settings", arguments: argparse.Namespa
         show_lines(["Add --yes to delete these runs and their folders." if groups else "Nothing can be deleted."])
 
 
-def delete_groups(store: "Store", groups: "list[Group]", output_dir: "Path") -> None:
+def delete_groups(store: Store, groups: list[tables.Group], output_dir: Path) -> None:
     """Delete single runs and sweeps, and show how to restore them and how to free the disk."""
-    from mnist_exp.console import show_lines
-    from mnist_exp.tracking.housekeeping import delete
-    from mnist_exp.tracking.tables import group_name
-
     deleted: list[RunRecord] = []
     problems = []
     for group in groups:
         try:
-            delete(store, group, output_dir)
+            housekeeping.delete(store, group, output_dir)
         except UserError as error:
             problems.append(str(error))
         else:
             deleted += group
-            show_lines([f"Deleted {group[0].run_id}: {group_name(group)}"])
+            show_lines([f"Deleted {group[0].run_id}: {tables.group_name(group)}"])
     if deleted:
         show_lines(store.after_deletion(deleted))
     if problems:

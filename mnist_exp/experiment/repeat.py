@@ -79,7 +79,7 @@ def rerun(settings: Settings) -> RunResult:
     """Repeat the stored run `settings.rerun`; raises UserError if it has not finished, or a metric differs."""
     assert settings.rerun
     store: Store = build(settings.tracking, "tracking")
-    original = store.get_run(store.resolve_id(settings.rerun, finished=True))
+    original = store.find_run(settings.rerun, finished=True)
     recipe, run_id = store.recipe(original), original.run_id
     if original.status != "FINISHED":
         raise UserError(f"rerun={run_id}: the run is {original.status}, expected a FINISHED run.", key="rerun", value=run_id)

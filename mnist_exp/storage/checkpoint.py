@@ -10,6 +10,7 @@ import pickle
 import re
 import sys
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
             file.write(buffer.getvalue())
             file.flush()
             os.fsync(file.fileno())
-        if _is_intact(folder / CHECKPOINT):  # a damaged one must not replace the previous good one
+        with suppress(UserError):  # a damaged one must not replace the previous good one
+            read_archive(folder / CHECKPOINT)
             (folder / CHECKPOINT).replace(folder / PREVIOUS_CHECKPOINT)
         tmp_path.replace(folder / CHECKPOINT)
         sync(folder)
@@ -75,17 +77,13 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 def load_latest_intact(folder: Path) -> Checkpoint:
     """Return the newest intact checkpoint in `folder`, with a warning if a newer one is damaged; raises UserError without one."""
-    problems: list[str] = []
-    for name in (CHECKPOINT, PREVIOUS_CHECKPOINT):
-        try:
-            found = load(folder / name)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        if problems:
-            print(f"{problems[0]}\nResuming from the checkpoint before it.", file=sys.stderr)
-        return found
-    raise UserError("\n".join(problems))
+    try:
+        return load(folder / CHECKPOINT)
+    except UserError as error:
+        if not (folder / PREVIOUS_CHECKPOINT).exists():
+            raise
+        print(f"{error}\nResuming from the checkpoint before it.", file=sys.stderr)
+        return load(folder / PREVIOUS_CHECKPOINT)
 
 
 def load(path: Path) -> Checkpoint:
@@ -125,11 +123,3 @@ def read_archive(path: Path) -> io.BytesIO:
         raise UserError(f"{path} is damaged: {error}.") from error
     copy.seek(0)
     return copy
-
-
-def _is_intact(path: Path) -> bool:
-    try:
-        read_archive(path)
-    except UserError:
-        return False
-    return True

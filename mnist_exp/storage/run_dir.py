@@ -104,30 +104,24 @@ def lock_run(folder: Path) -> Iterator[None]:
     if folder.is_symlink():
         raise UserError(f"{folder} is a symbolic link: expected a folder of the run itself, in output_dir.")
     ensure_writable_dir(folder)
-    lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=1)  # not 0: `try_lock` takes the lock for a moment
+        held = FileLock(folder / LOCK).acquire(timeout=1)  # not 0: `try_lock` takes the lock for a moment
     except Timeout as error:
         raise UserError(f"Another process works on run {folder.name}. Wait until it ends, or stop it.") from error
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
 def try_lock(folder: Path) -> Iterator[bool]:
     """Yield whether the run in `folder` could be locked for the block: no process of this machine works on it."""
-    lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
+        held = FileLock(folder / LOCK).acquire(timeout=0)
     except (Timeout, OSError):  # in use, or the file of another user
         yield False
         return
-    try:
+    with held:
         yield True
-    finally:
-        lock.release()
 
 
 def has_checkpoint(folder: Path) -> bool:

@@ -32,7 +32,7 @@ from mnist_exp.signals import install_signal_handlers
 from mnist_exp.storage import run_dir
 from mnist_exp.sweep.jobs import Composer, Job, failed
 from mnist_exp.sweep.parent import Parent, check_output_dir
-from mnist_exp.sweep.summary import Progress, preview
+from mnist_exp.sweep.summary import preview, progress
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import RECIPE, RunRecord, Store, Sweep, grids_text
 from mnist_exp.tracking.models import whole_id
@@ -108,7 +108,7 @@ class GridSweep:
                 store.set_tags(child.run_id, {JOB: NO_JOB if number is None else str(number)})
             display = SweepDisplay(total)
             try:
-                with display.polling(Progress(store, parent.tracker.run_id, objective).read):
+                with display.polling(lambda: progress(parent.children(), objective)):
                     self.run_jobs(parent)
             except BaseException:
                 with suppress(Exception):  # the error that ended the sweep matters, not that the store is unreachable, too
@@ -138,7 +138,7 @@ class GridSweep:
             return override
         texts = [text_of(choice).strip("'") for choice in choices(override)]
         if key_of(override) == "rerun":
-            ids = [store.resolve_id(text) if re.fullmatch(ID, text) else text for text in texts]
+            ids = [store.find_run(text).run_id if re.fullmatch(ID, text) else text for text in texts]
         else:
             ids = [text if text == "null" else whole_id(store, text, self.settings.output_dir) for text in texts]
         return f"{key_of(override)}={','.join(id_ if id_ == 'null' else quoted(id_) for id_ in ids)}"

@@ -4,7 +4,6 @@ import shlex
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass, field
 
 from hydra.core.utils import JobStatus
 
@@ -16,36 +15,14 @@ from mnist_exp.tracking.tags import ERROR, PRUNED
 
 ROWS_SHOWN = 50  # MLflow truncates descriptions after 8,000 characters
 BEST_SHOWN = 3
-MAX_CLOCK_SKEW = 60_000  # ms, between the machines of a cluster
 
 
-@dataclass
-class Progress:
-    """The results of a sweep's jobs so far.
-
-    Args:
-        objective: The metric that decides.
-        ended: The status and the objective of each ended job.
-        until: Milliseconds since 1970 when the last job ended.
-    """
-
-    store: Store
-    sweep_id: str
-    objective: str
-    ended: dict[int, tuple[str, float | None]] = field(default_factory=dict)
-    until: int = 0
-
-    def read(self) -> tuple[int, int, str]:
-        """Read the jobs that ended since the last call; return jobs finished, jobs failed, and the best result."""
-        children = self.store.children(self.sweep_id, ended_after=self.until - MAX_CLOCK_SKEW if self.until else 1)
-        for number, child in latest_run_per_job(children).items():
-            self.ended[number] = child.status, child.metrics.get(self.objective)
-            self.until = max(self.until, child.ended or 0)
-        statuses = Counter(status for status, _ in self.ended.values())
-        values = [value for status, value in self.ended.values() if status == "FINISHED" and value is not None]
-        best = best_first(self.objective, values, float)
-        shown = format_metric(self.objective, best[0]) if best else "-"
-        return statuses["FINISHED"], statuses["FAILED"] + statuses["KILLED"], shown
+def progress(children: Sequence[RunRecord], objective: str) -> tuple[int, int, str]:
+    """Return jobs finished, jobs failed, and the best result, given the runs of the jobs and the metric that decides."""
+    statuses = Counter(child.status for child in latest_run_per_job(children).values())
+    best = _ranked(children, objective)
+    shown = format_metric(objective, best[0].metrics[objective]) if best else "-"
+    return statuses["FINISHED"], statuses["FAILED"] + statuses["KILLED"], shown
 
 
 def preview(jobs: Sequence[Job], done: Container[int | None], total: int) -> tuple[list[dict[str, str]], list[str]]:

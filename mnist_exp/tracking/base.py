@@ -21,7 +21,7 @@ from mnist_exp.settings import ID, Recipe, Settings, check_stored, read_recipe
 from mnist_exp.signals import defer_signals
 from mnist_exp.storage.run_dir import RUN_ID
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.provenance import PROCESS_DIED, PROCESS_LEFT, abandoned
+from mnist_exp.tracking.provenance import PROCESS_DIED, abandoned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -391,18 +391,12 @@ class Store:
         """
         return {}
 
-    def children(self, sweep_id: str, ended_after: int = 0) -> list[RunRecord]:
-        """Return the runs of a sweep, also those that are none of its jobs any more.
+    def children(self, sweep_id: str) -> list[RunRecord]:
+        """Return the runs of a sweep, given the id of its parent, also those that are none of its jobs any more."""
+        return [run for run in self.runs(tag=tag.SWEEP, everywhere=True) if run.tags[tag.SWEEP] == sweep_id]
 
-        Args:
-            sweep_id: The id of the parent.
-            ended_after: Milliseconds since 1970: only runs that ended later; 0 for all runs.
-        """
-        jobs = [run for run in self.runs(tag=tag.SWEEP, everywhere=True) if run.tags[tag.SWEEP] == sweep_id]
-        return [run for run in jobs if not ended_after or (run.ended or 0) > ended_after]
-
-    def resolve_id(self, text: str, *, finished: bool = False) -> str:
-        """Return the id of a run, given its start, in any experiment; or that of the newest run of this one, given `latest`.
+    def find_run(self, text: str, *, finished: bool = False) -> RunRecord:
+        """Return a run of any experiment, given its id or the start of it; or the newest run of this one, given `latest`.
 
         Args:
             text: At least 6 hexadecimal digits, or `latest`.
@@ -412,7 +406,7 @@ class Store:
             UserError: There is no such run, or there are several.
         """
         if RUN_ID.fullmatch(text):
-            return text
+            return self.get_run(text)
         if text == "latest":
             newest = self.runs(status="FINISHED" if finished else "")
             found = [run for run in newest if not {tag.SWEEP_JOBS, tag.MODEL} & run.tags.keys()][:1]  # no sweeps and evaluations
@@ -423,7 +417,7 @@ class Store:
         if len(found) > 1:
             listed = "".join(f"\n{record.run_id}  {record.name} ({record.status})" for record in found[:10])
             raise UserError(f"{text} is ambiguous: it is the start of {len(found)} ids. Type more digits of one of them:{listed}")
-        return found[0].run_id
+        return found[0]
 
     def recipe(self, record: RunRecord) -> Recipe:
         """Return the recipe of a run; raises UserError if the store lacks it."""
@@ -448,7 +442,7 @@ class Store:
             UserError: There is no such sweep, or it cannot be read.
         """
         if sweep != "latest":
-            record = self.get_run(self.resolve_id(sweep))
+            record = self.find_run(sweep)
             if tag.SWEEP_JOBS not in record.tags:
                 raise UserError.invalid("sweep", sweep, "the id of a sweep", f"`{command('runs', 'list')}` lists them.")
             return read_sweep(record)
@@ -476,7 +470,7 @@ class Store:
         """
         record = self.get_run(run_id)
         applies = record.status == was  # it may have ended in the meantime
-        if applies or record.tags.get(tag.ERROR) in (PROCESS_DIED, PROCESS_LEFT):
+        if applies or record.tags.get(tag.ERROR) == PROCESS_DIED:
             self.set_tags(run_id, {tag.ERROR: reason})
         if applies:
             self.set_status(run_id, "KILLED")
@@ -489,8 +483,8 @@ class Store:
         """
         reaped = []
         for record in self.runs(status="RUNNING"):
-            with abandoned(record.run_id, record.tags, output_dir.absolute()) as reason:
-                if reason and self.mark_killed(record.run_id, reason):
+            with abandoned(record.run_id, record.tags, output_dir.absolute()) as is_abandoned:
+                if is_abandoned and self.mark_killed(record.run_id, PROCESS_DIED):
                     reaped.append(record)
         return reaped
 
@@ -522,7 +516,7 @@ class Store:
             finished = self.runs(status="FINISHED")
             records = sorted(finished, key=lambda record: record.job is not None)  # keeps the order by time
         elif re.fullmatch(ID, text.lower()):
-            records = [self.get_run(self.resolve_id(text))]
+            records = [self.find_run(text)]
         else:
             raise UserError.invalid("model", text, MODELS, f"`{command('runs', 'list')}` lists the runs.")
         if found := next(filter(None, (self.run_model(record, output_dir) for record in records)), None):
@@ -562,7 +556,7 @@ class Store:
             tags: Tags of the version.
 
         Raises:
-            UserError: The model is missing or damaged, or not as `Tracker.log_model` writes it; or the store refuses.
+            UserError: The model is missing or damaged, or not as `Tracker.log_model` writes it.
         """
         raise self.unsupported("has no model registry")
 

@@ -54,8 +54,6 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
         database = Path(uri.removeprefix("sqlite:///"))
         with FileLock(f"{database}.lock"):
             return _open_experiment(uri, experiment, (database.parent / "mlartifacts").as_uri())
-    except UserError:
-        raise
     except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
         if "out-of-date database schema" in str(error):
             raise UserError(_upgrade_advice(uri)) from error
@@ -77,7 +75,7 @@ def _open_experiment(uri: str, experiment: str, artifact_location: str | None) -
         )
     if found is None:
         with suppress(MlflowException):  # a server has no lock file: another process may have been first
-            client.create_experiment(experiment, artifact_location, tags=MARKS)
+            client.create_experiment(experiment, artifact_location)
         found = client.get_experiment_by_name(experiment)
     if found is None:
         raise StoreUnavailableError(f"{uri} does not create the experiment {experiment}. May you write to it?")

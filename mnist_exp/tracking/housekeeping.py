@@ -98,8 +98,8 @@ def find_groups(store: Store, names: Sequence[str]) -> list[Group]:
         UserError: A run does not exist, or its model is registered.
     """
     found: dict[str, RunRecord] = {}
-    for run_id in map(store.resolve_id, names):
-        found |= {run.run_id: run for run in (store.get_run(run_id), *store.children(run_id))}
+    for named in map(store.find_run, names):
+        found |= {run.run_id: run for run in (named, *store.children(named.run_id))}
     for run_id, version in store.registered_runs().items():
         if run_id in found:
             remedy = "Delete that version first, for example on its page in the MLflow UI."

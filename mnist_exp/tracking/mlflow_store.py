@@ -29,6 +29,7 @@ from mnist_exp.storage.run_dir import RUN_ID
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import MAX_TAG, MODELS, Answer, ModelSource, RunInfo, RunRecord, Store, StoreUnavailableError, Sweep
 from mnist_exp.tracking.connection import Result, check_uri, connect, gc_command, is_refusal, restore_command, retry, terminate
+from mnist_exp.tracking.mlflow_ui import show
 from mnist_exp.tracking.views import CURVES, VIEW_PREFIX, artifact_path, curves_tag, run_path, surplus_curves, view_path
 
 if TYPE_CHECKING:
@@ -131,21 +132,15 @@ class MLflowStore(Store):
         }
         return self._search(" and ".join(text for text, is_asked in conditions.items() if is_asked), everywhere)
 
-    def children(self, sweep_id: str, ended_after: int = 0) -> list[RunRecord]:
-        ended = f" and attributes.end_time > {ended_after}" if ended_after else ""
-        return self._retry(partial(self._search, f"tags.{tag.SWEEP} = '{sweep_id}'{ended}", everywhere=True))
+    def children(self, sweep_id: str) -> list[RunRecord]:
+        return self._retry(partial(self._search, f"tags.{tag.SWEEP} = '{sweep_id}'", everywhere=True))
 
     @defer_signals()
     def _search(self, query: str, everywhere: bool) -> list[RunRecord]:
         """Return the runs of this experiment, or of all, for which MLflow's filter `query` holds, the newest first."""
         self.open()
-        experiments = [item.experiment_id for item in self.client.search_experiments()] if everywhere else [self.experiment_id]
-        runs: list[Run] = []
-        token: str | None = ""
-        while token is not None:
-            page = self.client.search_runs(experiments, query, max_results=1000, page_token=token or None)
-            runs += page
-            token = page.token
+        experiments = None if everywhere else [self.experiment_id]
+        runs = mlflow.search_runs(experiments, query, output_format="list", search_all_experiments=everywhere)
         return [record_of(run) for run in runs if RUN_ID.fullmatch(run.info.run_id)]
 
     def points(self, record: RunRecord) -> dict[str, dict[int, float]]:
@@ -207,14 +202,22 @@ class MLflowStore(Store):
             return {record.run_id: content for record, content in found if content is not None}
 
     def publish(self, run_id: str, answer: Answer) -> str:
-        name = answer.report.name
-        try:
-            address = f"{_publish(self.client, run_id, answer)}/{name}"
-        except (MlflowException, SQLAlchemyError, OSError) as error:
-            raise UserError(f"{name} cannot be added to run {run_id} of {self.uri}: {first_line(error)}") from error
-        if not address.startswith("file:"):
+        name, run = answer.report.name, self._stored_run(run_id)
+        text = " ".join([f"{answer.title}.", *answer.notes])
+        # One paragraph for each factor, which its next comparison replaces.
+        mark, earlier = f"**{answer.factor}**: ", run.data.tags.get(tag.DESCRIPTION, "")
+        others = re.sub(rf"^{re.escape(mark)}.*?(\n\n|\Z)", "", earlier, flags=re.DOTALL | re.MULTILINE)
+        description = (
+            f"{mark}{shorten(text, MAX_ANSWER, placeholder=' ...')} See `{name}` under Artifacts for the full report.\n"
+            f"![The comparison by {answer.factor}]({artifact_path(run_id, answer.picture.name)})\n\n{others}"
+        )
+        for path in (answer.report, answer.picture):
+            self.client.log_artifact(run_id, str(path))
+        tags = {tag.ANSWER: answer.title, f"{tag.ANSWER}.{answer.factor}": text[:MAX_TAG], tag.DESCRIPTION: description}
+        self.set_tags(run_id, tags)
+        if not run.info.artifact_uri.startswith("file:"):
             return f"{name}, under Artifacts of {self.uri}{run_path(self.experiment_id, run_id)}"
-        return unquote(urlsplit(address).path)
+        return unquote(urlsplit(f"{run.info.artifact_uri}/{name}").path)
 
     def run_model(self, record: RunRecord, output_dir: Path) -> ModelSource | None:
         found = next(iter(self._logged_models(record)), None)
@@ -259,7 +262,7 @@ class MLflowStore(Store):
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the model, or its alias
                 return None
-            raise UserError(f"{name}@{alias} cannot be read from {self.uri}: {first_line(error)}") from error
+            raise
 
     def register(self, record: RunRecord, name: str, alias: str, reason: str, tags: Mapping[str, str]) -> str:
         from mnist_exp.tracking.mlflow_models import check_written_by_us  # with torch
@@ -272,17 +275,12 @@ class MLflowStore(Store):
         scores = sorted(item for item in record.metrics.items() if item[0].startswith(("test/", "val/")))
         results = [f"{metric} {format_metric(metric, value)}" for metric, value in scores]
         description = f"{reason}\n\n{', '.join([f'{link} on {record.data}', *results])}."
-        try:
-            version = mlflow.register_model(source.address, name, tags=dict(tags))  # also links the logged model to the version
-            self.client.update_model_version(name, version.version, description)
-            self.client.set_registered_model_alias(name, alias, version.version)
-        except MlflowException as error:
-            raise UserError(f"{name} cannot be registered in {self.uri}: {first_line(error)}") from error
+        version = mlflow.register_model(source.address, name, tags=dict(tags))  # also links the logged model to the version
+        self.client.update_model_version(name, version.version, description)
+        self.client.set_registered_model_alias(name, alias, version.version)
         return str(version.version)
 
     def show_ui(self, run_id: str | None, view: str | None, port: int) -> None:
-        from mnist_exp.tracking.mlflow_ui import show  # which other commands do not need
-
         show(self, run_id, view, port)
 
     def link(self, run_id: str, path: str = "") -> str:
@@ -304,26 +302,6 @@ class MLflowStore(Store):
         except MlflowException:  # the sweep has its results without a view
             return ""
         return view_path(self.experiment_id, key).removeprefix("/")
-
-
-def _publish(client: MlflowClient, run_id: str, answer: Answer) -> str:
-    """Add an answer to the parent of a sweep; return the address of the run's artifacts."""
-    for path in (answer.report, answer.picture):
-        client.log_artifact(run_id, str(path))
-    run = client.get_run(run_id)
-    text = " ".join([f"{answer.title}.", *answer.notes])
-    # One paragraph for each factor, which its next comparison replaces.
-    mark = f"**{answer.factor}**: "
-    others = re.sub(
-        rf"^{re.escape(mark)}.*?(\n\n|\Z)", "", run.data.tags.get(tag.DESCRIPTION, ""), flags=re.DOTALL | re.MULTILINE
-    )
-    description = (
-        f"{mark}{shorten(text, MAX_ANSWER, placeholder=' ...')} See `{answer.report.name}` under Artifacts for the full report.\n"
-        f"![The comparison by {answer.factor}]({artifact_path(run_id, answer.picture.name)})\n\n{others}"
-    )
-    tags = {tag.ANSWER: answer.title, f"{tag.ANSWER}.{answer.factor}": text[:MAX_TAG], tag.DESCRIPTION: description}
-    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-    return str(run.info.artifact_uri)
 
 
 def _project_run(client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str]) -> Run | None:

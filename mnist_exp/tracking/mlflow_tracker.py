@@ -96,7 +96,7 @@ class MLflowTracker(Tracker):
         self._outbox.add(partial(getattr(self.client, method), self.run_id, *values, **named))
 
     def log_params(self, params: Mapping[str, object]) -> None:
-        # MLflow refuses a second value, which a parent of a sweep may have after a resume.
+        # MLflow refuses a second value, which a run that is resumed on another device has.
         new = [entities.Param(key, str(value)) for key, value in params.items() if key not in self._params]
         self._params |= params.keys()
         self._send("log_batch", params=new)

@@ -91,7 +91,7 @@ def list_pages(store: "MLflowStore", run_id: str | None, view: str | None) -> di
         run_id = store.find_sweep("latest").run_id
     if run_id is None:
         return saved
-    run = store.get_run(store.resolve_id(run_id))
+    run = store.find_run(run_id)
     store.experiment_id = run.experiment_id
     if SWEEP_JOBS in run.tags:
         finished = sum(record.status == "FINISHED" for record in store.children(run.run_id))

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 ORIGIN, PATCH = "provenance.json", "uncommitted.diff"  # artifacts of a run; the second, if there are changes
 SECRETS = (".env*", "*.pem", "*.key", "id_*", "*credentials*")  # never recorded, tracked or not
 MAX_PATCH = 1_000_000  # bytes
-# The reasons of a run that was KILLED, which a better known one may replace.
-PROCESS_DIED, PROCESS_LEFT = "the process exited", "the process released its lock"
+PROCESS_DIED = "no process works on it any more"  # the reason of a run that was KILLED, which a better known one may replace
 
 
 def command_line() -> str:
@@ -146,35 +145,31 @@ def process_tags(output_dir: Path) -> dict[str, str]:
 
 
 @contextmanager
-def abandoned(run_id: str, tags: Mapping[str, str], output_dir: Path) -> Iterator[str | None]:
-    """Yield the reason why nobody works on a RUNNING run, None if somebody may; the run stays locked for the block.
+def abandoned(run_id: str, tags: Mapping[str, str], output_dir: Path) -> Iterator[bool]:
+    """Yield whether nobody works on a RUNNING run, as far as this machine knows; the run stays locked for the block.
 
     Args:
         run_id: The id of the run.
         tags: Its tags, with those of `process_tags`.
         output_dir: The absolute path of the folder of all runs. A lock is examined only there: the tag could name any folder.
     """
-    if tags.get(HOST) != platform.node() or not {PID, OUTPUT_DIR} <= tags.keys():
-        yield None
-        return
-    reason = PROCESS_LEFT if _is_alive(tags[PID]) else PROCESS_DIED
     folder = output_dir / run_id
-    if tags[OUTPUT_DIR] != str(output_dir) or not (folder / run_dir.LOCK).exists():
-        yield reason if reason == PROCESS_DIED else None
-        return
-    with run_dir.try_lock(folder) as locked:
-        yield reason if locked else None
+    if tags.get(HOST) != platform.node() or not {PID, OUTPUT_DIR} <= tags.keys():
+        yield False
+    elif tags[OUTPUT_DIR] == str(output_dir) and (folder / run_dir.LOCK).exists():
+        with run_dir.try_lock(folder) as is_free:
+            yield is_free
+    else:
+        yield not _is_alive(tags[PID])
 
 
 def _is_alive(pid: str) -> bool:
     """Return whether this machine has the process; an invalid number counts as alive."""
-    if not (pid.isdecimal() and 0 < int(pid) < 2**31):
-        return True
     try:
-        os.kill(int(pid), 0)
+        os.kill(int(pid), 0)  # sends nothing
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, ValueError, OverflowError):
         pass
     return True
 

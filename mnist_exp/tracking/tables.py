@@ -122,19 +122,14 @@ def run_details(record: RunRecord) -> dict[str, str]:
     return {name: text for name, text in values.items() if text}
 
 
-def run_differences(store: Store, first_id: str, second_id: str) -> dict[str, Section]:
-    """Return only the values in which two runs differ, by section; a section without differences is empty.
-
-    Args:
-        store: The store of both runs.
-        first_id: The id of a run.
-        second_id: The id of another run.
+def run_differences(store: Store, first: RunRecord, second: RunRecord) -> dict[str, Section]:
+    """Return only the values in which two runs of a store differ, by section; a section without differences is empty.
 
     Raises:
-        UserError: A run does not exist, is a sweep, or has no readable recipe.
+        UserError: A run is a sweep, or has no readable recipe.
     """
-    first, second = (_comparable(store, store.get_run(run_id)) for run_id in (first_id, second_id))
-    return {section: _differing(first[section], second[section]) for section in first}
+    before, after = (_comparable(store, record) for record in (first, second))
+    return {section: _differing(before[section], after[section]) for section in before}
 
 
 def _comparable(store: Store, record: RunRecord) -> dict[str, dict[str, str]]:

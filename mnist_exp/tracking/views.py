@@ -69,12 +69,7 @@ def describe_experiment(experiment_id: str) -> str:
 def view_path(experiment_id: str, key: str) -> str:
     """Return the path of the page that shows a saved view."""
     mode = "&compareRunsMode=CHART" if key.startswith((CURVES, COST)) else ""  # the state does not hold it
-    return f"{runs_path(experiment_id)}&viewStateShareKey={quote(key)}{mode}"
-
-
-def runs_path(experiment_id: str) -> str:
-    """Return the path of the page that lists an experiment's runs."""
-    return f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+    return f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={quote(key)}{mode}"
 
 
 def run_path(experiment_id: str, run_id: str) -> str:

@@ -89,15 +89,15 @@ def test_a_start_names_one_run_and_latest_the_newest(opened: MLflowStore, store:
     run_id = record(opened, tmp_path)
     other = MLflowStore(store, "other")
     for text in (run_id[:6], run_id[:10].upper(), run_id, "latest"):
-        assert opened.resolve_id(text) == run_id
+        assert opened.find_run(text).run_id == run_id
         if text != "latest":
-            assert other.resolve_id(text) == run_id, "in any experiment"
+            assert other.find_run(text).run_id == run_id, "in any experiment"
     for text in (run_id[:5], "%%%%%%", "../../", "ffffff" if run_id[0] != "f" else "000000", "nonsense"):
         with pytest.raises(UserError) as error:
-            opened.resolve_id(text)
+            opened.find_run(text)
         assert error.value.value == text
     with pytest.raises(UserError):
-        other.resolve_id("latest")
+        other.find_run("latest")
 
 
 def test_an_ambiguous_start_lists_the_candidates(opened: MLflowStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_an_ambiguous_start_lists_the_candidates(opened: MLflowStore, tmp_path: 
     found = opened.runs()
     monkeypatch.setattr(opened, "runs", lambda *_, **__: found)
     with pytest.raises(UserError) as error:
-        opened.resolve_id("abcdef")
+        opened.find_run("abcdef")
     assert all(text in str(error.value) for text in (*ids, "first", "second"))
 
 

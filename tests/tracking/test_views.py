@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from mlflow.utils.validation import MAX_EXPERIMENT_TAG_VAL_LENGTH
 
-from mnist_exp import ui
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import RunInfo
 from mnist_exp.tracking.connection import connect
@@ -79,7 +78,7 @@ def test_the_views_name_tags_that_runs_have() -> None:
     assert named <= {value for value in vars(tag).values() if isinstance(value, str)}
 
 
-@pytest.mark.parametrize("view", ui.VIEWS)
+@pytest.mark.parametrize("view", TEMPLATES)
 def test_each_view_has_a_link_to_a_view_that_is_saved(view: str, opened: MLflowStore) -> None:
     info = RunInfo("sweep", "", {tag.SWEEP_JOBS: "1"})
     with opened.start(info) as tracker:
