@@ -4,15 +4,16 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import accumulate
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 from rich.text import Text
 
@@ -269,13 +270,7 @@ def show_comparison(title: str, subtitle: str, tables: Sequence[list[dict[str, s
         console.print(plain(f"- {note}"), soft_wrap=True)  # it may contain a command
 
 
-@contextmanager
-def progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar while the block runs, if there is a terminal; yield the function that advances it by some steps."""
+def tracked(files: Sequence[Path], name: str) -> Iterable[Path]:
+    """Return files for a loop, which shows a progress bar if there is a terminal."""
     console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f} of {task.total:.0f}"))
-    with Progress(
-        *columns, TimeRemainingColumn(compact=True), console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(name, total=total)
-        yield lambda steps: bar.advance(task, steps)
+    return track(files, name, console=console, transient=True, disable=not console.is_terminal)
