@@ -112,63 +112,62 @@ class Display:
             show_lines([ui_hint, *(f"{purpose}: {line}" for purpose, line in use_commands.items())])
 
 
-class SweepDisplay:
-    """The progress of a sweep, and the table of its jobs.
+@contextmanager
+def sweep_progress(jobs: int, read: Callable[[], tuple[int, int, str]]) -> Iterator[None]:
+    """Show the progress of a sweep while the block runs.
 
     A terminal shows a progress bar. Without one, a line is printed when further jobs have ended.
+
+    Args:
+        jobs: The number of jobs.
+        read: Returns the numbers of jobs that have finished and failed, and the best result.
     """
+    console = Console()
+    stopped = threading.Event()
+    progress = Progress(
+        TextColumn("sweep"),
+        BarColumn(),
+        TextColumn(
+            "{task.completed:.0f} of {task.total} jobs  {task.fields[failed]} failed or stopped  best {task.fields[best]}"
+        ),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    bar = progress.add_task("", total=jobs, failed=0, best="-")
+    shown = (0, 0)
 
-    def __init__(self, jobs: int) -> None:
-        self.console = Console()
-        self.jobs = jobs
+    def update() -> None:
+        nonlocal shown
+        with suppress(Exception):  # the store may answer the next time
+            finished, failed, best = read()
+            progress.update(bar, completed=finished, failed=failed, best=best)
+            if not console.is_terminal and (finished, failed) != shown:
+                show_lines([f"{finished} of {jobs} jobs finished, {failed} failed or stopped, best {best}"])
+                shown = finished, failed
 
-    @contextmanager
-    def polling(self, read: Callable[[], tuple[int, int, str]]) -> Iterator[None]:
-        """Show the result of `read` (jobs finished, jobs failed, best result) repeatedly while the block runs."""
-        stopped = threading.Event()
-        progress = Progress(
-            TextColumn("sweep"),
-            BarColumn(),
-            TextColumn(
-                "{task.completed:.0f} of {task.total} jobs  {task.fields[failed]} failed or stopped  best {task.fields[best]}"
-            ),
-            TimeRemainingColumn(compact=True),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        bar = progress.add_task("", total=self.jobs, failed=0, best="-")
-        shown = (0, 0)
+    def poll() -> None:
+        pause = 2.0
+        while not stopped.wait(pause):
+            started = time.monotonic()
+            update()
+            pause = max(2.0, 100 * (time.monotonic() - started))  # reading slows down the jobs
 
-        def update() -> None:
-            nonlocal shown
-            with suppress(Exception):  # the store may answer the next time
-                finished, failed, best = read()
-                progress.update(bar, completed=finished, failed=failed, best=best)
-                if not self.console.is_terminal and (finished, failed) != shown:
-                    show_lines([f"{finished} of {self.jobs} jobs finished, {failed} failed or stopped, best {best}"])
-                    shown = finished, failed
+    thread = threading.Thread(target=poll, daemon=True)
+    with progress:
+        thread.start()
+        try:
+            yield
+        finally:
+            stopped.set()
+            thread.join(timeout=5)
+            update()
 
-        def poll() -> None:
-            pause = 2.0
-            while not stopped.wait(pause):
-                started = time.monotonic()
-                update()
-                pause = max(2.0, 100 * (time.monotonic() - started))  # reading slows down the jobs
 
-        thread = threading.Thread(target=poll, daemon=True)
-        with progress:
-            thread.start()
-            try:
-                yield
-            finally:
-                stopped.set()
-                thread.join(timeout=5)
-                update()
-
-    def results(self, rows: list[dict[str, str]], ui_hint: str) -> None:
-        """Show the table of all jobs, and the line on the UI unless it is empty."""
-        show_table([{key: value for key, value in row.items() if key != "run"} for row in rows], SHOWN[:0:-1])
-        show_lines([ui_hint])
+def show_sweep(rows: list[dict[str, str]], ui_hint: str) -> None:
+    """Show the table of all jobs of a sweep, and the line on the UI unless it is empty."""
+    show_table([{key: value for key, value in row.items() if key != "run"} for row in rows], SHOWN[:0:-1])
+    show_lines([ui_hint])
 
 
 def show_table(rows: list[dict[str, str]], optional: Sequence[str] = ()) -> None:

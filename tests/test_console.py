@@ -4,7 +4,7 @@ import re
 import pytest
 from rich.console import Console
 
-from mnist_exp.console import Display, SweepDisplay, show_comparison, show_lines, show_pairs, show_table
+from mnist_exp.console import Display, show_comparison, show_lines, show_pairs, show_sweep, show_table, sweep_progress
 
 ID = "0123456789abcdef" * 2
 ARMS = ("plain_cnn_matched", "se_cnn_separable_small")
@@ -50,7 +50,7 @@ def shown_at(width: int, table: str, monkeypatch: pytest.MonkeyPatch, capsys: py
     if table == "end of a run":
         Display({}, {}, 0, "val/accuracy", quiet=False).results(RESULTS, "", {})
     elif table == "sweep":
-        SweepDisplay(3).results(SWEPT, "")
+        show_sweep(SWEPT, "")
     elif table == "comparison":
         show_comparison("title", "subtitle", [COMPARED], ["note"])
     else:
@@ -120,7 +120,7 @@ def test_a_job_of_a_sweep_shows_only_warnings(capsys) -> None:
 
 def test_without_a_terminal_a_sweep_has_a_line_when_jobs_have_ended(capsys) -> None:
     for result in ((0, 0, "-"), (3, 1, "98.62 %")):
-        with SweepDisplay(10).polling(lambda result=result: result):
+        with sweep_progress(10, lambda result=result: result):
             pass
     assert capsys.readouterr().out == "3 of 10 jobs finished, 1 failed or stopped, best 98.62 %\n"
 
