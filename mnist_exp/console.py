@@ -1,12 +1,10 @@
 """Terminal output: warnings, progress and tables. Text from users and stores is shown as plain text, never as markup."""
 
-import math
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -36,7 +34,7 @@ class Display:
 
     Args:
         totals: The number of examples of each phase, by name.
-        epochs: The number of epochs of each phase, by name, in order.
+        epochs: The number of epochs of each phase, by name.
         examples_seen: The examples of all phases that a resumed run has already seen.
         objective: The metric that is shown besides those of training.
         quiet: Show only warnings.
@@ -57,7 +55,6 @@ class Display:
             disable=quiet or not self.console.is_terminal,
         )
         self.epochs = epochs
-        self.epochs_before = dict(zip(epochs, accumulate(epochs.values(), initial=0), strict=False))
         self.examples_seen = examples_seen
         self.tasks = {}
         for name, total in totals.items():
@@ -72,13 +69,16 @@ class Display:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.progress.stop()
 
-    def update(self, phase: str, examples_seen: int, metrics: Mapping[str, float], *, ended: bool = False) -> None:
+    def update(
+        self, phase: str, examples_seen: int, metrics: Mapping[str, float], epoch: int | None = None, *, ended: bool = False
+    ) -> None:
         """Show the progress of a phase.
 
         Args:
             phase: The name of the phase.
             examples_seen: The examples of all phases so far.
-            metrics: The values by name. `epoch` counts over all phases and is whole at the end of an epoch.
+            metrics: The values by name.
+            epoch: The number of complete epochs of the phase, at the end of one.
             ended: Whether the phase has ended.
         """
         loss, accuracy, speed = (
@@ -87,10 +87,8 @@ class Display:
         measured = f"loss {loss}  accuracy {accuracy}  {speed}"
         self.progress.update(self.tasks[phase], advance=examples_seen - self.examples_seen, measured=measured)
         self.examples_seen = examples_seen
-        epochs_seen = round(metrics["epoch"])
-        if self.quiet or not math.isclose(metrics["epoch"], epochs_seen):
+        if self.quiet or epoch is None:
             return
-        epoch = epochs_seen - self.epochs_before[phase]
         if not self.console.is_terminal:
             parts = [f"epoch {epoch} of {self.epochs[phase]}", f"loss {loss}", f"accuracy {accuracy}"]
             if self.objective in metrics:
@@ -98,8 +96,6 @@ class Display:
             show_lines([f"{phase}: {', '.join([*parts, speed])}"])
         if ended and epoch < self.epochs[phase]:
             show_lines([f"{phase}: a callback ended the phase after epoch {epoch} of {self.epochs[phase]}"])
-            later = list(self.epochs)[list(self.epochs).index(phase) + 1 :]
-            self.epochs_before |= {name: self.epochs_before[name] - self.epochs[phase] + epoch for name in later}
 
     def warn(self, message: str) -> None:
         """Show a prominent warning."""
