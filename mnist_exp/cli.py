@@ -168,13 +168,15 @@ def listen(port: int) -> socket.socket:
         raise UserError.invalid("--port", port, "a free port up to 65535", "Choose another one.") from error
 
 
-def file_of(*suffixes: str) -> Callable[[str], Path]:
-    """Return the type of an option that names a file to write, whose name has one of the suffixes."""
+def file_to_write(suffix: str) -> Callable[[str], Path]:
+    """Return the type of an option that names a file to write, checked before long work is done in vain."""
 
     def check(text: str) -> Path:
-        if not text.lower().endswith(suffixes):
-            raise argparse.ArgumentTypeError(f"{text!r} is invalid: expected a name that ends with {' or '.join(suffixes)}")
-        return Path(text)
+        path = Path(text)
+        can_be_written = not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
+        if not (text.lower().endswith(suffix) and can_be_written):
+            raise argparse.ArgumentTypeError(f"{text!r} is invalid: expected a {suffix} file in a folder that can be written")
+        return path
 
     return check
 

@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--results", nargs="+", type=Path, metavar="CSV", help="tables of runs, such as those of --export, in place of sweeps"
     )
-    result.add_argument("--export", type=cli.file_of(".csv"), metavar="CSV", help="write the runs to a table")
+    result.add_argument("--export", type=cli.file_to_write(".csv"), metavar="CSV", help="write the runs to a table")
     return result
 
 
@@ -93,10 +93,7 @@ def compare(arguments: argparse.Namespace) -> None:
         jobs = [store.children(sweep.run_id) for sweep in sweeps]
         runs = frame(zip(sweeps, jobs, strict=True))
     if arguments.export:
-        try:
-            runs.to_csv(arguments.export, index=False)
-        except OSError as error:
-            raise UserError.invalid("--export", arguments.export, f"a file that can be written: {error}") from error
+        runs.to_csv(arguments.export, index=False)
     comparisons, refusals = compare_factors(runs, arguments)
     notes = {comparison.factor: [*wording.notes(comparison), *remarks] for comparison in comparisons}
     for comparison in comparisons:

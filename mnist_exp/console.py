@@ -1,18 +1,17 @@
 """Terminal output: warnings, progress and tables. Text from users and stores is shown as plain text, never as markup."""
 
-import math
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import accumulate
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 from rich.text import Text
 
@@ -35,7 +34,7 @@ class Display:
 
     Args:
         totals: The number of examples of each phase, by name.
-        epochs: The number of epochs of each phase, by name, in order.
+        epochs: The number of epochs of each phase, by name.
         examples_seen: The examples of all phases that a resumed run has already seen.
         objective: The metric that is shown besides those of training.
         quiet: Show only warnings.
@@ -56,7 +55,6 @@ class Display:
             disable=quiet or not self.console.is_terminal,
         )
         self.epochs = epochs
-        self.epochs_before = dict(zip(epochs, accumulate(epochs.values(), initial=0), strict=False))
         self.examples_seen = examples_seen
         self.tasks = {}
         for name, total in totals.items():
@@ -71,13 +69,16 @@ class Display:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.progress.stop()
 
-    def update(self, phase: str, examples_seen: int, metrics: Mapping[str, float], *, ended: bool = False) -> None:
+    def update(
+        self, phase: str, examples_seen: int, metrics: Mapping[str, float], epoch: int | None = None, *, ended: bool = False
+    ) -> None:
         """Show the progress of a phase.
 
         Args:
             phase: The name of the phase.
             examples_seen: The examples of all phases so far.
-            metrics: The values by name. `epoch` counts over all phases and is whole at the end of an epoch.
+            metrics: The values by name.
+            epoch: The number of complete epochs of the phase, at the end of one.
             ended: Whether the phase has ended.
         """
         loss, accuracy, speed = (
@@ -86,10 +87,8 @@ class Display:
         measured = f"loss {loss}  accuracy {accuracy}  {speed}"
         self.progress.update(self.tasks[phase], advance=examples_seen - self.examples_seen, measured=measured)
         self.examples_seen = examples_seen
-        epochs_seen = round(metrics["epoch"])
-        if self.quiet or not math.isclose(metrics["epoch"], epochs_seen):
+        if self.quiet or epoch is None:
             return
-        epoch = epochs_seen - self.epochs_before[phase]
         if not self.console.is_terminal:
             parts = [f"epoch {epoch} of {self.epochs[phase]}", f"loss {loss}", f"accuracy {accuracy}"]
             if self.objective in metrics:
@@ -97,8 +96,6 @@ class Display:
             show_lines([f"{phase}: {', '.join([*parts, speed])}"])
         if ended and epoch < self.epochs[phase]:
             show_lines([f"{phase}: a callback ended the phase after epoch {epoch} of {self.epochs[phase]}"])
-            later = list(self.epochs)[list(self.epochs).index(phase) + 1 :]
-            self.epochs_before |= {name: self.epochs_before[name] - self.epochs[phase] + epoch for name in later}
 
     def warn(self, message: str) -> None:
         """Show a prominent warning."""
@@ -111,63 +108,62 @@ class Display:
             show_lines([ui_hint, *(f"{purpose}: {line}" for purpose, line in use_commands.items())])
 
 
-class SweepDisplay:
-    """The progress of a sweep, and the table of its jobs.
+@contextmanager
+def sweep_progress(jobs: int, read: Callable[[], tuple[int, int, str]]) -> Iterator[None]:
+    """Show the progress of a sweep while the block runs.
 
     A terminal shows a progress bar. Without one, a line is printed when further jobs have ended.
+
+    Args:
+        jobs: The number of jobs.
+        read: Returns the numbers of jobs that have finished and failed, and the best result.
     """
+    console = Console()
+    stopped = threading.Event()
+    progress = Progress(
+        TextColumn("sweep"),
+        BarColumn(),
+        TextColumn(
+            "{task.completed:.0f} of {task.total} jobs  {task.fields[failed]} failed or stopped  best {task.fields[best]}"
+        ),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    bar = progress.add_task("", total=jobs, failed=0, best="-")
+    shown = (0, 0)
 
-    def __init__(self, jobs: int) -> None:
-        self.console = Console()
-        self.jobs = jobs
+    def update() -> None:
+        nonlocal shown
+        with suppress(Exception):  # the store may answer the next time
+            finished, failed, best = read()
+            progress.update(bar, completed=finished, failed=failed, best=best)
+            if not console.is_terminal and (finished, failed) != shown:
+                show_lines([f"{finished} of {jobs} jobs finished, {failed} failed or stopped, best {best}"])
+                shown = finished, failed
 
-    @contextmanager
-    def polling(self, read: Callable[[], tuple[int, int, str]]) -> Iterator[None]:
-        """Show the result of `read` (jobs finished, jobs failed, best result) repeatedly while the block runs."""
-        stopped = threading.Event()
-        progress = Progress(
-            TextColumn("sweep"),
-            BarColumn(),
-            TextColumn(
-                "{task.completed:.0f} of {task.total} jobs  {task.fields[failed]} failed or stopped  best {task.fields[best]}"
-            ),
-            TimeRemainingColumn(compact=True),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        bar = progress.add_task("", total=self.jobs, failed=0, best="-")
-        shown = (0, 0)
+    def poll() -> None:
+        pause = 2.0
+        while not stopped.wait(pause):
+            started = time.monotonic()
+            update()
+            pause = max(2.0, 100 * (time.monotonic() - started))  # reading slows down the jobs
 
-        def update() -> None:
-            nonlocal shown
-            with suppress(Exception):  # the store may answer the next time
-                finished, failed, best = read()
-                progress.update(bar, completed=finished, failed=failed, best=best)
-                if not self.console.is_terminal and (finished, failed) != shown:
-                    show_lines([f"{finished} of {self.jobs} jobs finished, {failed} failed or stopped, best {best}"])
-                    shown = finished, failed
+    thread = threading.Thread(target=poll, daemon=True)
+    with progress:
+        thread.start()
+        try:
+            yield
+        finally:
+            stopped.set()
+            thread.join(timeout=5)
+            update()
 
-        def poll() -> None:
-            pause = 2.0
-            while not stopped.wait(pause):
-                started = time.monotonic()
-                update()
-                pause = max(2.0, 100 * (time.monotonic() - started))  # reading slows down the jobs
 
-        thread = threading.Thread(target=poll, daemon=True)
-        with progress:
-            thread.start()
-            try:
-                yield
-            finally:
-                stopped.set()
-                thread.join(timeout=5)
-                update()
-
-    def results(self, rows: list[dict[str, str]], ui_hint: str) -> None:
-        """Show the table of all jobs, and the line on the UI unless it is empty."""
-        show_table([{key: value for key, value in row.items() if key != "run"} for row in rows], SHOWN[:0:-1])
-        show_lines([ui_hint])
+def show_sweep(rows: list[dict[str, str]], ui_hint: str) -> None:
+    """Show the table of all jobs of a sweep, and the line on the UI unless it is empty."""
+    show_table([{key: value for key, value in row.items() if key != "run"} for row in rows], SHOWN[:0:-1])
+    show_lines([ui_hint])
 
 
 def show_table(rows: list[dict[str, str]], optional: Sequence[str] = ()) -> None:
@@ -269,13 +265,7 @@ def show_comparison(title: str, subtitle: str, tables: Sequence[list[dict[str, s
         console.print(plain(f"- {note}"), soft_wrap=True)  # it may contain a command
 
 
-@contextmanager
-def progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar while the block runs, if there is a terminal; yield the function that advances it by some steps."""
+def tracked(files: Sequence[Path], name: str) -> Iterable[Path]:
+    """Return files for a loop, which shows a progress bar if there is a terminal."""
     console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f} of {task.total:.0f}"))
-    with Progress(
-        *columns, TimeRemainingColumn(compact=True), console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(name, total=total)
-        yield lambda steps: bar.advance(task, steps)
+    return track(files, name, console=console, transient=True, disable=not console.is_terminal)

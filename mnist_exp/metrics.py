@@ -34,11 +34,6 @@ class Metric:
     is_exact: bool = False
     margin: float | None = None
 
-    @property
-    def axis_unit(self) -> str:
-        """The unit in parentheses, for the label of an axis; empty without one."""
-        return f" ({self.unit})" if self.unit else ""
-
 
 METRICS = {
     metric.name: metric

@@ -1,12 +1,10 @@
 """Command: classify pictures: python -m mnist_exp.predict --model latest FILE..."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from mnist_exp import cli
-from mnist_exp.errors import UserError
 
 MAX_SHOWN = 50  # rows of the table in the terminal
 
@@ -27,31 +25,22 @@ def parser() -> argparse.ArgumentParser:
         "--model", default="latest", help="a run (its id or the start of one), latest, models:/NAME@ALIAS, or a folder"
     )
     result.add_argument("--as-is", action="store_true", help="the files are images as the network expects them: change nothing")
-    result.add_argument("--out", type=cli.file_of(".csv"), metavar="CSV", help="write the predictions to a table")
+    result.add_argument("--out", type=cli.file_to_write(".csv"), metavar="CSV", help="write the predictions to a table")
     result.add_argument(
-        "--sheet", type=cli.file_of(".png"), metavar="PNG", help="show each picture as given and as the network sees it"
+        "--sheet", type=cli.file_to_write(".png"), metavar="PNG", help="show each picture as given and as the network sees it"
     )
     return result
 
 
-def check_output(option: str, path: Path | None) -> None:
-    """Raise UserError unless a file can be written, before thousands of pictures are read in vain."""
-    if path and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
-        raise UserError.invalid(option, path, "a file in a folder that exists and can be written")
-
-
 def predict(arguments: argparse.Namespace) -> int:
     """Classify the files, show and write the predictions; return the number of files without one."""
-    from mnist_exp.console import progress, show_lines, show_table
+    from mnist_exp.console import show_lines, show_table, tracked
     from mnist_exp.serving.classifier import load_from
     from mnist_exp.serving.files import find_files, predict_files, write_sheet, write_table
 
-    check_output("--out", arguments.out)
-    check_output("--sheet", arguments.sheet)
     files = find_files(arguments.files)
     classifier = load_from(cli.default_settings(), arguments.model)
-    with progress("predict", len(files)) as advance:
-        results = predict_files(classifier, files, arguments.as_is, advance)
+    results = predict_files(classifier, tracked(files, "predict"), arguments.as_is)
     read, failed = [[item for item in results if bool(item.error) == is_error] for is_error in (False, True)]
     if read:
         show_table(

@@ -4,7 +4,7 @@ import re
 import pytest
 from rich.console import Console
 
-from mnist_exp.console import Display, SweepDisplay, show_comparison, show_lines, show_pairs, show_table
+from mnist_exp.console import Display, show_comparison, show_lines, show_pairs, show_sweep, show_table, sweep_progress
 
 ID = "0123456789abcdef" * 2
 ARMS = ("plain_cnn_matched", "se_cnn_separable_small")
@@ -50,7 +50,7 @@ def shown_at(width: int, table: str, monkeypatch: pytest.MonkeyPatch, capsys: py
     if table == "end of a run":
         Display({}, {}, 0, "val/accuracy", quiet=False).results(RESULTS, "", {})
     elif table == "sweep":
-        SweepDisplay(3).results(SWEPT, "")
+        show_sweep(SWEPT, "")
     elif table == "comparison":
         show_comparison("title", "subtitle", [COMPARED], ["note"])
     else:
@@ -85,7 +85,7 @@ def test_text_is_shown_as_it_is_but_for_control_characters(monkeypatch, capsys) 
     show_lines([text])
     display.warn(text)
     display.results({text: text}, text, {text: text})
-    display.update(text, 60, EPOCH | {"epoch": 1.0})
+    display.update(text, 60, EPOCH, 1)
     Console(force_terminal=True).print(display.progress)
     shown = capsys.readouterr().out
     assert shown.count("[red]se_cnn[/red] :warning: [/]") == 15
@@ -97,10 +97,10 @@ EPOCH = {"train/loss": 0.05581, "train/accuracy": 0.98061, "train/examples_per_s
 
 def test_without_a_terminal_each_epoch_has_a_line(capsys) -> None:
     with Display({"train": 200, "finetune": 10}, {"train": 2, "finetune": 1}, 0, "val/accuracy", quiet=False) as display:
-        for examples, epoch in ((50, 0.5), (100, 1.0), (150, 1.5), (200, 2.0 - 1e-12)):
+        for examples, epoch in ((50, None), (100, 1), (150, None), (200, 2)):
             validation = {"val/accuracy": 0.9825} if examples % 100 == 0 else {}
-            display.update("train", examples, EPOCH | validation | {"epoch": epoch})
-        display.update("finetune", 210, EPOCH | {"epoch": 3.0})
+            display.update("train", examples, EPOCH | validation, epoch)
+        display.update("finetune", 210, EPOCH, 1)
     measured = "loss 0.0558, accuracy 98.06 %"
     assert capsys.readouterr().out.splitlines() == [
         f"train: epoch 1 of 2, {measured}, val/accuracy 98.25 %, 14,471 examples/s",
@@ -111,7 +111,7 @@ def test_without_a_terminal_each_epoch_has_a_line(capsys) -> None:
 
 def test_a_job_of_a_sweep_shows_only_warnings(capsys) -> None:
     with Display({"train": 100}, {"train": 1}, 0, "val/accuracy", quiet=True) as display:
-        display.update("train", 100, EPOCH | {"epoch": 1.0})
+        display.update("train", 100, EPOCH, 1)
         display.results(RESULTS, "", {})
         assert not capsys.readouterr().out
         display.warn("The data is a stand-in.")
@@ -120,7 +120,7 @@ def test_a_job_of_a_sweep_shows_only_warnings(capsys) -> None:
 
 def test_without_a_terminal_a_sweep_has_a_line_when_jobs_have_ended(capsys) -> None:
     for result in ((0, 0, "-"), (3, 1, "98.62 %")):
-        with SweepDisplay(10).polling(lambda result=result: result):
+        with sweep_progress(10, lambda result=result: result):
             pass
     assert capsys.readouterr().out == "3 of 10 jobs finished, 1 failed or stopped, best 98.62 %\n"
 

@@ -46,8 +46,8 @@ def _shown(metric: str, value: Any) -> Any:
     return value * metric_of(metric).scale
 
 
-def _axis_label(metric: str) -> str:
-    return f"{metric}{metric_of(metric).axis_unit}"
+def _axis_label(text: str, unit: str) -> str:
+    return f"{text} ({unit})" if unit else text
 
 
 def _cut(text: str) -> str:
@@ -73,11 +73,12 @@ def differences_or_curve(comparison: Comparison) -> Figure:
 def differences(comparison: Comparison) -> Figure:
     """Draw the difference of each row and its interval, a line at 0, and the margin as a band."""
     rows, metric, drawn = comparison.rows, comparison.metric, styles(comparison)
-    unit = f" ({metric_of(metric).difference_unit})".replace(" ()", "")
     several = comparison.has_all_pairs
     labels = [(row.arm, row.level, f"against {row.baseline}" if several else "") for row in rows]
     against = "the second arm" if several else comparison.baseline
-    figure, axes = _figure_of_rows(labels, f"difference in {metric} from {against}{unit}")
+    figure, axes = _figure_of_rows(
+        labels, _axis_label(f"difference in {metric} from {against}", metric_of(metric).difference_unit)
+    )
     axes.axvline(0, color="0.5", linewidth=1)
     if margin := rows[0].margin:  # differences inside of it do not matter
         axes.axvspan(*_shown(metric, np.array([-margin, margin])), color=GRAY, linewidth=0, zorder=0)
@@ -101,7 +102,7 @@ def curve(comparison: Comparison) -> Figure:
     """Draw the mean of the metric against a numeric factor, one line for each level, with the t interval of each mean."""
     metric = comparison.metric
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
-    axes = figure.add_subplot(xlabel=comparison.factor, ylabel=_axis_label(metric))
+    axes = figure.add_subplot(xlabel=comparison.factor, ylabel=_axis_label(metric, metric_of(metric).unit))
     for position, (level, runs) in enumerate(comparison.levels()):
         values = runs.assign(x=runs[comparison.factor].astype(float), **{VALUE: _shown(metric, runs[VALUE])})
         points = values.groupby("x")[VALUE].agg(["mean", "sem", "count"]).dropna(subset="mean")
@@ -122,7 +123,7 @@ def every_run(comparison: Comparison) -> Figure:
     """Draw every finished run as a point, and the mean of each arm at each level as a bar."""
     metric = comparison.metric
     cells = comparison.cells()
-    figure, axes = _figure_of_rows([cell[:2] for cell in cells], _axis_label(metric))
+    figure, axes = _figure_of_rows([cell[:2] for cell in cells], _axis_label(metric, metric_of(metric).unit))
     drawn = styles(comparison)
     for height, (arm, _, runs) in enumerate(cells):
         style = drawn[arm]
@@ -149,7 +150,7 @@ def learning_curves(comparison: Comparison, histories: Histories, objective: str
         return None
     figure = Figure(figsize=(WIDTH, 2.4 * len(metrics)), layout="constrained")
     for position, metric in enumerate(metrics, start=1):
-        axes = figure.add_subplot(len(metrics), 1, position, ylabel=_axis_label(metric))
+        axes = figure.add_subplot(len(metrics), 1, position, ylabel=_axis_label(metric, metric_of(metric).unit))
         for arm, style in styles(comparison).items():
             lines = [line for run in histories[arm] if len((line := run.curve(metric))[0]) > 1]
             _draw_band(axes, metric, lines, {"label": _cut(arm)} | style)

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import combinations
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from mnist_exp.comparison.statistics import Estimate, Look, error_of_look, estimate
 from mnist_exp.errors import UserError
@@ -187,8 +187,8 @@ def compare(
         [(arm, other) for other, arm in combinations([baseline, *others], 2)] if all_pairs else [(a, baseline) for a in others]
     )
     tables = [_pair(kept[kept["look"] <= look], factor, keys, wanted) for look in sorted(kept["look"].unique())]
-    seen = [table for table in tables if any(len(pairs.seeds) > 1 for pairs in table.values())]
-    rows = _rows(tables[-1], seen, metrics[0], margin)
+    seen = [table for table in tables if any(len(pairs.values) > 1 for pairs in table.values())]
+    rows = _rows(seen or tables[-1:], metrics[0], margin)
     if not rows:
         problem = f"No other value of {factor} has a job with the same {', '.join(keys)} as {factor}={baseline}."
         remedy = "Choose another --baseline. In a table of your own, a metric has a slash in its name, or --metric names it."
@@ -271,17 +271,13 @@ class _Pairs:
     """The pairs of an arm and its baseline.
 
     Args:
-        seeds: The seeds of the pairs (n,).
-        arm: The values of the arm (n,), float64.
-        baseline: The values of the baseline (n,), float64.
+        values: The values of each pair, in the columns `arm` and `baseline`, by seed.
         planned: The number of seeds that the grids give to the arm or the baseline.
         is_complete: Whether both have a value for each of these seeds.
         levels: The levels whose values these are, or are the means of.
     """
 
-    seeds: NDArray[Any]
-    arm: NDArray[np.float64]
-    baseline: NDArray[np.float64]
+    values: pd.DataFrame
     planned: int
     is_complete: bool
     levels: tuple[str, ...]
@@ -297,60 +293,43 @@ def _levels(runs: pd.DataFrame, keys: list[str]) -> list[tuple[str, pd.DataFrame
 def _pair(runs: pd.DataFrame, factor: str, keys: list[str], wanted: Sequence[tuple[str, str]]) -> dict[_Name, _Pairs]:
     """Return the pairs of each arm and its baseline by level: runs of one seed, on one processor."""
     found = {}
-    levels = _levels(runs, keys)
-    for level, here in levels:
-        by_seed = here.pivot(index=SEED, columns=factor, values=[VALUE, "processor"])
-        values = {arm: by_seed[VALUE, arm].to_numpy(dtype=np.float64) for arm in by_seed[VALUE]}
-        processors = {arm: by_seed["processor", arm].to_numpy() for arm in values}
-        for arm, baseline in wanted:
-            if arm in values and baseline in values:
-                planned = ~(pd.isna(processors[arm]) & pd.isna(processors[baseline]))
-                valid = ~np.isnan(values[arm] + values[baseline])
-                paired = valid & (processors[arm] == processors[baseline])
-                found[arm, baseline, level] = _Pairs(
-                    seeds=by_seed.index.to_numpy()[paired],
-                    arm=values[arm][paired],
-                    baseline=values[baseline][paired],
-                    planned=int(planned.sum()),
-                    is_complete=bool(valid[planned].all()),
-                    levels=(level,),
-                )
-    for arm, baseline in wanted if len(levels) > 1 else ():
-        own = [found[arm, baseline, level] for level, _ in levels if (arm, baseline, level) in found]
-        if len(own) == len(levels) and all(pairs.is_complete for pairs in own) and (mean := _mean_of(own)):
-            found[arm, baseline, MEAN] = mean
+    levels = {
+        level: {arm: own.set_index(SEED) for arm, own in here.groupby(factor)} for level, here in _levels(runs, keys)
+    }  # the runs of each arm at each level, by seed
+    for arm, baseline in wanted:
+        own = []
+        for level, cells in levels.items():
+            if arm in cells and baseline in cells:
+                values = pd.concat({"arm": cells[arm][VALUE], "baseline": cells[baseline][VALUE]}, axis=1).sort_index()
+                is_valid = values.notna().all(axis=1)
+                is_paired = is_valid & cells[arm]["processor"].eq(cells[baseline]["processor"])
+                own.append(_Pairs(values.loc[is_paired], len(values), bool(is_valid.all()), (level,)))
+                found[arm, baseline, level] = own[-1]
+        if len(own) == len(levels) > 1 and all(pairs.is_complete for pairs in own):
+            mean = (reduce(pd.DataFrame.add, [pairs.values for pairs in own]) / len(own)).dropna()  # of seeds at all levels
+            if len(mean):
+                found[arm, baseline, MEAN] = _Pairs(mean, len(mean), is_complete=True, levels=tuple(levels))
     return found
 
 
-def _mean_of(levels: Sequence[_Pairs]) -> _Pairs | None:
-    """Return the means over levels, by seed; None if no seed has pairs at all of them."""
-    by_seed = [dict(zip(pairs.seeds, zip(pairs.arm, pairs.baseline, strict=True), strict=True)) for pairs in levels]
-    seeds = [seed for seed in by_seed[0] if all(seed in level for level in by_seed)]
-    if not seeds:
-        return None
-    arm, baseline = np.array([[level[seed] for seed in seeds] for level in by_seed]).mean(axis=0).T
-    names = tuple(name for pairs in levels for name in pairs.levels)
-    return _Pairs(np.array(seeds), arm, baseline, planned=len(seeds), is_complete=True, levels=names)
-
-
-def _rows(last: dict[_Name, _Pairs], looks: Sequence[dict[_Name, _Pairs]], metric: str, margin: float | None) -> list[Row]:
-    """Return the rows of a table, those of an arm together.
+def _rows(looks: Sequence[dict[_Name, _Pairs]], metric: str, margin: float | None) -> list[Row]:
+    """Return the rows of a table.
 
     Args:
-        last: The pairs of the table.
-        looks: The pairs at each look; the last one is `last`, unless no look has two pairs.
+        looks: The pairs at each look, those of the table last.
         metric: The compared metric.
         margin: As in `compare`.
     """
     shown = metric_of(metric).margin if margin is None else margin
     smallest = None if shown is None else shown / metric_of(metric).scale
     rows: list[Row] = []
-    for (arm, baseline, level), pairs in last.items():
+    for (arm, baseline, level), pairs in looks[-1].items():
         history = []
-        for number, table in enumerate(looks or [last], start=1):
+        for number, table in enumerate(looks, start=1):
             then = table.get((arm, baseline, level))
             if then and then.levels == pairs.levels:  # the mean over other levels is another quantity
-                history.append(Look(then.arm, then.baseline, error_of_look(number) / len(table)))
+                arm_values, baseline_values = then.values.to_numpy().T
+                history.append(Look(arm_values, baseline_values, error_of_look(number) / len(table)))
         levels = [row for row in rows if (row.arm, row.baseline) == (arm, baseline)]
         may_be_equivalent = level != MEAN or all(row.verdict == "equivalent" for row in levels)
         rows.append(
@@ -366,5 +345,4 @@ def _rows(last: dict[_Name, _Pairs], looks: Sequence[dict[_Name, _Pairs]], metri
                 may_be_equivalent=may_be_equivalent,
             )
         )
-    order = list(dict.fromkeys((row.arm, row.baseline) for row in rows))
-    return sorted(rows, key=lambda row: order.index((row.arm, row.baseline)))
+    return rows

@@ -1,5 +1,6 @@
 """Decides by the objective, on validation images alone, which arm of a sweep becomes the champion."""
 
+import math
 from dataclasses import dataclass
 
 import pandas as pd
@@ -47,7 +48,7 @@ def decide_by_sweep(runs: pd.DataFrame, objective: str, champion: str | None) ->
     arms = [
         " ".join(f"{key}={value}" for key, value in zip(keys, job, strict=True)) for job in runs[keys].itertuples(index=False)
     ]
-    runs = runs.drop(columns=keys).assign(**{ARM: arms})
+    runs = runs.drop(columns=keys).assign(**{ARM: arms, objective: runs.get(objective, math.nan)})
     means = _means_of_finished_arms(runs, objective, sweep)
 
     def best_run(arm: str) -> str:
@@ -82,10 +83,9 @@ def decide_by_sweep(runs: pd.DataFrame, objective: str, champion: str | None) ->
 
 def _means_of_finished_arms(runs: pd.DataFrame, objective: str, sweep: str) -> "pd.Series[float]":
     """Return the mean objective of each arm that has finished all seeds; raises UserError unless all use the same images."""
-    if objective in runs:
-        finished = runs[has_value(runs, objective)].groupby(ARM, sort=False)[SEED].nunique() == runs[SEED].nunique()
-        done = runs[runs[ARM].isin(finished[finished].index)]
-    if objective not in runs or done.empty:
+    finished = runs[has_value(runs, objective)].groupby(ARM, sort=False)[SEED].nunique() == runs[SEED].nunique()
+    done = runs[runs[ARM].isin(finished[finished].index)]
+    if done.empty:
         raise UserError(
             f"No arm of sweep {sweep} has finished all seeds with a {objective}.",
             remedy=f"Finish it with `{command('run', '-m', f'sweep.resume={sweep}')}`, or promote a run with --run.",

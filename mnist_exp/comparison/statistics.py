@@ -1,11 +1,12 @@
 """Paired statistics of an arm and its baseline: arrays in, numbers out, computed by scipy."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import stats
 
 ALPHA = 0.05  # the probability of any error: two-sided, over all rows and looks
@@ -69,7 +70,7 @@ def estimate(looks: Sequence[Look]) -> Estimate:
     do not vary, adds nothing.
     """
     last = looks[-1]
-    rounding = max(map(_rounding, (last.arm, last.baseline)))
+    rounding = ROUNDING * float(np.abs([last.arm, last.baseline]).max(initial=0.0))
     difference, difference_std = _mean_and_std(last.arm - last.baseline, rounding)
     low, high, p = -math.inf, math.inf, math.nan
     for look in looks:
@@ -109,19 +110,9 @@ def pairs_to_detect(difference: float, std: float, alpha: float) -> int | None:
     def power(n: int) -> float:
         return float(stats.nct.sf(stats.t.isf(alpha / 2, n - 1), n - 1, difference / std * math.sqrt(n)))
 
-    low, high = 1, 2
-    while power(high) < POWER:
-        low, high = high, 2 * high
-        if low >= MAX_PAIRS:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if power(middle) < POWER else (low, middle)
-    return high
-
-
-def _rounding(values: ArrayLike) -> float:
-    return ROUNDING * float(np.abs(values).max(initial=0.0))
+    counts = range(2, MAX_PAIRS + 1)
+    position = bisect_left(counts, POWER, key=power)
+    return counts[position] if position < len(counts) else None
 
 
 def _mean_and_std(values: NDArray[np.float64], rounding: float) -> tuple[float, float]:

@@ -25,7 +25,7 @@ def read_tables(paths: Iterable[Path], metrics: Sequence[str] = ()) -> tuple[pd.
     if named := set(metrics) & {*FIRST, *FIXED, SEED}:
         raise UserError.invalid("--metric", min(named), "a column with numbers to compare")
     tables, looks = [], 0
-    absent, keys = dict[str, None](), dict[Path, set[str]]()
+    absent, common = dict[str, None](), set[str]()
     for path in paths:
         table = _read(path)
         absent |= {name: None for name in (*FIRST, *FIXED) if name not in table}
@@ -40,16 +40,16 @@ def read_tables(paths: Iterable[Path], metrics: Sequence[str] = ()) -> tuple[pd.
             raise UserError.invalid("--results", path, "a column `look` of whole numbers from 1")
         table["look"] = table["look"].astype(int) + looks
         looks = max(looks, *table["look"])
-        keys[path] = {name for name in table if "/" not in name} - {*measured, *DEFAULTS}
-        if different := keys[path] ^ next(iter(keys.values())):
+        keys = {name for name in table if "/" not in name} - {*measured, *DEFAULTS}
+        common = common or keys
+        if different := keys ^ common:
             expected = f"the keys of the first table; only one has {', '.join(sorted(different))}"
             raise UserError.invalid("--results", path, expected, "Export the sweeps together: compare A B --export.")
         tables.append(table)
     runs = pd.concat(tables, ignore_index=True)
     texts = [name for name in runs if not pd.api.types.is_numeric_dtype(runs[name])]
     runs[texts] = runs[texts].fillna("")
-    names = list(next(iter(keys.values()), ()))
-    runs[names] = runs[names].replace("", NONE)
+    runs[list(common)] = runs[list(common)].replace("", NONE)
     note = f"No {', '.join(absent)} in the table: absent values count as equal, and runs as finished, at one look for each file."
     return runs, [note] if absent else []
 

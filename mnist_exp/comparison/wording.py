@@ -223,6 +223,8 @@ def seeds_needed(comparison: Comparison) -> tuple[int | None, str] | None:
         return None, "To plan the number of seeds, name the smallest difference that matters: --margin."
     if min(row.estimate.n for row in undecided) < MIN_PILOT:
         return MIN_PILOT, f"Run at least {MIN_PILOT} seeds to plan."
+    if std == 0:  # the same difference in all pairs: there is no spread to plan from
+        return None
     alpha = error_of_look(comparison.looks + 1) / len(comparison.rows)
     number, upper = (pairs_to_detect(row.margin, spread, alpha) for spread in (std, upper_std(std, n)))
     if number is not None and number <= n:

@@ -234,7 +234,7 @@ def train(request: RunRequest, prepared: Prepared, recorder: Recorder) -> None:
             resume_from=start.state,
         ):
             ended = report.state is not None and report.state["ended"]
-            prepared.display.update(report.phase, report.examples_seen, report.metrics, ended=ended)
+            prepared.display.update(report.phase, report.examples_seen, report.metrics, report.epoch, ended=ended)
             recorder.log_report(report)
             if request.should_prune and request.should_prune(report.examples_seen, report.metrics):
                 recorder.prune()

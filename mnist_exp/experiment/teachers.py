@@ -10,7 +10,7 @@ from torch import nn
 
 from mnist_exp.errors import UserError
 from mnist_exp.learning.data import Dataset
-from mnist_exp.learning.distillation import Ensemble, Labels
+from mnist_exp.learning.distillation import Ensemble, Targets
 from mnist_exp.overrides import command
 from mnist_exp.settings import DataDescription, RunId
 from mnist_exp.storage import run_dir
@@ -19,9 +19,9 @@ from mnist_exp.tracking.models import read_model
 RUNS = "teacher.runs"  # the key in messages
 
 
-def labels(data: Dataset, output_dir: Path) -> Labels:
+def labels(data: Dataset, output_dir: Path) -> Targets:
     """Return the labels as targets."""
-    return Labels()
+    return Targets()
 
 
 def ensemble(data: Dataset, output_dir: Path, runs: Annotated[Sequence[RunId], Field(min_length=1)]) -> Ensemble:

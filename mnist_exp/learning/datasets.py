@@ -75,11 +75,6 @@ class _Source:
         images = torch.from_numpy(pixels[16:]).view(-1, 1, height, width)  # (n * h * w,) -> (n, 1, h, w)
         return images, torch.from_numpy(labels[8:]).long()
 
-    def test(self, root: str) -> Split:
-        """Return the test split."""
-        images, labels = self.read(root, "t10k")
-        return _split(images, labels, len(labels))
-
     def download(self, root: str) -> None:
         """Download the files; each appears complete or not at all."""
         from torchvision import datasets  # 4 s to import, for the very first run only
@@ -158,7 +153,8 @@ def load_mnist(
     if validation_size:
         splits["validation"] = _split(images[train_size:], labels[train_size:], validation_size)
     else:
-        splits["test"] = files.test(used_root)
+        test_images, test_labels = files.read(used_root, "t10k")
+        splits["test"] = _split(test_images, test_labels, len(test_labels))
     validation = "validation" if validation_size else "finetune"
     return Dataset(
         source,

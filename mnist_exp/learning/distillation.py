@@ -1,38 +1,29 @@
 """Training targets of a batch: the labels, or the predictions of networks trained before (distillation)."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 
-class Targets(Protocol):
+class Targets:
     """Map a batch of augmented images (n, channels, side, side) float32 and labels (n,) int64 to the targets of the loss.
+
+    The base class trains towards the labels.
 
     Attributes:
         saw_validation_split: Whether a network behind the targets may have been trained on the split that validates. The
             val/ metrics of the student would leak, and are skipped.
     """
 
-    @property
-    def saw_validation_split(self) -> bool: ...
-
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return class indices (n,) int64 or probabilities (n, classes) float32."""
-
-
-class Labels:
-    """Train towards the labels."""
-
     saw_validation_split = False
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the labels (n,) int64."""
+        """Return class indices (n,) int64 or probabilities (n, classes) float32."""
         return labels
 
 
-class Ensemble:
+class Ensemble(Targets):
     """Train towards the mean class probabilities of trained networks.
 
     Args:

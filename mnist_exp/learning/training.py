@@ -91,6 +91,7 @@ class Report:
         examples_seen: Number of images over all phases so far.
         seconds: Training time since the previous report. Reports that arrive together share theirs in proportion.
         metrics: Values by name. `epoch` counts over all phases.
+        epoch: Number of complete epochs of the phase, at the end of one.
         state: All that training needs to resume, where a checkpoint is due. Its tensors belong to the model and the
             optimizer: save it before asking for the next report.
         figures: Figures by name, from callbacks at the end of a phase.
@@ -100,6 +101,7 @@ class Report:
     examples_seen: int
     seconds: float
     metrics: dict[str, float]
+    epoch: int | None = None
     state: TrainState | None = None
     figures: "Mapping[str, Figure]" = field(default_factory=dict)
 
@@ -431,14 +433,15 @@ class _PhaseTrainer:
                 "train/lr": buffer.learning_rate,
                 "train/examples_per_second": 1 / seconds_per_example,
             }
-            state, figures = None, {}
+            ended_epoch, state, figures = None, None, {}
             if is_checkpoint and buffer is buffers[-1]:
                 if not all(value.isfinite().all() for value in self.model.state_dict().values()):
                     raise self.not_finite("weights became infinite or NaN", epoch, buffer.last_step, buffer)
                 if buffer.last_step == self.phase.steps_per_epoch:
-                    figures = self.end_epoch(metrics)
+                    ended_epoch, figures = self.epoch, self.end_epoch(metrics)
                 state = self.state()
-            yield Report(self.phase.name, self.examples_seen, seconds_per_example * examples, metrics, state, figures)
+            seconds = seconds_per_example * examples
+            yield Report(self.phase.name, self.examples_seen, seconds, metrics, ended_epoch, state, figures)
 
     def end_epoch(self, metrics: dict[str, float]) -> "dict[str, Figure]":
         """Add the validation metrics, unless training has used that split, and end the phase if it is time; return figures."""

@@ -1,7 +1,7 @@
 """Predictions for files: find them, classify them, write a table and a sheet of pictures."""
 
 import csv
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,16 +53,13 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def predict_files(
-    classifier: Classifier, files: Iterable[Path], as_is: bool, advance: Callable[[int], None]
-) -> list[FilePrediction]:
+def predict_files(classifier: Classifier, files: Iterable[Path], as_is: bool) -> list[FilePrediction]:
     """Classify the pictures in files, in their order; a file that cannot be used has an error and costs no other.
 
     Args:
         classifier: The model.
         files: The files.
         as_is: As for `Classifier.prepare_picture`.
-        advance: Called with the number of files that are done.
     """
     results = []
     for path in files:
@@ -70,7 +67,6 @@ def predict_files(
             results.append(FilePrediction(str(path), seen=classifier.prepare_picture(path, as_is)))
         except UserError as error:
             results.append(FilePrediction(str(path), error=str(error)))
-        advance(1)
     read = [item for item in results if not item.error]
     images = [item.seen for item in results if item.seen is not None]
     if images:

@@ -11,7 +11,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from mnist_exp.composing import config_dir_of, from_composed, missing_extra
-from mnist_exp.console import SweepDisplay, show_lines, show_table
+from mnist_exp.console import show_lines, show_sweep, show_table, sweep_progress
 from mnist_exp.errors import UserError
 from mnist_exp.nodes import build, is_location, remember_locations, walk
 from mnist_exp.overrides import (
@@ -106,15 +106,14 @@ class GridSweep:
             lock.enter_context(parent.open(stored))
             for child, number in renumbered:
                 store.set_tags(child.run_id, {JOB: NO_JOB if number is None else str(number)})
-            display = SweepDisplay(total)
             try:
-                with display.polling(lambda: progress(parent.children(), objective)):
+                with sweep_progress(total, lambda: progress(parent.children(), objective)):
                     self.run_jobs(parent)
             except BaseException:
                 with suppress(Exception):  # the error that ended the sweep matters, not that the store is unreachable, too
-                    _show(parent, display)
+                    _show(parent)
                 raise
-            _conclude(parent, _show(parent, display), self.next_command)
+            _conclude(parent, _show(parent), self.next_command)
 
     def _defining(self, store: Store, arguments: list[str], locations: list[str]) -> list[str]:
         """Return the overrides that define jobs: all but locations and the sweep's own keys.
@@ -273,11 +272,11 @@ def _check_unchanged(changes: str) -> None:
         )
 
 
-def _show(parent: Parent, display: SweepDisplay) -> list[dict[str, str]]:
+def _show(parent: Parent) -> list[dict[str, str]]:
     """Finalize the sweep and show its table."""
     rows = parent.finalize()
     if rows:
-        display.results(rows, parent.store.ui_hint(parent.tracker.run_id))
+        show_sweep(rows, parent.store.ui_hint(parent.tracker.run_id))
     return rows
 
 

@@ -150,7 +150,7 @@ def test_a_search_is_ranked_not_compared(run_compare: Compare, store: str) -> No
         (["--margin", "0"], ["--margin", "'0'"]),
         (["--pairs", "some"], ["--pairs", "all"]),
         (["--export", "runs.txt"], ["--export", "runs.txt"]),
-        (["--export", "/proc/x/runs.csv"], ["--export /proc/x/runs.csv"]),
+        (["--export", "/proc/x/runs.csv"], ["--export", "/proc/x/runs.csv"]),
         (["--results", "missing.csv"], ["--results missing.csv"]),
         (["--metric", "f1"], ["--metric f1", "test/accuracy"]),
         (["--fctor", "model"], ["--fctor"]),

@@ -112,6 +112,8 @@ def test_a_pilot_of_fewer_than_five_seeds_plans_nothing() -> None:
     )
     assert enough.rows[0].verdict == "undecided"
     assert wording.seeds_needed(enough) is None, "more seeds than the number are there"
+    equal = compare(scored(TWO_MODELS, noise=0), "model")
+    assert (equal.rows[0].verdict, wording.seeds_needed(equal)) == ("undecided", None), "the same difference in all pairs"
 
 
 def test_looks_that_contradict_each_other_are_noted() -> None:

@@ -8,7 +8,7 @@ from conftest import CommandLine, Compose, finished
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.teachers import ensemble
 from mnist_exp.learning.data import Dataset
-from mnist_exp.learning.distillation import Labels
+from mnist_exp.learning.distillation import Targets
 from mnist_exp.nodes import build
 from mnist_exp.storage import checkpoint
 from mnist_exp.tracking.models import WEIGHTS
@@ -26,8 +26,8 @@ def test_the_targets_are_the_mean_predictions_of_the_runs(composed: Compose, dig
     targets = ensemble(digits, tmp_path, runs)(images, labels)
     torch.testing.assert_close(targets, (predictions[0] + predictions[1]) / 2)
     assert not targets.requires_grad
-    assert Labels()(images, labels) is labels, "without a teacher"
-    assert not Labels().saw_validation_split
+    assert Targets()(images, labels) is labels, "without a teacher"
+    assert not Targets().saw_validation_split
 
 
 def test_a_student_is_trained_resumed_and_rerun(in_process: CommandLine, store: str, tmp_path: Path) -> None:

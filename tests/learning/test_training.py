@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mnist_exp.errors import DivergedError, UserError
 from mnist_exp.learning.data import Dataset, derive_seed
 from mnist_exp.learning.datasets import load_digits
-from mnist_exp.learning.distillation import Labels
+from mnist_exp.learning.distillation import Targets
 from mnist_exp.learning.evaluation import evaluate
 from mnist_exp.learning.training import (
     Phase,
@@ -99,7 +99,7 @@ def test_a_phase_s_own_optimizer_can_be_chosen(composed) -> None:
     assert phases["train"]["optimizer"]["_target_"] == "torch.optim.SGD"
 
 
-class OneOff(Labels):
+class OneOff(Targets):
     """Targets that are the digit after the label."""
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
