@@ -76,7 +76,7 @@ def margin(text: str) -> float:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Show an answer for each factor, and publish a report of each in the parents of the sweeps."""
-    from mnist_exp.comparison import tables, wording
+    from mnist_exp.comparison import pairs, tables, wording
     from mnist_exp.console import show_comparison, show_lines
     from mnist_exp.tracking.frame import frame
 
@@ -94,7 +94,8 @@ def compare(arguments: argparse.Namespace) -> None:
         runs = frame(zip(sweeps, jobs, strict=True))
     if arguments.export:
         runs.to_csv(arguments.export, index=False)
-    comparisons, refusals = compare_factors(runs, arguments)
+    objective = sweeps[0].record.objective if sweeps else "accuracy"
+    comparisons, refusals = compare_factors(runs, arguments, pairs.choose_metrics(runs, arguments.metrics, objective))
     notes = {comparison.factor: [*wording.notes(comparison), *remarks] for comparison in comparisons}
     for comparison in comparisons:
         show_comparison(
@@ -121,7 +122,9 @@ def find_sweeps(store: "Store", ids: Sequence[str]) -> "list[Sweep]":
     return sorted(sweeps.values(), key=lambda sweep: sweep.record.started)
 
 
-def compare_factors(runs: "pd.DataFrame", arguments: argparse.Namespace) -> "tuple[list[Comparison], dict[str, UserError]]":
+def compare_factors(
+    runs: "pd.DataFrame", arguments: argparse.Namespace, metrics: Sequence[str]
+) -> "tuple[list[Comparison], dict[str, UserError]]":
     """Return the comparison of each factor, or of the chosen one, and the reasons why others cannot be compared.
 
     Raises:
@@ -129,7 +132,7 @@ def compare_factors(runs: "pd.DataFrame", arguments: argparse.Namespace) -> "tup
     """
     from mnist_exp.comparison import pairs
 
-    keys = pairs.varied_keys(runs, pairs.choose_metrics(runs, arguments.metrics))
+    keys = pairs.varied_keys(runs, metrics)
     if not keys:
         remedy = "Sweep over one: model=se_cnn,plain_cnn."
         raise UserError("Nothing can be compared: no key varies besides the seed.", remedy=remedy)
@@ -139,7 +142,7 @@ def compare_factors(runs: "pd.DataFrame", arguments: argparse.Namespace) -> "tup
     for factor in [arguments.factor] if arguments.factor else keys:
         own = baseline if arguments.factor or (runs[factor] == baseline).any() else None
         try:
-            compared = pairs.compare(runs, factor, own, arguments.metrics, arguments.margin, all_pairs=arguments.pairs == "all")
+            compared = pairs.compare(runs, factor, own, metrics, arguments.margin, all_pairs=arguments.pairs == "all")
             comparisons.append(compared)
         except UserError as error:
             refusals[factor] = error

@@ -123,7 +123,9 @@ def record(
             confusion_matrix(evaluation, data.class_names, f"{data.name}, {split}"), "pictures/confusion_matrix.png"
         )
         table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-        tracker.set_description("\n\n".join([*warnings, f"| | |\n| --- | --- |\n{table}"]))
+        link = store.link(source.run_id) if source.run_id else ""
+        by = f"\n\nThe model was trained by [this run]({link})." if link else ""
+        tracker.set_description("\n\n".join([*warnings, f"| | |\n| --- | --- |\n{table}{by}"]))
     show_pairs(f"Model: {source.title}", rows)
     show_lines([*warnings, store.ui_hint(tracker.run_id)])
 

@@ -86,10 +86,7 @@ def build(node: Mapping[str, Any], key: str, **arguments: Any) -> Any:
         arguments: Further arguments of the call.
     """
     check_arguments(node, key)
-    try:
-        return _instantiate(node, key, arguments)
-    except Exception as error:  # targets raise exceptions of any kind
-        raise not_built(node, key, error) from error
+    return _instantiate(node, key, arguments)
 
 
 def _instantiate(value: Any, key: str, arguments: Mapping[str, Any]) -> Any:
@@ -106,11 +103,11 @@ def _instantiate(value: Any, key: str, arguments: Mapping[str, Any]) -> Any:
         return built
     function = partial(_target(value, key), **built, **arguments)
     part = re.fullmatch(r"(?:phases\.\w+\.)?(\w+)", key)
-    return function if value.get("_partial_") or (part and PARTS.get(part[1])) else function()
+    return function if value.get("_partial_") or (part and PARTS.get(part[1])) else call(function, value, key)
 
 
 def call(function: Callable[..., Any], node: Mapping[str, Any], key: str, *values: Any, **named: Any) -> Any:
-    """Call what `build` has made of a node that is called later; raises UserError."""
+    """Call what a node stands for; raises UserError."""
     try:
         return function(*values, **named)
     except Exception as error:  # torch and extensions raise exceptions of any kind

@@ -176,7 +176,7 @@ class Settings(BaseModel):
 
         Args:
             counted: Keys that count although they do not affect the results, because a sweep varies them.
-            overrides: The overrides of a job. Options that differ in the place of their data alone are different jobs.
+            overrides: The overrides of a job. Options that differ in a place or a limit alone are different jobs.
         """
         if self.rerun:  # such a run brings its own recipe
             return _digest_of({"rerun": self.rerun})
@@ -186,7 +186,7 @@ class Settings(BaseModel):
             for name in marked(recipe[group], group, *Mark):
                 if f"{group}.{name}" not in counted:
                     recipe[group].pop(name, None)
-        chosen = [override for override in overrides if key_of(override) in {"data", "experiment", "arm"} & set(counted)]
+        chosen = [override for override in overrides if key_of(override) in {"data", "model", "experiment", "arm"} & set(counted)]
         return _digest_of([recipe, sorted(chosen)] if chosen else recipe)
 
 
@@ -402,12 +402,12 @@ def _read_data(node: dict[str, Any]) -> "Dataset | None":
 
 def _try_model(node: dict[str, Any], shape: dict[str, int] | None) -> Any:
     """Return the model without values; None if the shape of the data is unknown."""
-    import torch
+    from mnist_exp.learning.models import without_values
 
     check_arguments(node, "model")
     if shape is None:
         return None
-    with torch.device("meta"):  # before memory is allocated
+    with without_values():
         return build(node, "model", **shape)
 
 

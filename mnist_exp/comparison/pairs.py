@@ -20,7 +20,7 @@ MEAN = "mean of the levels"
 # Columns that are added, with names that no key has.
 VALIDATED = "validation images"
 VALUE = "compared value"  # the metric, NaN unless the run has finished with a finite value
-USUAL = ("accuracy", "loss")  # the metrics of a split that are compared by default; the first decides
+USUAL = ("accuracy", "loss")  # the metrics of a split that are compared by default
 FURTHER = ("time/train_seconds", "model/parameters")
 
 _Name = tuple[str, str, str]  # arm, baseline and level of a row
@@ -196,8 +196,17 @@ def compare(
     return Comparison(factor, baseline, metrics, kept, keys, rows, len(seen), repeated)
 
 
-def choose_metrics(runs: pd.DataFrame, wanted: Sequence[str] | None) -> list[str]:
-    """Return the metrics to show, the compared one first; raises UserError if the table has none of them."""
+def choose_metrics(runs: pd.DataFrame, wanted: Sequence[str] | None, objective: str = "accuracy") -> list[str]:
+    """Return the metrics to show, the compared one first.
+
+    Args:
+        runs: The table.
+        wanted: The metrics that the user names, None for the usual ones.
+        objective: The metric that comes first of the usual ones, whatever its split.
+
+    Raises:
+        UserError: The table has none of them.
+    """
     known = [name for name in runs if "/" in name and not name.startswith(DIGEST) and runs[name].notna().any()]
     listed = ", ".join(known)
     if wanted is not None:
@@ -207,11 +216,11 @@ def choose_metrics(runs: pd.DataFrame, wanted: Sequence[str] | None) -> list[str
         return list(wanted)
     if not known:
         raise UserError("Nothing can be compared: no run has a metric.", remedy="Finish the sweep with sweep.resume=latest.")
-    splits = [[name for name in known if name.startswith(split)] for split in ("test/", "val/")]
-    own = next((found for found in splits if found), known if len(known) == 1 else [])
+    split = next((split for split in ("test/", "val/") if any(name.startswith(split) for name in known)), "")
+    own = [name for name in known if name.startswith(split)] if split or len(known) == 1 else []
     if not own:
         raise UserError(f"--metric is missing: expected one of {listed}.", key="--metric", remedy="Add --metric NAME.")
-    usual = [name for name in own if name.partition("/")[2] in USUAL]
+    usual = [split + name for name in dict.fromkeys([objective.rpartition("/")[2], *USUAL]) if split + name in own]
     return [*(usual or own[:1]), *(name for name in FURTHER if name in known and name not in own)]
 
 

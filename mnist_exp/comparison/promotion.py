@@ -94,6 +94,6 @@ def _means_of_finished_arms(runs: pd.DataFrame, objective: str, sweep: str) -> "
     if len(images) > 1 or "" in images:
         raise UserError(
             f"The runs of sweep {sweep} are not validated on the same images, or also train on them.",
-            remedy="Start a sweep on data=mnist_tuning, which validates on images of its own, or promote a run with --run.",
+            remedy="Sweep on data that validate on the same images for each seed, as data=mnist_tuning does, or use --run.",
         )
     return done.groupby(ARM, sort=False)[objective].mean()

@@ -1,4 +1,6 @@
-"""Initial weights from a trained model: `init=MODEL`."""
+"""Initial weights from a trained model or a file: `init=MODEL`."""
+
+from pathlib import Path
 
 from torch import nn
 
@@ -6,11 +8,13 @@ from mnist_exp.errors import UserError
 from mnist_exp.learning.data import Dataset
 from mnist_exp.settings import DataDescription, Settings
 from mnist_exp.tracking.base import Store
-from mnist_exp.tracking.models import digest_of, read_model
+from mnist_exp.tracking.models import digest_of, read_model, read_weights
 
 
-def load_initial(model: nn.Module, settings: Settings, store: Store) -> DataDescription:
-    """Load the weights of `settings.init` into a model, in place; return the description of the data that they come from.
+def load_initial(model: nn.Module, settings: Settings, store: Store) -> list[DataDescription]:
+    """Load the weights of `settings.init` into a model, in place.
+
+    Return the description of the data that they come from, nothing for a file, which does not say.
 
     With `init_strict=false`, only the weights whose name and shape fit are loaded.
 
@@ -19,10 +23,15 @@ def load_initial(model: nn.Module, settings: Settings, store: Store) -> DataDesc
     """
     assert settings.init
     name, _, digest = settings.init.rpartition(":")
-    found, described = read_model(store.fetch_model(store.find_model(name, settings.output_dir)))
-    if digest_of(found) != digest:
-        raise UserError.invalid("init", settings.init, f"the weights that it had, not those of {digest_of(found)}")
-    weights, present = found.state_dict(), model.state_dict()
+    before: list[DataDescription] = []
+    if Path(name).is_file():
+        weights = read_weights(Path(name))
+    else:
+        found, described = read_model(store.fetch_model(store.find_model(name, settings.output_dir)))
+        weights, before = found.state_dict(), [described]
+    if digest_of(weights) != digest:
+        raise UserError.invalid("init", settings.init, f"the weights that it had, not those of {digest_of(weights)}")
+    present = model.state_dict()
     fitting = {key: value for key, value in weights.items() if key in present and present[key].shape == value.shape}
     if not fitting or (settings.init_strict and not weights.keys() == present.keys() == fitting.keys()):
         remedy = "Take the weights that fit with init_strict=false." if fitting else "Choose another model."
@@ -30,7 +39,7 @@ def load_initial(model: nn.Module, settings: Settings, store: Store) -> DataDesc
         fits = f"a model with the same weights: {len(fitting)} of its {len(weights)} fit the {len(present)} here, not {others}"
         raise UserError.invalid("init", name, fits, remedy)
     model.load_state_dict(present | fitting)
-    return described
+    return before
 
 
 def splits_used_before(own: DataDescription, data: Dataset, init: str | None) -> list[str]:

@@ -158,7 +158,7 @@ def prepare(request: RunRequest) -> Prepared:
     make_model = partial(build, settings.model, "model", **data.shape)
     model = create_model(make_model, settings.seed)
     if settings.init:  # a checkpoint has the weights that it led to
-        before = stored.before if saved.state and stored else [load_initial(model, settings, store)]
+        before = stored.before if saved.state and stored else load_initial(model, settings, store)
         description = description.model_copy(update={"before": before})
     used = splits_used_before(description, data, settings.init)
     model, data = model.to(device), data.to(device)

@@ -149,12 +149,12 @@ def load_mnist(
     train_size = len(labels) - validation_size
     if train_size <= 0:
         raise UserError.invalid("validation_size", validation_size, f"an integer >= 0 and < {len(labels)}")
-    splits = _train_and_finetune(images[:train_size], labels[:train_size], finetune_fraction, seed, subset, train_size)
+    splits = train_and_finetune(images[:train_size], labels[:train_size], finetune_fraction, seed, subset, train_size)
     if validation_size:
-        splits["validation"] = _split(images[train_size:], labels[train_size:], validation_size)
+        splits["validation"] = make_split(images[train_size:], labels[train_size:], validation_size)
     else:
         test_images, test_labels = files.read(used_root, "t10k")
-        splits["test"] = _split(test_images, test_labels, len(test_labels))
+        splits["test"] = make_split(test_images, test_labels, len(test_labels))
     validation = "validation" if validation_size else "finetune"
     return Dataset(
         source,
@@ -189,8 +189,8 @@ def load_digits(finetune_fraction: Fraction, seed: int, subset: Count | None = N
     labels = torch.from_numpy(raw.target).long()
     order = torch.randperm(len(labels), generator=generator("digits", "test"))  # the same test set for every seed
     test, train = order[:360], order[360:]
-    splits = _train_and_finetune(images[train], labels[train], finetune_fraction, seed, subset, MNIST_EPOCH)
-    splits["test"] = _split(images[test], labels[test], len(test))
+    splits = train_and_finetune(images[train], labels[train], finetune_fraction, seed, subset, MNIST_EPOCH)
+    splits["test"] = make_split(images[test], labels[test], len(test))
     return Dataset("digits", "sklearn.datasets.load_digits", DIGITS, splits, "finetune", "handwriting", subset)
 
 
@@ -239,8 +239,8 @@ def load_folder(
         raise UserError.invalid("root", root, expected, "Add more pictures.")
     if not len(test_labels):
         raise UserError.invalid("root", root, "test pictures", "Add more pictures, or ROOT/test/CLASS/*.")
-    splits = _train_and_finetune(images, labels, finetune_fraction, seed, subset, len(labels))
-    splits["test"] = _split(test_images, test_labels, len(test_labels))
+    splits = train_and_finetune(images, labels, finetune_fraction, seed, subset, len(labels))
+    splits["test"] = make_split(test_images, test_labels, len(test_labels))
     place = Path(root).absolute()
     title = "folder_" + re.sub(r"\W", "_", place.name)
     return Dataset(title, str(place), names, splits, "finetune", subset=subset, locations={"root": str(place)})
@@ -281,7 +281,7 @@ def _read_picture(path: Path, changed: int, side: int, channels: int) -> tuple[T
     return pixels.movedim(2, 0), int.from_bytes(digest[:8]) % TEST_SHARE == 0
 
 
-def _train_and_finetune(
+def train_and_finetune(
     images: Tensor, labels: Tensor, finetune_fraction: float, seed: int, subset: int | None, epoch_size: int
 ) -> dict[str, Split]:
     order = torch.randperm(len(labels), generator=generator(seed, "split"))
@@ -298,12 +298,12 @@ def _train_and_finetune(
         ranks = torch.randperm(len(labels), generator=generator("subset"))  # the seed changes the subset through the split only
         train, train_epoch = train[ranks[train].argsort()[:subset]], subset
     return {
-        "train": _split(images[train], labels[train], train_epoch),
-        "finetune": _split(images[finetune], labels[finetune], finetune_epoch),
+        "train": make_split(images[train], labels[train], train_epoch),
+        "finetune": make_split(images[finetune], labels[finetune], finetune_epoch),
     }
 
 
-def _split(images: Tensor, labels: Tensor, epoch_size: int) -> Split:
+def make_split(images: Tensor, labels: Tensor, epoch_size: int) -> Split:
     digest = hashlib.sha256(images.contiguous().numpy().data)
     digest.update(labels.contiguous().numpy().data)
     return Split(images, labels, epoch_size, digest.hexdigest()[:16])

@@ -1,6 +1,8 @@
 """The network: three convolutional blocks, squeeze-excitation in the second, a hidden layer, one logit a class."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -172,9 +174,17 @@ class CNN(nn.Module):
         return logits
 
 
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Make models in the block without values, which take no memory."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*parameter to a meta parameter", UserWarning)  # a constructor loads weights
+        yield
+
+
 def create_model(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     """Return a model with initial weights that depend on the seed alone."""
-    with torch.device("meta"):
+    with without_values():
         make()  # raises its errors, such as for too many parameters, before memory is allocated
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "weights"))

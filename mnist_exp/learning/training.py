@@ -158,13 +158,9 @@ def prepare_phases(
     check_phases(phases, data, model, used)
     _check_output(model, data)
     prepared: list[Phase] = []
-    device = next(model.parameters()).device
     for name, config in phases.items():
         steps_per_epoch = data.splits[config.split].steps(config.batch_size)
         total_steps = config.epochs * steps_per_epoch
-        if isinstance(config.loss, nn.Module):
-            config.loss.to(device)
-        _check_loss(config, f"phases.{name}.loss", data.classes, device)
         try:
             optimizer = config.optimizer(model.parameters())
             scheduler = make_scheduler(config.scheduler, optimizer, total_steps)
@@ -186,28 +182,30 @@ def _check_output(model: nn.Module, data: Dataset) -> None:
     """Raise UserError unless the model maps two images of the data, as they are stored, to logits (2, classes)."""
     was_training, images = model.training, next(iter(data.splits.values())).images[:2]
     with torch.no_grad():
-        found = _shape_of_result(model.eval(), images)
+        found = _try(model.eval(), images)
     model.train(was_training)
-    if found != str((len(images), data.classes)):
-        expected = f"a model that maps images {tuple(images.shape)} uint8 to logits ({len(images)}, {data.classes}), not {found}"
+    if found != f"it returns {(len(images), data.classes)}":
+        expected = f"a model that maps images {tuple(images.shape)} uint8 to logits ({len(images)}, {data.classes}), but {found}"
         raise UserError.invalid("model", type(model).__name__, expected)
 
 
-def _check_loss(config: PhaseConfig, key: str, classes: int, device: torch.device) -> None:
-    """Raise UserError unless the loss of a phase maps logits and labels to a scalar."""
-    logits, labels = torch.zeros(2, classes, device=device), torch.zeros(2, dtype=torch.int64, device=device)
-    found = _shape_of_result(config.loss, logits, labels)
-    if found != "()":
-        expected = f"a loss that maps logits (2, {classes}) and labels (2,) to a scalar, not {found}"
+def _check_loss(config: PhaseConfig, key: str, data: Dataset) -> None:
+    """Move the loss of a phase to the device of the data; raise UserError unless it maps logits and labels to a scalar."""
+    classes, labels = data.classes, next(iter(data.splits.values())).labels[:2]
+    if isinstance(config.loss, nn.Module):
+        config.loss.to(labels.device)
+    found = _try(config.loss, torch.zeros(len(labels), classes, device=labels.device), labels)
+    if found != "it returns ()":
+        expected = f"a loss that maps logits ({len(labels)}, {classes}) and labels ({len(labels)},) to a scalar, but {found}"
         raise UserError.invalid(key, type(config.loss).__name__, expected)
 
 
-def _shape_of_result(function: Callable[..., Tensor], *inputs: Tensor) -> str:
-    """Return the shape of a function's result as text, or the error that it raises."""
+def _try(function: Callable[..., Tensor], *inputs: Tensor) -> str:
+    """Return in words the shape of a function's result, or the error that it raises."""
     try:
-        return str(tuple(function(*inputs).shape))
+        return f"it returns {tuple(function(*inputs).shape)}"
     except Exception as error:  # models and losses raise exceptions of any kind
-        return f"{type(error).__name__}: {error}"
+        return f"it raises {type(error).__name__}: {error}"
 
 
 def make_scheduler(factory: Callable[..., LRScheduler], optimizer: Optimizer, total_steps: int) -> LRScheduler:
@@ -241,7 +239,7 @@ def check_phases(
         leaking: The phases whose targets come from networks that were trained on the validation split.
 
     Raises:
-        UserError: A phase cannot train on its split, or cannot use one of its callbacks.
+        UserError: A phase cannot train on its split, or cannot use its loss or one of its callbacks.
     """
     validations: dict[str, str | None] = {}
     trained_on = set(used)
@@ -253,6 +251,7 @@ def check_phases(
             expected = f"at most {size}, the size of an epoch of the split {config.split}"
             remedy = f"Lower phases.{name}.batch_size, or train on more images."
             raise UserError.invalid(f"phases.{name}.batch_size", config.batch_size, expected, remedy)
+        _check_loss(config, f"phases.{name}.loss", data)
         trained_on |= {config.split, data.validation} if name in leaking else {config.split}
         validations[name] = None if data.validation in trained_on else data.validation
         for key, callback in config.callbacks.items():

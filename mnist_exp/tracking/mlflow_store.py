@@ -72,12 +72,16 @@ class MLflowStore(Store):
                     raise
                 time.sleep(1)
 
-    def start(self, info: RunInfo, run_id: str | None = None) -> "MLflowTracker":
+    def make_tracker(self, run: Run) -> "MLflowTracker":
+        """Return the tracker of a run that has started; a store that records more overrides this."""
         from mnist_exp.tracking.mlflow_tracker import MLflowTracker  # with torch, which commands that only read do not need
 
+        return MLflowTracker(self.client, self.uri, run, self.patience)
+
+    def start(self, info: RunInfo, run_id: str | None = None) -> "MLflowTracker":
         self.open()
         if run_id:
-            return self._retry(lambda: MLflowTracker(self.client, self.uri, self._reopen(run_id), self.patience))
+            return self._retry(lambda: self.make_tracker(self._reopen(run_id)))
         # The UI cuts the source of a LOCAL run at its last slash. It shows that of a JOB whole.
         tags = {**info.tags, tag.COMMAND_TYPE: "JOB", tag.COMMAND: info.command}
         try:
@@ -92,7 +96,7 @@ class MLflowStore(Store):
             ) from error
         if not RUN_ID.fullmatch(run.info.run_id):  # it becomes the name of a folder
             raise UserError(f"{self.uri} created a run with the id {run.info.run_id!r}, expected 32 hexadecimal digits.")
-        return MLflowTracker(self.client, self.uri, run, self.patience)
+        return self.make_tracker(run)
 
     def _retry(self, operation: Callable[[], Result]) -> Result:
         return retry(operation, self.uri, self.patience)
@@ -139,8 +143,13 @@ class MLflowStore(Store):
     def _search(self, query: str, everywhere: bool) -> list[RunRecord]:
         """Return the runs of this experiment, or of all, for which MLflow's filter `query` holds, the newest first."""
         self.open()
-        experiments = None if everywhere else [self.experiment_id]
-        runs = mlflow.search_runs(experiments, query, output_format="list", search_all_experiments=everywhere)
+        experiments = [item.experiment_id for item in self.client.search_experiments()] if everywhere else [self.experiment_id]
+        runs: list[Run] = []
+        token: str | None = ""
+        while token is not None:  # not by mlflow.search_runs, which reads the store that this process has opened last
+            page = self.client.search_runs(experiments, query, max_results=1000, page_token=token or None)
+            runs += page
+            token = page.token
         return [record_of(run) for run in runs if RUN_ID.fullmatch(run.info.run_id)]
 
     def points(self, record: RunRecord) -> dict[str, dict[int, float]]:

@@ -7,16 +7,19 @@ A model is a folder with the weights, the node of the model and the description 
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from torch import nn
 
 from mnist_exp.errors import UserError, first_line
-from mnist_exp.nodes import build, check_nodes
+from mnist_exp.learning.models import without_values
+from mnist_exp.nodes import CHECKED, build, check_nodes
 from mnist_exp.settings import FORMAT, DataDescription, Settings, check_format
 from mnist_exp.storage.checkpoint import read_archive
 from mnist_exp.storage.run_dir import disk_error, remove_folder
@@ -65,7 +68,7 @@ def read_model(folder: Path) -> tuple[nn.Module, DataDescription]:
         node = content["model"]
         check_nodes({"model": node})
         weights = torch.load(read_archive(folder / WEIGHTS), map_location="cpu", weights_only=True)
-        with torch.device("meta"):  # a network of another size is refused before it takes memory
+        with without_values():  # a network of another size is refused before it takes memory
             build(node, "model", **data.shape).load_state_dict(weights, assign=True)
         model: nn.Module = build(node, "model", **data.shape)
         model.load_state_dict(weights)
@@ -81,7 +84,7 @@ def whole_id(store: "Store", text: str, output_dir: Path) -> str:
 
     Args:
         store: The store.
-        text: A model as `Store.find_model` takes it.
+        text: A model as `Store.find_model` takes it, or a file as `read_weights` takes it.
         output_dir: The folder of all runs.
 
     Raises:
@@ -89,21 +92,36 @@ def whole_id(store: "Store", text: str, output_dir: Path) -> str:
     """
     if re.fullmatch(WHOLE, text):
         return text
+    if Path(text).is_file():
+        return f"{Path(text).absolute()}:{digest_of(read_weights(Path(text)))}"
     try:
         source = store.find_model(text, output_dir)
     except UserError as error:
-        raise UserError(f"init={text} names no model. {error}", key="init", value=text) from error
+        raise UserError(f"init={text} names neither a model nor a file of weights. {error}", key="init", value=text) from error
     if text.startswith("models:/"):
         name = f"models:/{source.model_id}" if source.model_id else source.address
     else:
         name = source.run_id or str(Path(source.address).absolute())
-    return f"{name}:{digest_of(read_model(store.fetch_model(source))[0])}"
+    return f"{name}:{digest_of(read_model(store.fetch_model(source))[0].state_dict())}"
 
 
-def digest_of(model: nn.Module) -> str:
-    """Return the digest of the weights of a model on the CPU."""
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """Return the weights in a file that `torch.save(model.state_dict(), file)` has written; raises UserError."""
+    try:
+        weights = torch.load(read_archive(file), map_location="cpu", weights_only=True)
+        return TypeAdapter(dict[str, torch.Tensor], config=CHECKED).validate_python(dict(weights))
+    except UserError:
+        raise
+    except Exception as error:  # a forged file can fail anywhere within torch
+        raise UserError(
+            f"{file} contains no weights: {first_line(error)}", remedy="Write torch.save(model.state_dict(), FILE)."
+        ) from error
+
+
+def digest_of(weights: Mapping[str, torch.Tensor]) -> str:
+    """Return the digest of weights on the CPU."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(weights.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + value.numpy().tobytes())
     return digest.hexdigest()[:12]
 
