@@ -213,7 +213,7 @@ class GridSweep:
                 then = recipe.settings
                 number = numbers.get(then.digest(varied, recipe.overrides))
                 if number is None and child.status == "FINISHED" and not self.settings.sweep.force and child.job is not None:
-                    _check_unchanged(f"in run {child.run_id} ({child.name}), " + self._changes(then, child.job, jobs, varied))
+                    _check_unchanged(f"run {child.run_id} ({child.name}) " + self._changes(then, child.job, jobs, varied))
             matched.append((child, number))
         return matched
 
@@ -226,16 +226,17 @@ class GridSweep:
             jobs: The jobs as composed now.
             varied: The keys that differ between jobs.
         """
-        excluded = set(NEUTRAL) - set(varied)
         for job in (job for job in jobs if job.number == number):
             before, now = (
-                dict(walk(settings.model_dump(mode="json", exclude=excluded)))
+                dict(walk(settings.model_dump(mode="json", exclude=set(NEUTRAL) - set(varied))))
                 for settings in (then, self.composer.settings(job.overrides))
             )
-            values = {key: now.get(key) for key, value in (now | before).items() if not isinstance(value, dict)}
-            if changes := provenance.differences(before, values):
-                return changes
-        return "the configuration is that of no job"
+            keys = [
+                key for key, value in (now | before).items() if not isinstance(value, dict) and now.get(key) != before.get(key)
+            ]
+            if keys:
+                return "; ".join(f"had {key}={before.get(key)}, is now {now.get(key)}" for key in keys)
+        return "has a configuration that no job has now"
 
     def swept_keys(self, grids: list[list[str]]) -> list[str]:
         """Return the keys that differ between jobs."""

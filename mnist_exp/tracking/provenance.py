@@ -113,7 +113,7 @@ def _sources(folders: tuple[Path, ...]) -> Iterator[Path]:
                 yield from filter(Path.is_file, [place, *sorted(place.rglob("*.py"))])
 
 
-def differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """Return in words which of the present values differ from earlier ones, empty without a difference."""
     return "; ".join(f"{name} was {before.get(name)}, is {value}" for name, value in now.items() if before.get(name) != value)
 
