@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,11 @@ COMMANDS = {
 
 
 @pytest.fixture(autouse=True)
-def no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let MLflow's client ask once: by default it repeats a request for minutes."""
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let MLflow's client ask once: by default it repeats a request for minutes. Leave the environment to no other test."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    yield
+    forkserver._forkserver._stop()  # the workers of a later sweep would have it, too; there is no public way
 
 
 @pytest.mark.parametrize(
