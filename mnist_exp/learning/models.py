@@ -178,7 +178,7 @@ class CNN(nn.Module):
 def without_values() -> Iterator[None]:
     """Make models in the block without values, which take no memory."""
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*parameter to a meta parameter", UserWarning)  # a constructor loads weights
+        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter", UserWarning)  # a constructor loads weights
         yield
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import Call, CommandLine
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -184,7 +185,9 @@ def test_a_part_that_cannot_be_used_is_refused_before_training(
     name: str, refuse: Callable[..., str], options: Callable[..., Path]
 ) -> None:
     group, _, option = name.partition("/")
-    assert group in refuse("--config-dir", str(options(name, REFUSED[name])), "data=digits", f"{group}={option}")
+    chosen = ("--config-dir", str(options(name, REFUSED[name])), "data=digits", f"{group}={option}")
+    assert group in refuse(*chosen)
+    assert group in refuse("-m", *chosen, "seed=0,1"), "before the first job"
 
 
 def test_callbacks_that_a_phase_cannot_use_are_refused_before_training(refuse: Callable[..., str]) -> None:
@@ -245,6 +248,32 @@ def test_a_run_starts_from_the_weights_of_another(in_process: CommandLine, call:
     assert resumed.returncode == 1
     assert "finished" in resumed.stderr
     assert in_process("-m", "sweep.extend=latest", "seed=1", "hydra/launcher=basic").returncode == 0
+
+
+def test_a_run_starts_from_weights_in_a_file(in_process: CommandLine, store: str, tmp_path: Path) -> None:
+    """Such as those of another package. The trained model does not need the file, and a repeated run is not misled by another."""
+    quick = ("data=digits", "data.subset=512", "phase=[train]", "batch_size=128", "model=plain_cnn")
+    assert in_process(*quick).returncode == 0
+    weights, folder = load().model.state_dict(), tmp_path / "my weights.pt"
+    del weights["output.bias"]
+    torch.save(weights, folder)
+    assert "init_strict=false" in in_process(*quick, f"init='{folder}'").stderr
+    assert in_process(*quick, f"init='{folder}'", "init_strict=false", "seed=1").returncode == 0
+    client = MlflowClient(store)
+    second, first = client.search_runs(["1"], order_by=["attributes.start_time DESC"])
+    losses = [client.get_metric_history(run.info.run_id, "train/loss")[0].value for run in (first, second)]
+    assert losses[1] < losses[0]
+    assert str(folder) in second.data.params["init"]
+    torch.save({"output.bias": torch.zeros(10)}, folder)
+    assert "init" in in_process(f"rerun='{second.info.run_id}'").stderr
+    folder.unlink()
+    assert load(second.info.run_id).data.before == [], "a file does not say what its weights were trained on"
+    for content in (b"", b"no weights"):
+        folder.write_bytes(content)
+        refused = in_process(*quick, f"init='{folder}'")
+        assert (refused.returncode, "Traceback" in refused.stderr) == (1, False)
+    torch.save([1, 2], folder)
+    assert "weights" in in_process(*quick, f"init='{folder}'").stderr
 
 
 def test_weights_that_saw_the_test_images_are_refused(digits: Dataset) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from synthetic import SEEDS, TWO_MODELS, grid, scored, table
 
 from mnist_exp.comparison import wording
-from mnist_exp.comparison.pairs import MEAN, Comparison, Row, compare, varied_keys
+from mnist_exp.comparison.pairs import MEAN, Comparison, Row, choose_metrics, compare, varied_keys
 from mnist_exp.errors import UserError
 
 
@@ -314,3 +314,10 @@ def test_data_and_precision_are_keys_where_the_sweep_varies_them() -> None:
     swept = runs.drop(columns="precision")
     swept.insert(2, "precision", ["fp32", "bf16"] * 5)
     assert varied_keys(swept) == ["precision", "model"]
+
+
+def test_the_objective_comes_first_of_the_usual_metrics() -> None:
+    runs = scored(TWO_MODELS).assign(**{"test/loss": 0.1, "test/f1": 0.9, "val/f1": 0.9, "time/train_seconds": 1.0})
+    assert choose_metrics(runs, None, "val/f1") == ["test/f1", "test/accuracy", "test/loss", "time/train_seconds"]
+    assert choose_metrics(runs, None, "val/other") == ["test/accuracy", "test/loss", "time/train_seconds"]
+    assert choose_metrics(runs, ["test/loss"], "val/f1") == ["test/loss"]

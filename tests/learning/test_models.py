@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from mnist_exp.errors import UserError
 from mnist_exp.learning.fused import norm_pool_activate
-from mnist_exp.learning.models import count_parameters
+from mnist_exp.learning.models import count_parameters, create_model
 from mnist_exp.nodes import build
 
 
@@ -155,3 +156,25 @@ def test_fused_normalization_is_as_precise_as_torchs_own_in_bf16(offset: float) 
     plain = error(lambda features: F.leaky_relu(F.max_pool2d(copy.deepcopy(norm)(features), 2), 0.1))
     assert fused[0] < 1.5 * plain[0]
     assert fused[1] < 2 * plain[1]
+
+
+def test_a_constructor_may_load_weights() -> None:
+    """Although it is called without memory first."""
+    weights = nn.Linear(4, 2).state_dict()
+
+    def make() -> nn.Module:
+        model = nn.Linear(4, 2)
+        model.load_state_dict(weights)
+        return model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = create_model(make, seed=0)
+    assert model.weight.equal(weights["weight"])
+
+
+def test_a_nested_part_that_cannot_be_built_is_named() -> None:
+    loss = {"_target_": "torch.nn.CrossEntropyLoss", "weight": {"_target_": "torch.tensor", "data": [1, "a"]}}
+    with pytest.raises(UserError) as error:
+        build(loss, "loss")
+    assert error.value.key == "loss.weight"
