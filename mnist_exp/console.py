@@ -97,10 +97,6 @@ class Display:
         if ended and epoch < self.epochs[phase]:
             show_lines([f"{phase}: a callback ended the phase after epoch {epoch} of {self.epochs[phase]}"])
 
-    def warn(self, message: str) -> None:
-        """Show a prominent warning."""
-        self.console.print(Panel(plain(message), style="bold red"))
-
     def results(self, rows: Mapping[str, str], ui_hint: str, use_commands: Mapping[str, str]) -> None:
         """Show the results, the line on the UI unless it is empty, and the commands that use the model, by purpose."""
         if not self.quiet:
@@ -232,6 +228,11 @@ def _table(columns: Mapping[str, Sequence[str]], styles: Sequence[str | None], l
 def _fits(console: Console, table: Table) -> bool:
     """Return whether a table needs no more lines than its cells have."""
     return console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width
+
+
+def show_warning(message: str) -> None:
+    """Show a prominent warning."""
+    Console().print(Panel(plain(message), style="bold red"))
 
 
 def show_pairs(title: str, pairs: Mapping[str, str]) -> None:

@@ -86,6 +86,8 @@ def build(node: Mapping[str, Any], key: str, **arguments: Any) -> Any:
         arguments: Further arguments of the call.
     """
     check_arguments(node, key)
+    for name in arguments.keys() & node.keys():
+        raise UserError.invalid(f"{key}.{name}", node[name], "no value: the run passes it", "Leave it out.")
     return _instantiate(node, key, arguments)
 
 
@@ -229,7 +231,10 @@ def _data_locations(folders: tuple[Path, ...]) -> set[str]:
 def _target(node: Mapping[str, Any], key: str) -> Any:
     module, _, name = str(node["_target_"]).rpartition(".")
     try:
-        return getattr(import_module(module), name)
+        found = getattr(import_module(module), name)
+        if not callable(found):
+            raise ValueError(f"{name} cannot be called")
+        return found
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError.invalid(
             f"{key}._target_",

@@ -171,22 +171,26 @@ class Settings(BaseModel):
     sweep_job: JobContext | None = None
     data_description: DataDescription | None = None
 
+    def neutral_arguments(self) -> set[str]:
+        """Return the keys of arguments that do not affect the results: the places of data, and the limit of a model."""
+        places = [f"data.{name}" for name in marked(self.data, "data", *Mark)]
+        return {*places, *(f"model.{name}" for name in marked(self.model, "model", Mark.LIMIT))}
+
     def digest(self, counted: Collection[str] = (), overrides: Iterable[str] = ()) -> str:
         """Return a digest of the settings that affect the results of a run, with newer keys at their defaults.
 
         Args:
             counted: Keys that count although they do not affect the results, because a sweep varies them.
-            overrides: The overrides of a job. Options that differ in a place or a limit alone are different jobs.
+            overrides: The overrides of a job. Options that differ in the place of their data alone are different jobs.
         """
         if self.rerun:  # such a run brings its own recipe
             return _digest_of({"rerun": self.rerun})
         excluded = {key for key in NEUTRAL if key not in counted} | PARTS.keys()  # the phases have their parts
         recipe = _comparable(self.model_dump(mode="json", exclude=excluded), "")
-        for group in ("data", "model"):
-            for name in marked(recipe[group], group, *Mark):
-                if f"{group}.{name}" not in counted:
-                    recipe[group].pop(name, None)
-        chosen = [override for override in overrides if key_of(override) in {"data", "model", "experiment", "arm"} & set(counted)]
+        for key in self.neutral_arguments() - set(counted):
+            group, _, name = key.partition(".")
+            recipe[group].pop(name, None)
+        chosen = [override for override in overrides if key_of(override) in {"data", "experiment", "arm"} & set(counted)]
         return _digest_of([recipe, sorted(chosen)] if chosen else recipe)
 
 
@@ -422,7 +426,7 @@ def _try_phase(node: dict[str, Any], key: str, keys: dict[str, str]) -> Any:
     layer = torch.nn.Conv2d(1, 1, 1)  # has both kinds of parameters that optimizers distinguish
     optimizer = call(parts["optimizer"], node["optimizer"], keys["optimizer"], layer.parameters())
     scheduler = call(make_scheduler, node["scheduler"], keys["scheduler"], parts["scheduler"], optimizer, TRIAL_STEPS)
-    set_mode(optimizer, "train")
+    call(set_mode, node["optimizer"], keys["optimizer"], optimizer, "train")
     for parameter in layer.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for part, stepped, lacks in (("optimizer", optimizer, "closure"), ("scheduler", scheduler, "metric")):

@@ -84,7 +84,9 @@ def rerun(settings: Settings) -> RunResult:
     if original.status != "FINISHED":
         raise UserError(f"rerun={run_id}: the run is {original.status}, expected a FINISHED run.", key="rerun", value=run_id)
     repeated = with_present_locations(recipe, settings, rerun=run_id, sweep_job=settings.sweep_job)
-    result = run(request(Checkpoint("", repeated, original.tags), in_search=_is_trial(recipe.settings)))
+    names = {"threads", *provenance.software(), *provenance.git_tags()} & original.tags.keys()
+    software = {name: original.tags[name] for name in names}
+    result = run(request(Checkpoint("", repeated, software), in_search=_is_trial(recipe.settings)))
     compared = {name: points for name, points in store.points(original).items() if not metric_of(name).is_measured_time}
     differing = sorted(name for name, points in compared.items() if points != result.points.get(name))
     if differing:

@@ -1,6 +1,7 @@
 """One run: prepare, start, train, evaluate, finalize."""
 
 import os
+import re
 import shlex
 import time
 from collections import defaultdict
@@ -12,7 +13,7 @@ from functools import cache, partial
 import torch
 from torch import nn
 
-from mnist_exp.console import Display
+from mnist_exp.console import Display, show_warning
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.figures import run_figures
 from mnist_exp.experiment.initial import load_initial, splits_used_before
@@ -132,9 +133,12 @@ def prepare(request: RunRequest) -> Prepared:
     settings, saved = request.settings, request.start
     started = time.perf_counter() - saved.elapsed
     disable_malloc_trim()
-    torch.set_num_threads(int(saved.software.get("threads", 0)) or _default_threads())  # it affects the last bits of a result
+    threads = saved.software.get("threads", "")  # their number affects the last bits of a result
+    torch.set_num_threads(int(threads) if re.fullmatch(r"[1-9]\d{0,3}", threads) else _default_threads())
     software = provenance.software() | {"threads": str(torch.get_num_threads())}
-    changed = provenance.differences(saved.software, software) if saved.software else ""
+    now = {name: text for name, text in (software | provenance.git_tags()).items() if name in saved.software}
+    if changed := provenance.differences(saved.software, now):
+        show_warning(f"The environment differs from the original run's: {changed}. The results may differ.")
     run_dir.ensure_writable_dir(settings.output_dir)
     # The nodes: all are checked before the data are read.
     Trial().try_out(settings)
@@ -179,12 +183,10 @@ def _default_threads() -> int:
 
 
 def start_run(request: RunRequest, prepared: Prepared) -> AbstractContextManager[Recorder]:
-    """Warn about what is unusual; return the recorder, which starts the run in the store."""
+    """Return the recorder, which starts the run in the store."""
     data, recipe = prepared.data, request.start.recipe
-    if prepared.changed:
-        prepared.display.warn(f"The environment differs from the original run's: {prepared.changed}. The results may differ.")
     if data.warning:
-        prepared.display.warn(data.warning)
+        show_warning(data.warning)
     # The description lets others use the model without the data; a resumed or repeated run looks for the data where they were.
     settings = request.settings.model_copy(update={"data_description": prepared.description})
     initial = replace(request.start, recipe=replace(recipe, settings=settings), software=prepared.software)

@@ -2,10 +2,9 @@
 
 import re
 
-from mnist_exp.errors import Mark
 from mnist_exp.learning.data import Dataset
 from mnist_exp.metrics import METRICS, format_metric, metric_of
-from mnist_exp.nodes import marked, walk
+from mnist_exp.nodes import walk
 from mnist_exp.overrides import PARTS, command, key_of, text_of
 from mnist_exp.settings import Recipe
 
@@ -43,7 +42,7 @@ def parameters(recipe: Recipe) -> dict[str, object]:
     settings, choices = recipe.settings, recipe.choices
     shared: dict[str, object] = {group: choices[group] for group in PARTS if group in choices}
     parts = {"data": settings.data, **settings.phases, "model": settings.model}
-    apart = {f"{group}.{name}" for group in ("data", "model") for name in marked(getattr(settings, group), group, *Mark)}
+    apart = settings.neutral_arguments()
     return {
         **{group: choices[group] for group in ("model", "data") if group in choices},
         **({**shared, "batch_size": settings.batch_size} if "train" in settings.phases else {}),  # they belong to phase train

@@ -36,7 +36,7 @@ class Callback:
         """Called before an epoch, after `model.train()`."""
 
     def on_batch(self, images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return the batch of a step, perhaps changed.
+        """Return the batch of a step, perhaps changed, with as many images.
 
         Args:
             images: (n, channels, side, side) float32, augmented.

@@ -82,8 +82,9 @@ def load_latest_intact(folder: Path) -> Checkpoint:
     except UserError as error:
         if not (folder / PREVIOUS_CHECKPOINT).exists():
             raise
+        previous = load(folder / PREVIOUS_CHECKPOINT)
         print(f"{error}\nResuming from the checkpoint before it.", file=sys.stderr)
-        return load(folder / PREVIOUS_CHECKPOINT)
+        return previous
 
 
 def load(path: Path) -> Checkpoint:

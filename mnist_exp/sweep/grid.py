@@ -231,9 +231,9 @@ class GridSweep:
                 dict(walk(settings.model_dump(mode="json", exclude=set(NEUTRAL) - set(varied))))
                 for settings in (then, self.composer.settings(job.overrides))
             )
-            keys = [
-                key for key, value in (now | before).items() if not isinstance(value, dict) and now.get(key) != before.get(key)
-            ]
+            apart = then.neutral_arguments() - set(varied)
+            keys = [key for key, value in (now | before).items() if not (isinstance(value, dict) or key in apart)]
+            keys = [key for key in keys if now.get(key) != before.get(key)]
             if keys:
                 return "; ".join(f"had {key}={before.get(key)}, is now {now.get(key)}" for key in keys)
         return "has a configuration that no job has now"

@@ -211,6 +211,8 @@ class MLflowStore(Store):
             return {record.run_id: content for record, content in found if content is not None}
 
     def publish(self, run_id: str, answer: Answer) -> str:
+        for path in (answer.report, answer.picture):
+            self.client.log_artifact(run_id, str(path))
         name, run = answer.report.name, self._stored_run(run_id)
         text = " ".join([f"{answer.title}.", *answer.notes])
         # One paragraph for each factor, which its next comparison replaces.
@@ -220,12 +222,10 @@ class MLflowStore(Store):
             f"{mark}{shorten(text, MAX_ANSWER, placeholder=' ...')} See `{name}` under Artifacts for the full report.\n"
             f"![The comparison by {answer.factor}]({artifact_path(run_id, answer.picture.name)})\n\n{others}"
         )
-        for path in (answer.report, answer.picture):
-            self.client.log_artifact(run_id, str(path))
         tags = {tag.ANSWER: answer.title, f"{tag.ANSWER}.{answer.factor}": text[:MAX_TAG], tag.DESCRIPTION: description}
         self.set_tags(run_id, tags)
         if not run.info.artifact_uri.startswith("file:"):
-            return f"{name}, under Artifacts of {self.uri}{run_path(self.experiment_id, run_id)}"
+            return f"{name}, under Artifacts of {self.uri}{run_path(run.info.experiment_id, run_id)}"
         return unquote(urlsplit(f"{run.info.artifact_uri}/{name}").path)
 
     def run_model(self, record: RunRecord, output_dir: Path) -> ModelSource | None:

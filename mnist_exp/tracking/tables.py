@@ -134,9 +134,10 @@ def run_differences(store: Store, first: RunRecord, second: RunRecord) -> dict[s
 
 def _comparable(store: Store, record: RunRecord) -> dict[str, dict[str, str]]:
     tags, origin = record.tags, _origin(store, record)
-    config = walk(store.recipe(record).settings.model_dump(mode="json", exclude={JOB_KEY}))
+    settings = store.recipe(record).settings
+    config, apart = walk(settings.model_dump(mode="json", exclude={JOB_KEY})), settings.neutral_arguments()
     return {
-        "configuration": {key: str(value) for key, value in config if not isinstance(value, dict | list)},
+        "configuration": {key: str(value) for key, value in config if not (isinstance(value, dict | list) or key in apart)},
         "code": {name: tags[key] for key, name in CODE.items() if key in tags} | _changed_files(_text(store, record, PATCH)),
         "packages": origin.packages,
         "machine": origin.machine,

@@ -51,6 +51,8 @@ WRONG = {  # overrides that the message repeats, and the values that it expects
 }
 OTHERS = {
     "~model._target_": ["model", "conf/"],
+    "+model.side=3": ["model", "side"],
+    "+data.seed=3": ["data", "seed"],
     "callbacks.early_stopping.patience=2": ["callbacks.early_stopping", "callbacks=[...,early_stopping]"],
     "optimizer.lr=-0.1": ["optimizer", "lr=-0.1", "torch.optim.SGD"],
     "optimizer.momentum=0": ["optimizer", "momentum=0", "Nesterov"],

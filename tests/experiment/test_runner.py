@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import Compose
 
 from mnist_exp.errors import PrunedError
 from mnist_exp.experiment.runner import Prepared, RunRequest, finalize, prepare, start_run, train
@@ -117,3 +119,11 @@ def test_a_search_can_stop_a_run(prepared: Prepare, tmp_path: Path) -> None:
         train(request, parts, recorder)
     assert store.tracker.calls[-1] == ("end", PrunedError)
     assert run_dir.is_complete(tmp_path / RUN_ID)
+
+
+@pytest.mark.parametrize("threads", ["x", "", "0", "-3", "9" * 12])
+def test_a_number_of_threads_that_cannot_be_is_ignored(prepared: Prepare, composed: Compose, threads: str) -> None:
+    """A store or a checkpoint may contain any."""
+    recipe = Recipe(composed("data=digits", "~phases.train", "tracking=none"), {"model": "se_cnn"}, [])
+    _, parts, _ = prepared(Checkpoint("", recipe, {"threads": threads}))
+    assert int(parts.software["threads"]) == torch.get_num_threads()

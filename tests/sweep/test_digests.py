@@ -199,10 +199,10 @@ def test_overrides_that_a_tag_cannot_hold_are_refused_at_once(in_process: Comman
             False,
         ),
         (("data.root=/a",), ("data.root=/b",), True),
+        (("model=se_cnn",), (), True),
     ],
 )
 def test_the_digest(first: tuple[str, ...], second: tuple[str, ...], equal: bool) -> None:
     one, other = (compose_recipe(*overrides).settings for overrides in (first, second))
     assert (one.digest() == other.digest()) is equal
-    assert one.digest(["model"], ["model=a"]) != one.digest(["model"], ["model=b"]), "they may differ in a location"
     assert one.digest(["save_every"]) != compose_recipe(*first, "save_every=7").settings.digest(["save_every"])

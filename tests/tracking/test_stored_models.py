@@ -218,3 +218,17 @@ def test_only_a_model_as_we_write_it_can_be_promoted(
         opened.register(record, "changed", "champion", "For a test.", {})
     assert [found.name for found in MlflowClient(store).search_registered_models()] == ["as-written"]
     assert not (tmp_path / "exploded").exists()
+
+
+def test_weights_in_a_file(tmp_path: Path) -> None:
+    """Of any type and layout; but a small file does not fill the memory, and no other content is taken."""
+    file = tmp_path / "weights.pt"
+    written = {"a": torch.randn(2, 3).bfloat16().t(), "count": torch.tensor(3), "b": torch.nn.Parameter(torch.ones(2))}
+    torch.save(written, file)
+    found = models.read_weights(file)
+    assert all(found[name].equal(value) for name, value in written.items())
+    assert models.digest_of(found) == models.digest_of(models.read_weights(file))
+    for content in ([1], {"a": 1}, {"a": torch.zeros(1).expand(10**7, 1000)}, {"a": torch.zeros(2).to_sparse()}):
+        torch.save(content, file)
+        with pytest.raises(UserError):
+            models.read_weights(file)
