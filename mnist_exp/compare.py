@@ -94,7 +94,7 @@ def compare(arguments: argparse.Namespace) -> None:
         runs = frame(zip(sweeps, jobs, strict=True))
     if arguments.export:
         runs.to_csv(arguments.export, index=False)
-    objective = sweeps[0].record.objective if sweeps else "accuracy"
+    objective = sweeps[0].record.objective if sweeps else ""
     comparisons, refusals = compare_factors(runs, arguments, pairs.choose_metrics(runs, arguments.metrics, objective))
     notes = {comparison.factor: [*wording.notes(comparison), *remarks] for comparison in comparisons}
     for comparison in comparisons:

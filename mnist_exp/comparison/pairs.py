@@ -196,13 +196,13 @@ def compare(
     return Comparison(factor, baseline, metrics, kept, keys, rows, len(seen), repeated)
 
 
-def choose_metrics(runs: pd.DataFrame, wanted: Sequence[str] | None, objective: str = "accuracy") -> list[str]:
+def choose_metrics(runs: pd.DataFrame, wanted: Sequence[str] | None, objective: str = "") -> list[str]:
     """Return the metrics to show, the compared one first.
 
     Args:
         runs: The table.
         wanted: The metrics that the user names, None for the usual ones.
-        objective: The metric that comes first of the usual ones, whatever its split.
+        objective: The metric that decides a sweep, which comes first on the compared split; empty without one.
 
     Raises:
         UserError: The table has none of them.

@@ -1,14 +1,12 @@
 """Initial weights from a trained model or a file: `init=MODEL`."""
 
-from pathlib import Path
-
 from torch import nn
 
 from mnist_exp.errors import UserError
 from mnist_exp.learning.data import Dataset
 from mnist_exp.settings import DataDescription, Settings
 from mnist_exp.tracking.base import Store
-from mnist_exp.tracking.models import digest_of, read_model, read_weights
+from mnist_exp.tracking.models import digest_of, read_initial
 
 
 def load_initial(model: nn.Module, settings: Settings, store: Store) -> list[DataDescription]:
@@ -23,12 +21,7 @@ def load_initial(model: nn.Module, settings: Settings, store: Store) -> list[Dat
     """
     assert settings.init
     name, _, digest = settings.init.rpartition(":")
-    before: list[DataDescription] = []
-    if Path(name).is_file():
-        weights = read_weights(Path(name))
-    else:
-        found, described = read_model(store.fetch_model(store.find_model(name, settings.output_dir)))
-        weights, before = found.state_dict(), [described]
+    _, weights, before = read_initial(store, name, settings.output_dir)
     if digest_of(weights) != digest:
         raise UserError.invalid("init", settings.init, f"the weights that it had, not those of {digest_of(weights)}")
     present = model.state_dict()

@@ -284,6 +284,19 @@ def _read_picture(path: Path, changed: int, side: int, channels: int) -> tuple[T
 def train_and_finetune(
     images: Tensor, labels: Tensor, finetune_fraction: float, seed: int, subset: int | None, epoch_size: int
 ) -> dict[str, Split]:
+    """Divide training images at random into the splits `train` and `finetune`.
+
+    Args:
+        images: (n, channels, side, side) uint8.
+        labels: (n,) int64.
+        finetune_fraction: Share of the images in `finetune`, at least one image.
+        seed: Decides which images fine-tune.
+        subset: Number of images to leave in `train`, with epochs of that length, or None for all.
+        epoch_size: Images per epoch of both splits together.
+
+    Raises:
+        UserError: A split would be empty, or `subset` exceeds the number of training images.
+    """
     order = torch.randperm(len(labels), generator=generator(seed, "split"))
     finetune_size = round(len(labels) * finetune_fraction)
     finetune_epoch = round(epoch_size * finetune_fraction)
@@ -304,6 +317,7 @@ def train_and_finetune(
 
 
 def make_split(images: Tensor, labels: Tensor, epoch_size: int) -> Split:
+    """Return a split with the digest of its images (n, channels, side, side) uint8 and labels (n,) int64."""
     digest = hashlib.sha256(images.contiguous().numpy().data)
     digest.update(labels.contiguous().numpy().data)
     return Split(images, labels, epoch_size, digest.hexdigest()[:16])

@@ -215,9 +215,9 @@ def make_scheduler(factory: Callable[..., LRScheduler], optimizer: Optimizer, to
 
 
 def set_mode(optimizer: Optimizer, mode: Literal["train", "eval"]) -> None:
-    """Prepare the weights for steps or for evaluation, if the optimizer has others for each.
+    """Switch the weights to those for steps or for evaluation, if the optimizer distinguishes them.
 
-    Such as one without a schedule (Defazio et al., The Road Less Scheduled, 2024).
+    Schedule-free optimizers do (Defazio et al., The Road Less Scheduled, 2024).
     """
     getattr(optimizer, mode, lambda: None)()
 

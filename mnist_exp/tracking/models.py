@@ -91,8 +91,17 @@ def whole_id(store: "Store", text: str, output_dir: Path) -> str:
     """
     if re.fullmatch(WHOLE, text):
         return text
+    name, weights, _ = read_initial(store, text, output_dir)
+    return f"{name}:{digest_of(weights)}"
+
+
+def read_initial(store: "Store", text: str, output_dir: Path) -> tuple[str, Mapping[str, torch.Tensor], list[DataDescription]]:
+    """Return the full id and the weights of a model, and the description of its data, none for a file of weights.
+
+    Args and Raises as for `whole_id`.
+    """
     if Path(text).is_file() and text != "latest" and not re.fullmatch(ID, text):
-        return f"{Path(text).absolute()}:{digest_of(read_weights(Path(text)))}"
+        return str(Path(text).absolute()), read_weights(Path(text)), []
     try:
         source = store.find_model(text, output_dir)
     except UserError as error:
@@ -101,7 +110,8 @@ def whole_id(store: "Store", text: str, output_dir: Path) -> str:
         name = f"models:/{source.model_id}" if source.model_id else source.address
     else:
         name = source.run_id or str(Path(source.address).absolute())
-    return f"{name}:{digest_of(read_model(store.fetch_model(source))[0].state_dict())}"
+    model, described = read_model(store.fetch_model(source))
+    return name, model.state_dict(), [described]
 
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:
@@ -109,9 +119,8 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
     try:
         weights = torch.load(read_archive(file), map_location="cpu", weights_only=True)
         for value in weights.values():
-            if (
-                value.is_meta or value.numel() * value.element_size() > value.untyped_storage().nbytes()
-            ):  # an expanded one could fill the memory
+            # A small file could fill the memory with one that repeats its values.
+            if value.is_meta or value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 raise ValueError("its tensors must have all their values")
         return {name: value.detach().contiguous() for name, value in weights.items()}
     except UserError:

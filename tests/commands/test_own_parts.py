@@ -254,26 +254,26 @@ def test_a_run_starts_from_weights_in_a_file(in_process: CommandLine, store: str
     """Such as those of another package. The trained model does not need the file, and a repeated run is not misled by another."""
     quick = ("data=digits", "data.subset=512", "phase=[train]", "batch_size=128", "model=plain_cnn")
     assert in_process(*quick).returncode == 0
-    weights, folder = load().model.state_dict(), tmp_path / "my weights.pt"
+    weights, file = load().model.state_dict(), tmp_path / "my weights.pt"
     del weights["output.bias"]
-    torch.save(weights, folder)
-    assert "init_strict=false" in in_process(*quick, f"init='{folder}'").stderr
-    assert in_process(*quick, f"init='{folder}'", "init_strict=false", "seed=1").returncode == 0
+    torch.save(weights, file)
+    assert "init_strict=false" in in_process(*quick, f"init='{file}'").stderr
+    assert in_process(*quick, f"init='{file}'", "init_strict=false", "seed=1").returncode == 0
     client = MlflowClient(store)
     second, first = client.search_runs(["1"], order_by=["attributes.start_time DESC"])
     losses = [client.get_metric_history(run.info.run_id, "train/loss")[0].value for run in (first, second)]
     assert losses[1] < losses[0]
-    assert str(folder) in second.data.params["init"]
-    torch.save({"output.bias": torch.zeros(10)}, folder)
+    assert str(file) in second.data.params["init"]
+    torch.save({"output.bias": torch.zeros(10)}, file)
     assert "init" in in_process(f"rerun='{second.info.run_id}'").stderr
-    folder.unlink()
+    file.unlink()
     assert load(second.info.run_id).data.before == [], "a file does not say what its weights were trained on"
     for content in (b"", b"no weights"):
-        folder.write_bytes(content)
-        refused = in_process(*quick, f"init='{folder}'")
+        file.write_bytes(content)
+        refused = in_process(*quick, f"init='{file}'")
         assert (refused.returncode, "Traceback" in refused.stderr) == (1, False)
-    torch.save([1, 2], folder)
-    assert "weights" in in_process(*quick, f"init='{folder}'").stderr
+    torch.save([1, 2], file)
+    assert "weights" in in_process(*quick, f"init='{file}'").stderr
 
 
 def test_weights_that_saw_the_test_images_are_refused(digits: Dataset) -> None:
