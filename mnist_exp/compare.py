@@ -178,7 +178,7 @@ def publish(
 ) -> list[str]:
     """Add a report of each comparison to the parents of the sweeps; return a line for each."""
     from mnist_exp.comparison import history, report, wording
-    from mnist_exp.tracking.base import OUTCOME, Answer
+    from mnist_exp.tracking.base import OUTCOME, Answer, report_name
 
     found = store.read_artifacts(list(records.values()), OUTCOME)
     histories = {run_id: history.parse_history(found.get(run_id, b"")) for run_id in records}
@@ -188,10 +188,10 @@ def publish(
         repeated = commands(sweeps, comparison, arguments)
         page = report.render(comparison, shown, records, histories, sweep.record, repeated, images, store.page)
         with tempfile.TemporaryDirectory() as folder:
-            factor = re.sub(r"[^-.\w]", "_", comparison.factor)  # a name for files and tags
-            report_file, picture = (Path(folder, f"compare-{factor}.{suffix}") for suffix in ("html", "png"))
+            factor = re.sub(r"[^-.\w]", "_", comparison.factor)
+            file = Path(folder, report_name(factor))
             title = f"{wording.title(comparison)} ({wording.subtitle(comparison)})"
-            answer = Answer(factor, title, shown, report_file, picture)
+            answer = Answer(factor, title, shown, file, file.with_suffix(".png"))
             answer.report.write_text(page, encoding="utf-8")
             report.draw_differences(comparison, answer.picture)
             lines.append(f"Report: {store.publish(sweep.run_id, answer)}")

@@ -66,6 +66,11 @@ def objectives() -> list[str]:
     return [f"val/{item.name}" for item in measured if item.higher_is_better is not None]
 
 
+def on_test(name: str) -> str:
+    """Return the name on test images of a metric on validation images."""
+    return name.replace("val/", "test/", 1)
+
+
 def best_first(name: str, items: Iterable[Item], value: Callable[[Item], float]) -> list[Item]:
     """Return items sorted by their value of a metric, the best first; equal ones keep their order.
 

@@ -162,7 +162,7 @@ def diff_runs(store: Store, settings: Settings, arguments: argparse.Namespace) -
             columns = (name, f"A: {first.run_id[:8]}", f"B: {second.run_id[:8]}")
             show_table([dict(zip(columns, (key, *values), strict=True)) for key, values in section.items()])
     same = [name for name, section in sections.items() if not section]
-    show_lines([f"Identical: {', '.join(same)}."] if same else [])
+    show_lines([f"Identical: {', '.join(same)}." if same else "", store.difference_hint(first, second)])
 
 
 def best_arm(store: Store, settings: Settings, arguments: argparse.Namespace) -> None:

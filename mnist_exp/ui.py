@@ -3,7 +3,7 @@
 import argparse
 
 from mnist_exp import cli
-from mnist_exp.tracking.views import TEMPLATES
+from mnist_exp.tracking.views import PORT, VIEWS
 
 
 def main() -> None:
@@ -16,9 +16,14 @@ def main() -> None:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     result = cli.parser("ui", "Start the MLflow UI, and print links to its pages.")
-    result.add_argument("run_id", nargs="?", metavar="ID", help="open this run or sweep: its id, the start of it, or latest")
-    result.add_argument("--view", choices=TEMPLATES, help="open this saved view; curves are those of a sweep")
-    result.add_argument("--port", type=cli.count, default=5000)
+    result.add_argument(
+        "run_id",
+        nargs="?",
+        metavar="ID",
+        help="open this run or sweep: its id, the start of it, or latest (default: the last answer)",
+    )
+    result.add_argument("--view", choices=VIEWS, help="open this saved view; curves are those of a sweep")
+    result.add_argument("--port", type=cli.count, default=PORT)
     return result
 
 

@@ -18,7 +18,7 @@ from mnist_exp.errors import UserError
 from mnist_exp.experiment.figures import run_figures
 from mnist_exp.experiment.initial import load_initial, splits_used_before
 from mnist_exp.experiment.recorder import Recorder, recording
-from mnist_exp.experiment.summary import describe_run, parameters, result_rows, run_name, short_override
+from mnist_exp.experiment.summary import describe_run, parameters, recipe_name, result_rows, run_name, short_override
 from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.evaluation import Evaluation, evaluate
 from mnist_exp.learning.models import count_parameters, create_model
@@ -30,7 +30,7 @@ from mnist_exp.storage import run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import RunInfo, Store
-from mnist_exp.tracking.tags import ARM, COLOR, DATA, JOB, OVERRIDES, PARENT, RERUN_OF, RESUMED, SWEEP
+from mnist_exp.tracking.tags import ARM, COLOR, DATA, JOB, OBJECTIVE, OVERRIDES, PARENT, RECIPE, RERUN_OF, RESUMED, SWEEP
 
 ShouldPrune = Callable[[int, Mapping[str, float]], bool]  # called with examples seen and metrics
 
@@ -203,6 +203,8 @@ def _run_info(request: RunRequest, prepared: Prepared) -> RunInfo:
         **provenance.process_tags(settings.output_dir),
         DATA: prepared.data.name,
         OVERRIDES: shlex.join(request.start.recipe.overrides),
+        OBJECTIVE: settings.objective,
+        RECIPE: recipe_name(request.start.recipe, prepared.data.name),
     }
     if job:
         shown = [override for override in shown if key_of(override) in job.varied]

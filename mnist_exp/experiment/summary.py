@@ -5,8 +5,8 @@ import re
 from mnist_exp.learning.data import Dataset
 from mnist_exp.metrics import METRICS, format_metric, metric_of
 from mnist_exp.nodes import walk
-from mnist_exp.overrides import PARTS, command, key_of, text_of
-from mnist_exp.settings import Recipe
+from mnist_exp.overrides import PARTS, command, key_of, section_of, text_of
+from mnist_exp.settings import NEUTRAL, Recipe
 
 CLASS_KEY = re.compile(rf"\w+\.({'|'.join(PARTS)})(\..+)?\._target_|model\..+\._target_")
 
@@ -15,6 +15,13 @@ def run_name(choices: dict[str, str], overrides: list[str], data: str) -> str:
     """Return a run's name: its model, its data unless that is mnist, and the rest of `overrides` in short form."""
     rest = [short_override(override, choices) for override in overrides if key_of(override) not in ("model", "data")]
     return " ".join([choices.get("model", "model"), *([] if data == "mnist" else [data]), *rest])[:200]
+
+
+def recipe_name(recipe: Recipe, data: str) -> str:
+    """Return a name that all runs of a recipe share, and runs of no other: overrides and digest, without the seed."""
+    shown = [item for item in recipe.overrides if section_of(item) not in NEUTRAL and key_of(item) != "seed"]
+    digest = recipe.settings.model_copy(update={"seed": 0, "rerun": None}).digest()
+    return f"{run_name(recipe.choices, shown, data)} {digest[:8]}"
 
 
 def short_override(override: str, choices: dict[str, str]) -> str:

@@ -17,9 +17,9 @@ from mnist_exp.storage import run_dir
 from mnist_exp.sweep.jobs import Job, common_data, failure_reason, job_colors
 from mnist_exp.sweep.summary import describe_sweep, job_table, sweep_metrics
 from mnist_exp.tracking import provenance
+from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import RunInfo, RunRecord, Store, Sweep, Tracker, grids_text, latest_run_per_job
 from mnist_exp.tracking.frame import frame
-from mnist_exp.tracking.tags import ANSWER, GRIDS, HOST, OBJECTIVE, OUTPUT_DIR, OVERRIDES, PID, SWEEP_JOBS, SWEEPER
 
 ORPHAN_PATIENCE = 60.0  # seconds for the jobs of a killed parent to end
 
@@ -74,12 +74,13 @@ class Parent:
         output_dir, first = self.settings.output_dir, self.grids[0]
         process_tags = provenance.process_tags(output_dir)
         sweep_tags = {
-            GRIDS: grids_text(self.grids),
-            SWEEPER: self.sweeper,
-            SWEEP_JOBS: str(self.total),
-            OBJECTIVE: self.objective,
+            tag.GRIDS: grids_text(self.grids),
+            tag.SWEEPER: self.sweeper,
+            tag.SWEEP_JOBS: str(self.total),
+            tag.OBJECTIVE: self.objective,
+            tag.KEYS: " ".join(self.swept_keys),
         }
-        tags = provenance.git_tags() | provenance.software() | process_tags | sweep_tags | {OVERRIDES: shlex.join(first)}
+        tags = provenance.git_tags() | provenance.software() | process_tags | sweep_tags | {tag.OVERRIDES: shlex.join(first)}
         name = f"sweep {' by '.join(self.swept_keys) or 'of one'}"
         info = RunInfo(name, command("run", "-m", *self.selecting_overrides, *first), tags)
         with ExitStack() as lock, ExitStack() as running:  # the lock outlasts the final status
@@ -89,7 +90,7 @@ class Parent:
             lock.enter_context(_resume_advice(self.resume_command))
             if stored:
                 # Before the first job starts. Answers from fewer jobs no longer hold.
-                answers = {name: "" for name in stored.record.tags if name.partition(".")[0] == ANSWER}
+                answers = {name: "" for name in stored.record.tags if name.partition(".")[0] == tag.ANSWER}
                 self.store.set_tags(stored.run_id, process_tags | sweep_tags | answers)
             else:
                 lock.enter_context(run_dir.lock_run(self.folder))
@@ -143,8 +144,8 @@ class Parent:
                 return
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"Run {alive[0].run_id} of this sweep still seems to be running, as process {alive[0].tags.get(PID)} on "
-                    f"{alive[0].tags.get(HOST)}. Wait for it or stop it. If it is dead, run `{command('runs', 'reap')}` on "
+                    f"Run {alive[0].run_id} of this sweep still seems to be running, as process {alive[0].tags.get(tag.PID)} on "
+                    f"{alive[0].tags.get(tag.HOST)}. Wait for it or stop it. If it is dead, run `{command('runs', 'reap')}` on "
                     "that machine, or continue with sweep.force=true."
                 )
             time.sleep(1)
@@ -157,7 +158,10 @@ class Parent:
         if rows and self.tracker.is_recording:
             sweep = self.store.find_sweep(self.tracker.run_id)
             self.tracker.log_text(frame([(sweep, children)]).to_csv(index=False), "results.csv")
-            self.tracker.log_results(sweep_metrics(rows, children, self.objective))
+            self.tracker.log_results(sweep_metrics(children, self.objective))
+            finished = sum(row["status"] == "FINISHED" for row in rows)
+            data = common_data(children, self.swept_keys)
+            self.tracker.set_tags({tag.FINISHED: f"{finished} of {self.total}"} | ({tag.DATA: data} if data else {}))
             self.tracker.set_description(describe_sweep(rows, children, self.store, sweep, self.resume_command))
         return rows
 
@@ -177,7 +181,7 @@ def check_output_dir(parent: RunRecord, output_dir: Path, locations: Sequence[st
 
     The tag alone is never trusted: anyone who can write to the store could redirect a sweep with it.
     """
-    stored = parent.tags.get(OUTPUT_DIR, "")
+    stored = parent.tags.get(tag.OUTPUT_DIR, "")
     if stored != str(output_dir.absolute()) and not any(key_of(override) == "output_dir" for override in locations):
         raise UserError(
             f"{key}={parent.run_id}: the sweep was not started with output_dir={output_dir.absolute()}, but with "

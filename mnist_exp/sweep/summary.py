@@ -82,19 +82,10 @@ def job_table(jobs: list[Job], children: list[RunRecord], results: JobResults, o
     return rows
 
 
-def sweep_metrics(rows: list[dict[str, str]], children: list[RunRecord], objective: str) -> dict[str, float]:
-    """Return the metrics of a sweep's parent; none has the name of a run's, so that charts keep them apart.
-
-    Args:
-        rows: From `job_table`.
-        children: The runs of the jobs.
-        objective: The metric that decides.
-    """
-    statuses = Counter(row["status"] for row in rows)
-    finished, failed = statuses["FINISHED"], statuses["FAILED"] + statuses["KILLED"]
+def sweep_metrics(children: list[RunRecord], objective: str) -> dict[str, float]:
+    """Return the metrics of a sweep's parent; none has the name of a run's, so that charts keep them apart."""
     best = _ranked(children, objective)
-    counts = {"sweep/jobs_finished": float(finished), "sweep/jobs_failed": float(failed)}
-    return counts | ({"sweep/best_objective": best[0].metrics[objective]} if best else {})
+    return {"sweep/best_objective": best[0].metrics[objective]} if best else {}
 
 
 def _scored(children: Iterable[RunRecord], objective: str) -> list[RunRecord]:
@@ -119,7 +110,8 @@ def describe_sweep(rows: list[dict[str, str]], children: list[RunRecord], store:
         resume_command: The command that resumes the sweep.
     """
     objective = sweep.record.objective
-    counts = ", ".join(f"{count} {status}" for status, count in Counter(row["status"] for row in rows).most_common())
+    statuses = Counter(row["status"] for row in rows)
+    counts = ", ".join(f"{count} {status}" for status, count in statuses.most_common())
     lines = [f"{len(rows)} jobs: {counts}."]
     if ranked := _ranked(children, objective):
         highest = ranked[0].metrics[objective]
@@ -130,14 +122,14 @@ def describe_sweep(rows: list[dict[str, str]], children: list[RunRecord], store:
         more = f" and {len(best) - BEST_SHOWN} more" if len(best) > BEST_SHOWN else ""
         tied = f"{len(best)} tie: " if len(best) > 1 else ""
         lines.append(f"Best by {objective}, {format_metric(objective, highest)}: {tied}{links}{more}.")
-    finished = sum(row["status"] == "FINISHED" for row in rows)
-    if finished and (curves := store.link_curves(sweep.run_id, finished, objective)):
-        lines += ["", f"[Curves by arm]({curves}), each the mean over its runs."]
+    if pages := store.sweep_links(sweep.record, children):
+        lines += ["", " · ".join(f"[{text}]({page})" for text, page in pages.items())]
+    if statuses.keys() - {"FINISHED", "PRUNED"}:
+        lines += ["", f"`{resume_command}` runs the jobs that have not finished."]
     if len(sweep.grids) > 1:
         lines += ["", "Its grids:", *(f"- `{shlex.join(grid)}`" for grid in sweep.grids)]
     shown = ("job", "name", "status", objective, *SHOWN)
     lines += ["", f"| {' | '.join(shown)} |", f"|{' --- |' * len(shown)}"]
     lines += [f"| {' | '.join(row[key] for key in shown)} |" for row in rows[:ROWS_SHOWN]]
     lines += [f"\n... and {len(rows) - ROWS_SHOWN} more, in `results.csv`."] if len(rows) > ROWS_SHOWN else []
-    lines += ["", f"`{resume_command}` runs the jobs that have not finished."]
     return "\n".join(lines)

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 
     from mnist_exp.learning.data import Dataset
 
-# The colors of arms in charts and figures, which color-blind people can distinguish (Okabe and Ito, 2008).
-COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# The colors of arms in charts and figures, which color-blind people can distinguish (Okabe and Ito, 2008), with gray in place of
+# black, which a dark page hides.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 RECIPE = "recipe.json"  # the artifact with the recipe of a run
+TRACEBACK = "traceback.txt"  # the artifact with the stack trace of a failed run
 OUTCOME = "outcome.json"  # the artifact with the history and the mistakes of a run
 MODELS = "a folder, the id of a run, latest, models:/NAME@ALIAS, models:/NAME/VERSION or models:/ID"
 MAX_TAG = 8000  # characters; MLflow cuts a longer value without an error
@@ -113,7 +115,7 @@ class RunRecord:
 
     @property
     def objective(self) -> str:
-        """Of the parent of a sweep: the metric that decides."""
+        """The metric that decides."""
         return self.tags.get(tag.OBJECTIVE, str(Settings.model_fields["objective"].default))
 
     @property
@@ -201,7 +203,8 @@ class Answer:
     """The answer of a comparison, for the parent of its sweep.
 
     Args:
-        factor: The key whose values are compared. An answer replaces that of the same factor only.
+        factor: The key whose values are compared, as a part of names of tags and files. An answer replaces that of the same
+            factor only.
         title: The verdict in one line.
         notes: The sentences without which the verdict would mislead.
         report: The HTML file.
@@ -213,6 +216,11 @@ class Answer:
     notes: Sequence[str]
     report: Path
     picture: Path
+
+
+def report_name(factor: str) -> str:
+    """Return the name of the report of a comparison, as a file and an artifact; factor: as in `Answer`."""
+    return f"compare-{factor}.html"
 
 
 @dataclass(frozen=True)
@@ -244,22 +252,27 @@ class Tracker:
     is_recording = False
 
     def __init__(self, run_id: str) -> None:
-        self.run_id = run_id
+        self.run_id, self.description = run_id, ""
 
     def __enter__(self) -> Self:
         return self
 
     @defer_signals()
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        stopped = isinstance(error, KeyboardInterrupt | PrunedError)
-        if isinstance(error, PrunedError):
-            self.set_tags({tag.PRUNED: str(error), tag.ERROR: str(error)})
-        elif error is not None:
-            self.log_text("".join(traceback.format_exception(error)), "traceback.txt")
-            message = str(error).strip() or type(error).__name__
-            diverged = {tag.DIVERGED: "true"} if isinstance(error, DivergedError) else {}
-            self.set_tags({tag.ERROR: message.splitlines()[0][:250]} | diverged)
-        self.end("FINISHED" if error is None else "KILLED" if stopped else "FAILED")
+        status = "FINISHED" if error is None else "KILLED" if isinstance(error, KeyboardInterrupt | PrunedError) else "FAILED"
+        if error is not None:
+            message = (str(error).strip() or type(error).__name__).splitlines()[0][:250]
+            tags, link = {tag.ERROR: message}, ""
+            if isinstance(error, PrunedError):
+                tags[tag.PRUNED] = message
+            else:
+                self.log_text("".join(traceback.format_exception(error)), TRACEBACK)
+                link = self.link(TRACEBACK)
+            if isinstance(error, DivergedError):
+                tags[tag.DIVERGED] = "true"
+            self.set_tags(tags)
+            self.set_description(describe_failure(status, message, link, self.description))
+        self.end(status)
 
     def end(self, status: str) -> None:
         """Send all records, and set the final status and the time of the end."""
@@ -272,7 +285,12 @@ class Tracker:
 
     def set_description(self, description: str) -> None:
         """Record the text that the UI shows, in Markdown."""
+        self.description = description
         self.set_tags({tag.DESCRIPTION: description})
+
+    def link(self, path: str) -> str:
+        """Return a link to the page of an artifact of the run, for a description; empty if there are no links."""
+        return ""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Record metrics at `step` (examples seen); they may be sent as late as `flush`.
@@ -314,6 +332,12 @@ class Tracker:
         from mnist_exp.tracking.models import save_model  # with torch, which commands that only read do not need
 
         save_model(folder, model, settings)
+
+
+def describe_failure(status: str, error: str, link: str, description: str) -> str:
+    """Return the description of a run that has not finished: the error, a link to its traceback, and the earlier description."""
+    traceback_link = f" [Traceback]({link})" if link else ""
+    return f"**{status}**: {error}{traceback_link}\n\n{description}".rstrip()
 
 
 class Store:
@@ -471,7 +495,8 @@ class Store:
         record = self.get_run(run_id)
         applies = record.status == was  # it may have ended in the meantime
         if applies or record.tags.get(tag.ERROR) == PROCESS_DIED:
-            self.set_tags(run_id, {tag.ERROR: reason})
+            description = describe_failure("KILLED", reason, "", "" if not applies else record.tags.get(tag.DESCRIPTION, ""))
+            self.set_tags(run_id, {tag.ERROR: reason, tag.DESCRIPTION: description})
         if applies:
             self.set_status(run_id, "KILLED")
         return applies
@@ -570,8 +595,8 @@ class Store:
         """Serve the UI until it is stopped, and print the links to its pages.
 
         Args:
-            run_id: The run or sweep to open: its id, the start of it, or `latest`; None for all runs.
-            view: The saved view to open, None for the first.
+            run_id: The run or sweep to open: its id, the start of it, or `latest`; None for the last answer.
+            view: The saved view to open, None for the page of the run.
             port: The port on this machine.
 
         Raises:
@@ -587,10 +612,14 @@ class Store:
         """Return the line that says how to open a run in the UI, empty without one."""
         return f"Open it: {page}" if (page := self.page(run_id)) else ""
 
+    def difference_hint(self, first: RunRecord, second: RunRecord) -> str:
+        """Return the line that says how to compare two runs in the UI, empty if it cannot."""
+        return ""
+
     def link(self, run_id: str, path: str = "") -> str:
         """Return a link to a run, or to its artifact `path`, for a description; empty if there are no links."""
         return ""
 
-    def link_curves(self, sweep_id: str, finished: int, objective: str) -> str:
-        """Save the view of the curves of a sweep with `finished` finished runs; return a link to it, empty if that fails."""
-        return ""
+    def sweep_links(self, sweep: RunRecord, children: Sequence[RunRecord]) -> dict[str, str]:
+        """Save the view of the runs of a sweep; return links to it by their text, for a description, none if that fails."""
+        return {}

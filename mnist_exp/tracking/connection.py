@@ -19,7 +19,7 @@ from mnist_exp.paths import absolute_store
 from mnist_exp.signals import defer_signals
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import StoreLostError, StoreUnavailableError
-from mnist_exp.tracking.views import MARKS, VIEW_PREFIX, VIEWS, describe_experiment, view_tag
+from mnist_exp.tracking.views import VIEW_PREFIX, describe_experiment, fixed_views, view_tag
 
 Result = TypeVar("Result")
 REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "BAD_REQUEST", "PERMISSION_DENIED")
@@ -81,8 +81,8 @@ def _open_experiment(uri: str, experiment: str, artifact_location: str | None) -
         raise StoreUnavailableError(f"{uri} does not create the experiment {experiment}. May you write to it?")
     experiment_id = str(found.experiment_id)
     with suppress(MlflowException):  # from a server that does not allow it: everything else works without them
-        shown = {VIEW_PREFIX + key: view_tag(view) for key, view in VIEWS.items()}
-        for name, value in {**shown, tag.DESCRIPTION: describe_experiment(experiment_id), **MARKS}.items():
+        shown = {VIEW_PREFIX + key: view_tag(view) for key, view in fixed_views().items()}
+        for name, value in {**shown, tag.DESCRIPTION: describe_experiment()}.items():
             if name not in found.tags:
                 client.set_experiment_tag(experiment_id, name, value)
     return client, experiment_id

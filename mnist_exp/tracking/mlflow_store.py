@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +22,7 @@ from pydantic import Field
 from sqlalchemy.exc import SQLAlchemyError
 
 from mnist_exp.errors import NonNegative, UserError, first_line
-from mnist_exp.metrics import format_metric
+from mnist_exp.metrics import format_metric, on_test
 from mnist_exp.overrides import command
 from mnist_exp.paths import NAME
 from mnist_exp.signals import defer_signals
@@ -30,7 +31,21 @@ from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import MAX_TAG, MODELS, Answer, ModelSource, RunInfo, RunRecord, Store, StoreUnavailableError, Sweep
 from mnist_exp.tracking.connection import Result, check_uri, connect, gc_command, is_refusal, restore_command, retry, terminate
 from mnist_exp.tracking.mlflow_ui import show
-from mnist_exp.tracking.views import CURVES, VIEW_PREFIX, artifact_path, curves_tag, run_path, surplus_curves, view_path
+from mnist_exp.tracking.views import (
+    HOST,
+    PORT,
+    VIEW_PREFIX,
+    View,
+    artifact_path,
+    difference_path,
+    leaderboard,
+    marks,
+    run_path,
+    surplus_views,
+    sweep_view,
+    view_path,
+    view_tag,
+)
 
 if TYPE_CHECKING:
     from mnist_exp.tracking.mlflow_tracker import MLflowTracker
@@ -58,6 +73,7 @@ class MLflowStore(Store):
         self.uri = check_uri(uri)
         self.experiment = experiment
         self.patience = patience
+        self.has_leaderboard: set[tuple[str, str]] = set()  # data set and objective of the leaderboards that are saved
 
     def __str__(self) -> str:
         return f"{self.uri}, experiment {self.experiment}"
@@ -96,6 +112,8 @@ class MLflowStore(Store):
             ) from error
         if not RUN_ID.fullmatch(run.info.run_id):  # it becomes the name of a folder
             raise UserError(f"{self.uri} created a run with the id {run.info.run_id!r}, expected 32 hexadecimal digits.")
+        if tag.RECIPE in tags:
+            self._save_leaderboard(tags[tag.DATA], tags[tag.OBJECTIVE])
         return self.make_tracker(run)
 
     def _retry(self, operation: Callable[[], Result]) -> Result:
@@ -214,18 +232,22 @@ class MLflowStore(Store):
         for path in (answer.report, answer.picture):
             self.client.log_artifact(run_id, str(path))
         name, run = answer.report.name, self._stored_run(run_id)
-        text = " ".join([f"{answer.title}.", *answer.notes])
-        # One paragraph for each factor, which its next comparison replaces.
+        experiment_id = run.info.experiment_id
+        links = {"Report": run_path(experiment_id, run_id, name)[1:]}
+        links |= self.sweep_links(record_of(run), self.children(run_id))
+        # One paragraph for each factor, which its next comparison replaces. The UI folds all but the first lines.
         mark, earlier = f"**{answer.factor}**: ", run.data.tags.get(tag.DESCRIPTION, "")
         others = re.sub(rf"^{re.escape(mark)}.*?(\n\n|\Z)", "", earlier, flags=re.DOTALL | re.MULTILINE)
+        notes = shorten(" ".join(answer.notes), MAX_ANSWER, placeholder=" ...")
         description = (
-            f"{mark}{shorten(text, MAX_ANSWER, placeholder=' ...')} See `{name}` under Artifacts for the full report.\n"
-            f"![The comparison by {answer.factor}]({artifact_path(run_id, answer.picture.name)})\n\n{others}"
+            f"{mark}{answer.title}.\n{' · '.join(f'[{text}]({link})' for text, link in links.items())}\n"
+            f"![The comparison by {answer.factor}]({artifact_path(run_id, answer.picture.name)})\n{notes}\n\n{others}"
         )
+        text = " ".join([f"{answer.title}.", *answer.notes])
         tags = {tag.ANSWER: answer.title, f"{tag.ANSWER}.{answer.factor}": text[:MAX_TAG], tag.DESCRIPTION: description}
         self.set_tags(run_id, tags)
         if not run.info.artifact_uri.startswith("file:"):
-            return f"{name}, under Artifacts of {self.uri}{run_path(run.info.experiment_id, run_id)}"
+            return f"{self.uri}{run_path(experiment_id, run_id, name)}"
         return unquote(urlsplit(f"{run.info.artifact_uri}/{name}").path)
 
     def run_model(self, record: RunRecord, output_dir: Path) -> ModelSource | None:
@@ -287,7 +309,25 @@ class MLflowStore(Store):
         version = mlflow.register_model(source.address, name, tags=dict(tags))  # also links the logged model to the version
         self.client.update_model_version(name, version.version, description)
         self.client.set_registered_model_alias(name, alias, version.version)
+        self.client.update_registered_model(name, self._describe_versions(name, record.objective))
         return str(version.version)
+
+    def _describe_versions(self, name: str, objective: str) -> str:
+        """Return the versions of a registered model as a table in Markdown, the newest first."""
+        aliases = {int(version): alias for alias, version in self.client.get_registered_model(name).aliases.items()}
+        metrics = [objective, on_test(objective)]
+        lines = [f"| version | {' | '.join(metrics)} | data | run | alias |", f"|{' --- |' * (len(metrics) + 4)}"]
+        versions = mlflow.search_model_versions(filter_string=f"name='{name}'")
+        for version in sorted(versions, key=lambda version: int(version.version), reverse=True):
+            try:
+                run = record_of(self.client.get_run(version.run_id or ""))
+            except MlflowException:  # deleted for good, or of a model that others have registered
+                run = None
+            values = [format_metric(key, run.metrics[key]) if run and key in run.metrics else "" for key in metrics]
+            link = f"[{run.name}]({run_path(run.experiment_id, run.run_id)[1:]})" if run else ""
+            cells = [version.version, *values, run.data if run else "", link, aliases.get(int(version.version), "")]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+        return "\n".join(lines)
 
     def show_ui(self, run_id: str | None, view: str | None, port: int) -> None:
         show(self, run_id, view, port)
@@ -302,15 +342,46 @@ class MLflowStore(Store):
     def ui_hint(self, run_id: str) -> str:
         return f"Open it in the MLflow UI: {self.page(run_id) or command('ui', run_id)}"
 
-    def link_curves(self, sweep_id: str, finished: int, objective: str) -> str:
-        key = f"{CURVES}-{sweep_id[:8]}"
-        try:  # each time, because the name of the view counts the runs
-            self.client.set_experiment_tag(self.experiment_id, VIEW_PREFIX + key, curves_tag(sweep_id, finished, objective))
-            for name in surplus_curves(self.client.get_experiment(self.experiment_id).tags):
-                self.client.delete_experiment_tag(self.experiment_id, name)
-        except MlflowException:  # the sweep has its results without a view
+    def difference_hint(self, first: RunRecord, second: RunRecord) -> str:
+        path = difference_path(first.experiment_id, [first.run_id, second.run_id])
+        if first.experiment_id != second.experiment_id:
             return ""
-        return view_path(self.experiment_id, key).removeprefix("/")
+        if self.uri.startswith("http"):
+            return f"Compare them in the MLflow UI: {self.uri}{path}"
+        return f"Compare them in the MLflow UI, which `{command('ui')}` starts: http://{HOST}:{PORT}{path}"
+
+    def sweep_links(self, sweep: RunRecord, children: Sequence[RunRecord]) -> dict[str, str]:
+        try:
+            example = next((child for child in children if child.status == "FINISHED"), None)
+            lengths = {
+                metric: len(self.client.get_metric_history(example.run_id, metric)) if example else 0
+                for metric in ("train/loss", sweep.objective)
+            }
+            key, view = sweep_view(sweep, children, [metric for metric, length in lengths.items() if length > 1])
+            self._save_view(sweep.experiment_id, key, view)
+        except MlflowException:  # the sweep has its results without a view
+            return {}
+        paths = {"Curves": view_path(sweep.experiment_id, key, charts=True), "Runs": view_path(sweep.experiment_id, key)}
+        return {text: path.removeprefix("/") for text, path in paths.items()}
+
+    def _save_leaderboard(self, data: str, objective: str) -> None:
+        """Save the leaderboard of a data set unless it is there."""
+        if (data, objective) in self.has_leaderboard:
+            return
+        with suppress(MlflowException):  # from a server that does not allow it: everything else works without it
+            key, view = leaderboard(data, objective)
+            found = self.client.get_experiment(self.experiment_id).tags
+            for name, value in marks(objective).items():
+                if name not in found:
+                    self.client.set_experiment_tag(self.experiment_id, name, value)
+            if VIEW_PREFIX + key not in found:
+                self._save_view(self.experiment_id, key, view)
+        self.has_leaderboard.add((data, objective))
+
+    def _save_view(self, experiment_id: str, key: str, view: View) -> None:
+        self.client.set_experiment_tag(experiment_id, VIEW_PREFIX + key, view_tag(view))
+        for name in surplus_views(self.client.get_experiment(experiment_id).tags):
+            self.client.delete_experiment_tag(experiment_id, name)
 
 
 def _project_run(client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str]) -> Run | None:

@@ -21,7 +21,7 @@ from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import StoreLostError, Tracker
 from mnist_exp.tracking.connection import is_refusal, restore_command, retry, terminate
 from mnist_exp.tracking.mlflow_models import write_mlmodel
-from mnist_exp.tracking.views import model_name
+from mnist_exp.tracking.views import model_name, run_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,7 +69,8 @@ class MLflowTracker(Tracker):
 
     def __init__(self, client: MlflowClient, uri: str, run: entities.Run, patience: float) -> None:
         self.client, self.uri, self.patience = client, uri, patience
-        self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
+        super().__init__(run.info.run_id)
+        self.experiment_id = run.info.experiment_id
         histories = {key: client.get_metric_history(self.run_id, key) for key in run.data.metrics}
         self._logged = {(key, point.step): point for key, points in histories.items() for point in points}
         self._datasets = {item.dataset.name for item in run.inputs.dataset_inputs} if run.inputs else set()
@@ -90,6 +91,9 @@ class MLflowTracker(Tracker):
                 restore = restore_command(self.client, self.uri, self.experiment_id, self.run_id)
                 advice = f"The files on the disk are kept. If the run was deleted, restore it with `{restore}`."
             raise StoreLostError(f"Run {self.run_id}: {lost}\n{advice}") from lost
+
+    def link(self, path: str) -> str:
+        return run_path(self.experiment_id, self.run_id, path).removeprefix("/")
 
     def _send(self, method: str, *values: object, **named: object) -> None:
         """Add a call of the client for this run."""

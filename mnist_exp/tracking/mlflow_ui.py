@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING
 
 from mnist_exp.cli import listen
 from mnist_exp.errors import UserError
+from mnist_exp.overrides import command
 from mnist_exp.signals import install_signal_handlers
+from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking import views
-from mnist_exp.tracking.tags import SWEEP_JOBS
+from mnist_exp.tracking.base import RunRecord, report_name
 
 if TYPE_CHECKING:
     from mnist_exp.tracking.mlflow_store import MLflowStore
 
 LOOPBACK = "127.0.0.1"
+MAX_LEADERBOARDS = 3  # of the data sets that runs used last
 
 
 def show(store: "MLflowStore", run_id: str | None, view: str | None, port: int) -> None:
@@ -59,6 +62,7 @@ def serve(store: "MLflowStore", port: int, pages: dict[str, str]) -> None:
         ),
     }
     line = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri", store.uri, "--port", str(port)]
+    line += ["--uvicorn-opts", "--log-level warning"]
     server = subprocess.Popen(line, env=environment, stdout=sys.stderr)  # the links alone are on stdout
     install_signal_handlers()
     try:
@@ -78,34 +82,47 @@ def serve(store: "MLflowStore", port: int, pages: dict[str, str]) -> None:
 
 
 def list_pages(store: "MLflowStore", run_id: str | None, view: str | None) -> dict[str, str]:
-    """Return the paths of pages by name: first the one that is asked for, then the saved views.
+    """Return the paths of pages by name: first the one that is asked for, by default the last answer.
 
     Raises:
-        UserError: The run does not exist, or has no curves.
+        UserError: The run does not exist or is no sweep with curves, or the view has no runs.
     """
-    saved = {shown["name"]: views.view_path(store.experiment_id, key) for key, shown in views.VIEWS.items()}
-    if view not in (None, views.CURVES):
-        name = views.TEMPLATES[view]["name"]
-        return {name: saved[name]} | saved
+    runs = store.runs()
+    boards = {}
+    for run in runs:
+        if tag.RECIPE in run.tags:
+            key, board = views.leaderboard(run.data, run.objective)
+            boards[board["name"]] = views.view_path(store.experiment_id, key)
+    pages = dict(list(boards.items())[:MAX_LEADERBOARDS])
+    pages |= {saved["name"]: views.view_path(store.experiment_id, key) for key, saved in views.fixed_views().items()}
+    pages["Registered models"] = "/#/models"
     if view == views.CURVES and run_id in (None, "latest"):
         run_id = store.find_sweep("latest").run_id
-    if run_id is None:
-        return saved
-    run = store.find_run(run_id)
-    store.experiment_id = run.experiment_id
-    if SWEEP_JOBS in run.tags:
-        finished = sum(record.status == "FINISHED" for record in store.children(run.run_id))
-        if curves := store.link_curves(run.run_id, finished, run.objective):
-            saved = {"Curves by arm": f"/{curves}"} | saved
-    elif view == views.CURVES:
-        raise UserError.invalid("--view", view, f"a sweep with it: run {run.run_id} is a single run")
-    page = {run.name: views.run_path(run.experiment_id, run.run_id)}
-    return saved | page if view == views.CURVES else page | saved
+    run_id = run_id or next((run.run_id for run in runs if run.tags.get(tag.ANSWER)), None)
+    if run_id is not None:
+        pages = list_run_pages(store, store.find_run(run_id)) | pages
+    first = next((name for name in pages if name.startswith((view or "").capitalize())), None)
+    if first is None:
+        expected = "the id of a sweep with it" if view == views.CURVES else "runs in the store"
+        raise UserError.invalid("--view", view, expected, f"`{command('runs', 'list')}` lists them.")
+    return {first: pages[first]} | pages
+
+
+def list_run_pages(store: "MLflowStore", run: RunRecord) -> dict[str, str]:
+    """Return the paths of the pages of a run by name: of a sweep, also its last report and its curves."""
+    answer = run.tags.get(tag.ANSWER, "")
+    pages = {f"Answer: {answer}" if answer else run.name: views.run_path(run.experiment_id, run.run_id)}
+    if tag.SWEEP_JOBS in run.tags:
+        for name, text in run.tags.items():
+            factor = name.removeprefix(f"{tag.ANSWER}.")
+            if factor != name and answer and text.startswith(answer):
+                pages["Report"] = views.run_path(run.experiment_id, run.run_id, report_name(factor))
+        links = store.sweep_links(run, store.children(run.run_id))
+        pages |= {name: f"/{link}" for name, link in links.items() if name == "Curves"}
+    return pages
 
 
 def show_links(address: str, pages: dict[str, str]) -> None:
-    """Print the link to the first page, then those to all others by name."""
-    first, *others = pages.items()
-    print(f"{address}{first[1]}")
-    for name, path in others:
-        print(f"  {name}: {address}{path}", flush=True)
+    """Print the name and the link of each page."""
+    for name, path in pages.items():
+        print(f"{name}: {address}{path}", flush=True)

@@ -24,7 +24,7 @@ from mnist_exp.overrides import combinations, command, text_of
 from mnist_exp.settings import Recipe
 from mnist_exp.sweep.jobs import Job
 from mnist_exp.sweep.summary import describe_sweep, job_table, sweep_metrics
-from mnist_exp.tracking.base import OUTCOME, RECIPE, RunInfo
+from mnist_exp.tracking.base import COLORS, OUTCOME, RECIPE, RunInfo
 from mnist_exp.tracking.mlflow_store import MLflowStore
 
 
@@ -43,7 +43,8 @@ def make_sweep(uri: str, arms: Sequence[str], seeds: int, factor: str = "model",
     data = load_digits(0.02, seed=0)
     grid = [f"{factor}={','.join(arms)}", *(f"{key}={values}" for key, values in others.items()), f"seed=range(0,{seeds})"]
     jobs = combinations(grid)
-    tags = {"sweep_jobs": str(len(jobs)), "sweeper": "grid", "grids": json.dumps([grid])}
+    tags = {"sweep_jobs": str(len(jobs)), "sweeper": "grid", "grids": json.dumps([grid]), "data": "digits"}
+    tags["keys"] = " ".join([factor, *others, "seed"])
     info = RunInfo(f"sweep {factor} by seed", command("run", "-m", *grid), tags)
     with store.start(info) as parent:
         pass
@@ -57,11 +58,15 @@ def make_sweep(uri: str, arms: Sequence[str], seeds: int, factor: str = "model",
             "overrides": shlex.join(overrides),
             "data": "digits",
             "arm": " ".join([arm, *rest]),
+            "recipe": f"{' '.join([arm, *rest])} {'0' * 8}",
+            "objective": "val/accuracy",
+            "mlflow.runColor": COLORS[arms.index(arm)],
             "mlflow.parentRunId": parent.run_id,
         }
         with store.start(RunInfo(f"{arm} seed={seed}", command("run", *overrides), tags)) as child:
             settings = {f"train.setting{number}": number for number in range(40)}
-            child.log_params({"model": arm, "others": rest, "seed": seed, "precision": "float32"} | settings)
+            keys = {factor: arm, **dict(zip(others, rest, strict=True))}
+            child.log_params(keys | {"seed": seed, "precision": "float32"} | settings)
             child.log_dataset(data, "test", "test")
             accuracy = 0.98 + random.Random(seed).gauss(0, 0.001) + arms.index(arm) * better + noise.gauss(0, 0.0005)
             history = [(3000 * (step + 1), report(step, accuracy)) for step in range(40)]
@@ -75,7 +80,7 @@ def make_sweep(uri: str, arms: Sequence[str], seeds: int, factor: str = "model",
     children = store.children(parent.run_id)
     with store.start(info, parent.run_id) as tracker:
         rows = job_table([Job(number, [], "") for number in range(len(children))], children, {}, "val/accuracy")
-        tracker.log_results(sweep_metrics(rows, children, "val/accuracy"))
+        tracker.log_results(sweep_metrics(children, "val/accuracy"))
         tracker.set_description(describe_sweep(rows, children, store, store.find_sweep(parent.run_id), "resume"))
     return parent.run_id
 
