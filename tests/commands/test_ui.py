@@ -10,14 +10,12 @@ import pytest
 from benchmarks.compare import make_sweep
 from conftest import CommandLine, chromium, free_port, one_split, wait_for_server
 from matplotlib.figure import Figure
-from mlflow import MlflowClient
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from mnist_exp.api import frame
 from mnist_exp.experiment.summary import describe_run
-from mnist_exp.tracking.base import RunInfo
+from mnist_exp.tracking.base import COLORS, RunInfo
 from mnist_exp.tracking.mlflow_store import MLflowStore
-from mnist_exp.tracking.views import VERSION
 
 CHROMIUM = chromium()
 pytestmark = [
@@ -60,7 +58,7 @@ def visit(browser: Browser, tmp_path: Path) -> Iterator[Open]:
 
 @pytest.fixture
 def ui(store: str) -> Iterator[Ui]:
-    """Start `python -m mnist_exp.ui ARGUMENTS`, and return the links that it prints by name, the first as ''."""
+    """Start `python -m mnist_exp.ui ARGUMENTS`, and return the links that it prints by name, in their order."""
     servers = []
 
     def start(*arguments: str) -> dict[str, str]:
@@ -69,8 +67,8 @@ def ui(store: str) -> Iterator[Ui]:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         servers.append(server)
         assert server.stdout is not None
-        links = {"": server.stdout.readline().strip()}
-        while (line := server.stdout.readline()).startswith("  "):
+        links = {}
+        while "Ctrl-C" not in (line := server.stdout.readline()):
             name, _, link = line.strip().rpartition(": ")
             links[name] = link
         wait_for_server(f"http://127.0.0.1:{port}/health", server)
@@ -85,7 +83,7 @@ def ui(store: str) -> Iterator[Ui]:
 @pytest.fixture
 def single(store: str) -> str:
     """The id of a single run with pictures, whose description contains HTML."""
-    tags = {"overrides": "seed=7", "data": "mnist"}
+    tags = {"overrides": "seed=7", "data": "mnist", "recipe": "se_cnn 12345678", "objective": "val/accuracy"}
     with MLflowStore(store, "mnist_exp").start(RunInfo("se_cnn mnist seed=7", COMMAND, tags)) as tracker:
         tracker.log_params({"model": "se_cnn", "seed": 7})
         tracker.log_dataset(one_split(), "test", "test")
@@ -97,33 +95,39 @@ def single(store: str) -> str:
     return tracker.run_id
 
 
-def test_the_leaderboard_shows_whole_values_and_no_assistant(ui: Ui, single: str, visit: Open) -> None:
-    page = visit(ui()[""])
-    for text in ("se_cnn mnist seed=7", "0.9876", "0.0432", "19674", "seed=7"):
-        expect(page.get_by_text(text, exact=True).first).to_be_visible()
-    headers = page.get_by_role("columnheader").all()
-    headers = sorted((header for header in headers if header.bounding_box()), key=lambda header: header.bounding_box()["x"])
-    names = [name for header in headers if "/" in (name := header.inner_text().strip()) or name in ("data", "overrides")]
-    assert list(dict.fromkeys(names)) == ["test/accuracy", "test/loss", "model/parameters", "data", "overrides"]
+def first(links: dict[str, str]) -> str:
+    return next(iter(links.values()))
+
+
+def test_the_leaderboard_has_a_row_per_recipe_the_best_mean_first(ui: Ui, visit: Open, store: str) -> None:
+    sweep = make_sweep(store, ARMS, seeds=3)
+    page = visit(first(ui("--view", "leaderboard")))
+    means = frame(sweep).groupby("model")["val/accuracy"].mean().sort_values(ascending=False)
+    expect(page.get_by_text("Group:").first).to_be_visible()
+    groups = [text.split()[1] for text in page.get_by_text(re.compile(r"^Group: ")).all_inner_texts()]
+    assert [*dict.fromkeys(groups)] == list(means.index)
+    for text in (f"{means.iloc[0]:.6f}"[:6], "se_cnn seed=1"):
+        expect(page.get_by_text(re.compile(f"^{text}")).first).to_be_visible()
+    headers = {name.strip() for name in page.get_by_role("columnheader").all_inner_texts()}
+    assert {"val/accuracy", "test/accuracy", "model/parameters"} <= headers
     assert page.locator("[data-assistant-ui=true]:has-text('Assistant')").count() == 0
 
 
 def test_html_in_a_description_does_not_run(ui: Ui, single: str, visit: Open) -> None:
-    page = visit(ui(single)[""])
+    page = visit(first(ui(single)))
     expect(page.get_by_text("Repeat it").first).to_be_visible()
     assert page.title() != "it ran"
 
 
 def test_the_page_of_a_run_shows_its_command_whole_and_its_data_as_an_array(ui: Ui, single: str, visit: Open) -> None:
-    page = visit(ui(single)[""])
+    page = visit(first(ui(single)))
     expect(page.get_by_text(COMMAND, exact=True).first).to_be_visible()
     page.get_by_text("mnist-test").first.click()
     expect(page.get_by_text("Array Datasource").first).to_be_visible()
 
 
 def test_a_second_ui_prints_the_link_and_ends(ui: Ui, single: str) -> None:
-    link = ui()[""]
-    port = re.search(r":(\d+)/", link)[1]
+    port = re.search(r":(\d+)/", first(ui()))[1]
     command = [sys.executable, "-m", "mnist_exp.ui", single[:8], "--port", port]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert single in done.stdout.splitlines()[0]
@@ -133,85 +137,99 @@ def test_a_second_ui_prints_the_link_and_ends(ui: Ui, single: str) -> None:
 
 
 def drawn(page: Page) -> dict[str, list[dict]]:
-    """The data of the drawn charts, by title."""
+    """The data and the colors of the drawn charts, by title."""
     page.locator(".js-plotly-plot").first.wait_for()
     page.wait_for_timeout(3000)  # for the histories of the metrics
     script = """plots => plots.map(plot => plot.data.map(trace => (
-        {type: trace.type, x: Array.from(trace.x || []), y: Array.from(trace.y || [])})))"""
+        {type: trace.type, x: Array.from(trace.x || []), y: Array.from(trace.y || []), 
+         color: (trace.line || {}).color || (trace.marker || {}).color})))"""
     charts = page.locator(".js-plotly-plot").evaluate_all(script)
     return {str(number): traces for number, traces in enumerate(charts)}
 
 
-@pytest.mark.parametrize("seeds", [5, 100])
-def test_the_curves_are_means_over_the_loaded_runs_of_each_arm(ui: Ui, visit: Open, store: str, seeds: int) -> None:
-    sweep = make_sweep(store, ARMS, seeds=seeds)
-    page = visit(ui(sweep, "--view", "curves")[""])
-    name = "mean of 15 runs" if seeds == 5 else "mean of the first 100 of 300 runs"
-    expect(page.get_by_text(f"Curves by arm: sweep {sweep[:8]}, {name}").first).to_be_attached()
-    bars, _, accuracies, *_ = drawn(page).values()
-    assert [trace["type"] for trace in bars] == ["bar"]
-    table = frame(sweep)
-    if seeds > 5:  # the UI loads them in the order of the seeds as text
-        table = table.assign(text=table["seed"].astype(str)).sort_values("text", kind="stable").iloc[:100]
-    expected = table.groupby("model")["test/accuracy"].mean()
-    shown = {label.rpartition(".")[2]: value for value, label in zip(bars[0]["x"], bars[0]["y"], strict=True)}
-    assert shown.keys() == set(ARMS)
-    if seeds == 5:
-        assert shown == pytest.approx(expected.to_dict())
-    else:
-        assert shown == pytest.approx(expected.to_dict(), abs=1e-4), "which seeds are at the edge depends on the store"
-    curves = [trace for trace in accuracies if len(trace["x"]) == 40]
-    assert len(curves) in (len(ARMS), 2 * len(ARMS)), "a line for each arm, and its points"
-    assert {curve["x"][-1] for curve in curves} == {120_000}
-    means = sorted(table.groupby("model")["train/accuracy"].mean())
+def test_the_curves_of_a_few_runs_have_the_colors_of_their_arms(ui: Ui, visit: Open, store: str) -> None:
+    sweep = make_sweep(store, ARMS, seeds=3)
+    page = visit(first(ui(sweep, "--view", "curves")))
+    expect(page.get_by_text("model vs. test/accuracy").first).to_be_visible()
+    points, losses, *_ = drawn(page).values()
+    assert {trace["type"] for trace in points} == {"scatter"}
+    assert sorted({value for trace in points for value in trace["x"]}) == sorted(ARMS)
+    assert sorted(value for trace in points for value in trace["y"]) == pytest.approx(sorted(frame(sweep)["test/accuracy"]))
+    curves = [trace for trace in losses if len(trace["x"]) == 40]
+    assert {curve["color"][:7] for curve in curves} == set(COLORS[: len(ARMS)])
+
+
+def test_the_curves_of_many_runs_are_means_over_the_loaded_runs_of_each_arm(ui: Ui, visit: Open, store: str) -> None:
+    sweep = make_sweep(store, ARMS, seeds=100)
+    page = visit(first(ui(sweep, "--view", "curves")))
+    expect(page.get_by_text("mean of the first 100 of 300 runs").first).to_be_attached()
+    table = frame(sweep)  # the UI loads them in the order of the seeds as text
+    table = table.assign(text=table["seed"].astype(str)).sort_values("text", kind="stable").iloc[:100]
+    expected = sorted(table.groupby("model")["val/accuracy"].mean())
+    *_, accuracies = drawn(page).values()
+    curves = [trace for trace in accuracies if len(trace["x"]) == 2]
     ends = sorted({round(curve["y"][-1], 9) for curve in curves})
-    assert ends == pytest.approx(means, abs=1e-8 if seeds == 5 else 1e-4)
+    assert ends == pytest.approx(expected, abs=1e-4), "which seeds are at the edge depends on the store"
 
 
-def test_sweeps_and_costs_have_their_views(ui: Ui, visit: Open, store: str, single: str) -> None:
-    make_sweep(store, ARMS, seeds=2)
-    links = ui()
-    page = visit(links["Sweeps"])
-    expect(page.get_by_role("link", name="sweep model by seed")).to_be_visible()
-    assert page.get_by_role("link", name="se_cnn mnist seed=7").count() == 0, "parents only"
-    for name in ("sweep/jobs_finished", "sweep/jobs_failed", "sweep/best_objective"):
-        expect(page.get_by_text(name, exact=True).first).to_be_visible()
-    page = visit(links["Accuracy against cost"])
-    for cost, traces in zip(("model/parameters", "time/total_seconds"), drawn(page).values(), strict=False):
-        expect(page.get_by_text(f"{cost} vs. test/accuracy").first).to_be_visible()
-        assert sum(len(trace["x"]) for trace in traces) >= 6
-
-
-def test_every_question_takes_three_clicks_at_most(
-    ui: Ui, visit: Open, store: str, command_line: CommandLine, tmp_path: Path
-) -> None:
-    done = command_line("-m", f"model={','.join(ARMS)}", "seed=range(0,5)", "data=digits", "~phases.train")
+@pytest.fixture
+def stored(store: str, command_line: CommandLine) -> dict[str, str]:
+    """A compared sweep, a run that has failed, and a promoted model; the id of the failed run."""
+    done = command_line("-m", f"model={','.join(ARMS)}", "seed=range(0,3)", "data=digits", "~phases.train")
     assert done.returncode == 0, done.stderr
-    compare = [sys.executable, "-m", "mnist_exp.compare", "latest", "--factor", "model", "--baseline", "plain_cnn"]
-    subprocess.run(compare, check=True, capture_output=True)
-    start = ui()[""]
-    table = frame()
-    best = table.loc[table["test/accuracy"].idxmax()]
-    name = MlflowClient(store).get_run(best["run"]).info.run_name
+    for words in (
+        ["compare", "latest", "--factor", "model", "--baseline", "plain_cnn"],
+        ["runs", "promote", "--run", frame()["run"][0], "--name", "digits"],
+    ):
+        subprocess.run([sys.executable, "-m", f"mnist_exp.{words[0]}", *words[1:]], check=True, capture_output=True)
+    done = command_line("data=digits", "~phases.train", "phases.finetune.optimizer.lr=1e30")
+    assert done.returncode == 1, done.stdout
+    (failed,) = [run for run in MLflowStore(store, "mnist_exp").runs() if run.status == "FAILED"]
+    return {"failed": failed.run_id, "error": failed.tags["error"]}
 
-    page = visit(start)  # the answer
-    page.get_by_role("button", name="Leaderboard").click()
-    page.get_by_test_id(f"saved-views-item-sweeps-{VERSION}").click()
-    page.get_by_role("link", name="sweep model by seed").click()
+
+def test_every_question_takes_a_click_or_two_from_a_printed_link(ui: Ui, visit: Open, store: str, stored: dict[str, str]) -> None:
+    links = ui()
+    table = frame()
+
+    (answer,) = [link for name, link in links.items() if name.startswith("Answer: ")]  # one click: the answer
+    page = visit(answer)
     expect(page.get_by_text("test/accuracy, against model=plain_cnn").first).to_be_visible()
     picture = page.locator("img[src*='compare-model.png']")
     expect(picture).to_be_attached()
     assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
+    page.get_by_role("link", name="Report", exact=True).click()
+    expect(page.frame_locator("iframe").get_by_text("Reproduce").first).to_be_attached()
 
-    page = visit(start)  # the best model and its accuracy
-    page.get_by_role("link", name=name, exact=True).click()
-    expect(page.get_by_text(f"{best['test/accuracy']:.2%}".replace("%", " %")).first).to_be_visible()
-    page.get_by_role("link", name=f"{best['model']}-digits").first.click()
-    expect(page.get_by_text("test/accuracy").first).to_be_visible()
+    page = visit(links["Report"])
+    expect(page.frame_locator("iframe").get_by_text("Reproduce").first).to_be_attached()
 
-    page = visit(start)  # the worst mistakes of a run
-    page.get_by_role("link", name=name, exact=True).click()
-    page.get_by_text("Show more").first.click()
-    picture = page.locator("img[src*='worst_mistakes']").first
-    expect(picture).to_be_visible()
-    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
+    page = visit(links["Curves"])  # one click: the curves
+    expect(page.get_by_text("model vs. test/accuracy").first).to_be_visible()
+
+    page = visit(links["Leaderboard: digits by val/accuracy"])  # two clicks: the best model
+    means = table.groupby("model")["val/accuracy"].mean()
+    group = page.get_by_text(re.compile("^Group: ")).first
+    expect(group).to_be_visible()
+    assert means[group.inner_text().split()[1]] == means.max()
+
+    page = visit(links["Failed"])  # one click: the reason of a failure
+    expect(page.get_by_text(stored["error"]).first).to_be_visible()
+    page = visit(first(ui(stored["failed"])))
+    expect(page.get_by_text(stored["error"]).first).to_be_visible()
+    page.get_by_role("link", name="Traceback").click()
+    expect(page.get_by_text("DivergedError").first).to_be_visible()
+
+    page = visit(links["Registered models"])
+    page.get_by_role("link", name="digits").first.click()
+    expect(page.get_by_text("champion").first).to_be_visible()
+    expect(page.get_by_text(f"{table['test/accuracy'][0]:.2%}".replace("%", " %")).first).to_be_visible()
+
+    page = visit(links["Sweeps"])
+    expect(page.get_by_text("9 of 9").first).to_be_visible()
+
+    diff = [sys.executable, "-m", "mnist_exp.runs", "diff", table["run"][0], table["run"][1]]  # one click: the difference
+    printed = subprocess.run(diff, check=True, capture_output=True, text=True).stdout
+    path = re.search(r"http://[^/]+(/\S+)", printed)[1]
+    page = visit(re.match(r"http://[^/]+", answer)[0] + path)
+    expect(page.get_by_text("Comparing 2 Runs").first).to_be_visible()
