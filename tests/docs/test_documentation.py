@@ -27,6 +27,7 @@ from mnist_exp.run import main
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 EXTENDING = ROOT / "docs" / "extending.md"
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 PLACEHOLDER = re.compile(r"[A-Z][A-Z_0-9]*\Z")  # such as RUN_ID or FOLDER: a number serves as the start of an id and as a name
@@ -141,9 +142,9 @@ def test_every_local_link_leads_somewhere(page: Path) -> None:
         assert not fragment or fragment in anchors(target), f"{page.name} links to {link}"
 
 
-def test_the_files_that_the_readme_lists_exist() -> None:
+def test_the_files_that_the_architecture_lists_exist() -> None:
     folders: list[str] = []
-    for tree in (block for block in blocks(README, "text") if block.startswith("mnist_exp/")):
+    for tree in (block for block in blocks(ARCHITECTURE, "text") if block.startswith("mnist_exp/")):
         for indent, name in re.findall(r"^( *)(\S+)", tree, flags=re.MULTILINE):
             folders = [*folders[: len(indent) // 2], name]
             assert ROOT.joinpath(*folders).exists(), "".join(folders)

@@ -21,14 +21,14 @@ from mnist_exp import runs
 from mnist_exp.api import load
 
 pytestmark = pytest.mark.slow
-REFERENCE = Path(__file__).parents[2] / "docs" / "reference.md"
+MODELS = Path(__file__).parents[2] / "docs" / "models.md"
 CURL = """curl http://127.0.0.1:5001/invocations -H 'Content-Type: application/json' \
 -d "$(python -c 'import json; print(json.dumps({"inputs": [[[[0] * 28] * 28]]}))')\""""
 
 
 @pytest.fixture
 def address(call: Call, stored_run: str) -> Iterator[str]:
-    """The server of a promoted model, as docs/reference.md starts it."""
+    """The server of a promoted model, as docs/models.md starts it."""
     done = call(runs.main, "promote", "--run", stored_run, "--name", "mnist")
     assert done.returncode == 0, done.stderr
     port = free_port()
@@ -50,9 +50,7 @@ def test_the_documented_requests_are_answered(address: str, tmp_path: Path) -> N
     picture = Image.new("L", (100, 100), 255)
     ImageDraw.Draw(picture).line([(50, 20), (50, 80)], fill=0, width=8)
     picture.save(tmp_path / "photo.jpg")
-    (snippet,) = [
-        block for block in re.findall(r"^```python\n(.*?)^```$", REFERENCE.read_text(), re.M | re.S) if "post(" in block
-    ]
+    (snippet,) = [block for block in re.findall(r"^```python\n(.*?)^```$", MODELS.read_text(), re.M | re.S) if "post(" in block]
     snippet = snippet.replace("http://127.0.0.1:5001/invocations", address)
     done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert re.fullmatch(r"\[\d\]\n", done.stdout)
