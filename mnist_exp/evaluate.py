@@ -124,8 +124,9 @@ def record(
         )
         table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
         link = store.link(source.run_id) if source.run_id else ""
-        by = f"\n\nThe model was trained by [this run]({link})." if link else ""
-        tracker.set_description("\n\n".join([*warnings, f"| | |\n| --- | --- |\n{table}{by}"]))
+        model = f"[{source.title}]({link})" if link else source.title
+        of = f"**Evaluation** of {model} on {rows['data']}."
+        tracker.set_description("\n\n".join([of, *warnings, f"| | |\n| --- | --- |\n{table}"]))
     show_pairs(f"Model: {source.title}", rows)
     show_lines([*warnings, store.ui_hint(tracker.run_id)])
 

@@ -316,7 +316,7 @@ class MLflowStore(Store):
         """Return the versions of a registered model as a table in Markdown, the newest first."""
         aliases = {int(version): alias for alias, version in self.client.get_registered_model(name).aliases.items()}
         metrics = [objective, on_test(objective)]
-        lines = [f"| version | {' | '.join(metrics)} | data | run | alias |", f"|{' --- |' * (len(metrics) + 4)}"]
+        rows: list[list[object]] = [["version", *metrics, "data", "run", "alias"]]
         versions = mlflow.search_model_versions(filter_string=f"name='{name}'")
         for version in sorted(versions, key=lambda version: int(version.version), reverse=True):
             try:
@@ -325,9 +325,9 @@ class MLflowStore(Store):
                 run = None
             values = [format_metric(key, run.metrics[key]) if run and key in run.metrics else "" for key in metrics]
             link = f"[{run.name}]({run_path(run.experiment_id, run.run_id)[1:]})" if run else ""
-            cells = [version.version, *values, run.data if run else "", link, aliases.get(int(version.version), "")]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-        return "\n".join(lines)
+            rows.append([version.version, *values, run.data if run else "", link, aliases.get(int(version.version), "")])
+        lines = [f"| {' | '.join(f'{cell}&emsp;' for cell in row)} |" for row in rows]  # the UI leaves no space between columns
+        return "\n".join([lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:]])
 
     def show_ui(self, run_id: str | None, view: str | None, port: int) -> None:
         show(self, run_id, view, port)

@@ -70,8 +70,8 @@ def sweep_view(sweep: RunRecord, children: Sequence[RunRecord], curved: Sequence
     """
     objective = sweep.objective
     params = {key for child in children for key in child.params}
-    named = [(key, f"phases.train.{key}") for key in sweep.tags.get(tag.KEYS, "").split() if key != "seed"]  # optimizer.lr
-    keys = [name for names in named for name in names if name in params]
+    swept = [key.removeprefix("phases.") for key in sweep.tags.get(tag.KEYS, "").split() if key != "seed"]
+    keys = [name for key in swept for name in (key, f"train.{key}") if name in params]  # optimizer.lr is train.optimizer.lr
     is_search = sweep.tags.get(tag.SWEEPER) != "grid"
     score = on_test(objective) if any(on_test(objective) in child.metrics for child in children) else objective
     ids = {"sweep_id": sweep.run_id, "sweep": sweep.run_id[:8]}

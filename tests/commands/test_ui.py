@@ -141,7 +141,7 @@ def drawn(page: Page) -> dict[str, list[dict]]:
     page.locator(".js-plotly-plot").first.wait_for()
     page.wait_for_timeout(3000)  # for the histories of the metrics
     script = """plots => plots.map(plot => plot.data.map(trace => (
-        {type: trace.type, x: Array.from(trace.x || []), y: Array.from(trace.y || []), 
+        {type: trace.type, x: Array.from(trace.x || []), y: Array.from(trace.y || []),
          color: (trace.line || {}).color || (trace.marker || {}).color})))"""
     charts = page.locator(".js-plotly-plot").evaluate_all(script)
     return {str(number): traces for number, traces in enumerate(charts)}

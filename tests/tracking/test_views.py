@@ -30,7 +30,7 @@ def sweep(store: MLflowStore, sweeper: str = "grid") -> RunRecord:
 def train(store: MLflowStore, points: int = 3, data: str = "mnist", **tags: str) -> RunRecord:
     """The record of a finished run with `points` points of each curve."""
     with store.start(RunInfo("run", "", {tag.DATA: data, tag.RECIPE: "a 1", tag.OBJECTIVE: "val/accuracy"} | tags)) as tracker:
-        tracker.log_params({"model": "a", "phases.train.optimizer.lr": 0.1, "seed": 0})
+        tracker.log_params({"model": "a", "train.optimizer.lr": 0.1, "seed": 0})
         for step in range(points):
             tracker.log_metrics({"train/loss": 1.0, "val/accuracy": 0.9 + step / 100}, step)
     return store.get_run(tracker.run_id)
@@ -83,9 +83,9 @@ def test_each_data_set_gets_a_leaderboard_by_the_objective_of_its_runs(opened: M
 
 def test_a_sweep_has_no_chart_of_a_single_point_and_one_for_each_key(opened: MLflowStore) -> None:
     found = sweep(opened)
-    assert charts(opened, found, [train(opened, points=1)]) == ["model", "phases.train.optimizer.lr"]
-    assert charts(opened, found, [train(opened)]) == ["model", "phases.train.optimizer.lr", "train/loss", "val/accuracy"]
-    assert charts(opened, sweep(opened, "optuna"), [train(opened)]) == ["all", "model", "phases.train.optimizer.lr"]
+    assert charts(opened, found, [train(opened, points=1)]) == ["model", "train.optimizer.lr"]
+    assert charts(opened, found, [train(opened)]) == ["model", "train.optimizer.lr", "train/loss", "val/accuracy"]
+    assert charts(opened, sweep(opened, "optuna"), [train(opened)]) == ["all", "model", "train.optimizer.lr"]
 
 
 def test_many_runs_are_averaged_by_arm_and_the_name_says_how_many(opened: MLflowStore) -> None:
