@@ -190,8 +190,8 @@ def publish(
         with tempfile.TemporaryDirectory() as folder:
             factor = re.sub(r"[^-.\w]", "_", comparison.factor)
             file = Path(folder, report_name(factor))
-            title = f"{wording.title(comparison)} ({wording.subtitle(comparison)})"
-            answer = Answer(factor, title, shown, file, file.with_suffix(".png"))
+            title, subtitle = wording.title(comparison), wording.subtitle(comparison)
+            answer = Answer(factor, title, subtitle, shown, file, file.with_suffix(".png"))
             answer.report.write_text(page, encoding="utf-8")
             report.draw_differences(comparison, answer.picture)
             lines.append(f"Report: {store.publish(sweep.run_id, answer)}")

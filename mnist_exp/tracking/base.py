@@ -206,6 +206,7 @@ class Answer:
         factor: The key whose values are compared, as a part of names of tags and files. An answer replaces that of the same
             factor only.
         title: The verdict in one line.
+        subtitle: The metric, the baseline and the margin.
         notes: The sentences without which the verdict would mislead.
         report: The HTML file.
         picture: The PNG file with the differences.
@@ -213,6 +214,7 @@ class Answer:
 
     factor: str
     title: str
+    subtitle: str
     notes: Sequence[str]
     report: Path
     picture: Path

@@ -50,6 +50,7 @@ from mnist_exp.tracking.views import (
 if TYPE_CHECKING:
     from mnist_exp.tracking.mlflow_tracker import MLflowTracker
 
+MAX_LINE = 85  # characters in a line of a description in the UI
 MAX_ANSWER = 1000  # characters of an answer in a description, of which MLflow keeps 8,000
 
 
@@ -235,16 +236,19 @@ class MLflowStore(Store):
         experiment_id = run.info.experiment_id
         links = {"Report": run_path(experiment_id, run_id, name)[1:]}
         links |= self.sweep_links(record_of(run), self.children(run_id))
-        # One paragraph for each factor, which its next comparison replaces. The UI folds all but the first lines.
+        # One paragraph for each factor, which its next comparison replaces. The UI covers all but its first two lines.
         mark, earlier = f"**{answer.factor}**: ", run.data.tags.get(tag.DESCRIPTION, "")
         others = re.sub(rf"^{re.escape(mark)}.*?(\n\n|\Z)", "", earlier, flags=re.DOTALL | re.MULTILINE)
-        notes = shorten(" ".join(answer.notes), MAX_ANSWER, placeholder=" ...")
-        description = (
-            f"{mark}{answer.title}.\n{' · '.join(f'[{text}]({link})' for text, link in links.items())}\n"
-            f"![The comparison by {answer.factor}]({artifact_path(run_id, answer.picture.name)})\n{notes}\n\n{others}"
-        )
-        text = " ".join([f"{answer.title}.", *answer.notes])
-        tags = {tag.ANSWER: answer.title, f"{tag.ANSWER}.{answer.factor}": text[:MAX_TAG], tag.DESCRIPTION: description}
+        whole = f"{answer.title} ({answer.subtitle})"
+        text = " ".join([f"{whole}.", *answer.notes])
+        lines = [
+            mark + shorten(answer.title, MAX_LINE, placeholder=" ..."),
+            " · ".join(f"[{name}]({link})" for name, link in links.items()),
+            f"![The comparison by {answer.factor}]({artifact_path(run_id, answer.picture.name)})",
+            shorten(text, MAX_ANSWER, placeholder=" ..."),
+        ]
+        description = "\n".join(lines) + f"\n\n{others}"
+        tags = {tag.ANSWER: whole, f"{tag.ANSWER}.{answer.factor}": text[:MAX_TAG], tag.DESCRIPTION: description}
         self.set_tags(run_id, tags)
         if not run.info.artifact_uri.startswith("file:"):
             return f"{self.uri}{run_path(experiment_id, run_id, name)}"
