@@ -172,6 +172,13 @@ def test_the_curves_of_many_runs_are_means_over_the_loaded_runs_of_each_arm(ui: 
     assert ends == pytest.approx(expected, abs=1e-4), "which seeds are at the edge depends on the store"
 
 
+def follow(page: Page, name: str) -> Page:
+    """The page behind a link of a description, which opens in a new tab."""
+    with page.context.expect_page() as opened:
+        page.get_by_role("link", name=name, exact=True).click()
+    return opened.value
+
+
 @pytest.fixture
 def stored(store: str, command_line: CommandLine) -> dict[str, str]:
     """A compared sweep, a run that has failed, and a promoted model; the id of the failed run."""
@@ -198,7 +205,7 @@ def test_every_question_takes_a_click_or_two_from_a_printed_link(ui: Ui, visit: 
     picture = page.locator("img[src*='compare-model.png']")
     expect(picture).to_be_attached()
     assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
-    page.get_by_role("link", name="Report", exact=True).click()
+    page = follow(page, "Report")
     expect(page.frame_locator("iframe").get_by_text("Reproduce").first).to_be_attached()
 
     page = visit(links["Report"])
@@ -217,7 +224,7 @@ def test_every_question_takes_a_click_or_two_from_a_printed_link(ui: Ui, visit: 
     expect(page.get_by_text(stored["error"]).first).to_be_visible()
     page = visit(first(ui(stored["failed"])))
     expect(page.get_by_text(stored["error"]).first).to_be_visible()
-    page.get_by_role("link", name="Traceback").click()
+    page = follow(page, "Traceback")
     expect(page.get_by_text("DivergedError").first).to_be_visible()
 
     page = visit(links["Registered models"])
