@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).with_name("report.html")
 # Names are text, not formulas; text stays text; and the text of all figures has one size.
-STYLE: Any = {"text.parse_math": False, "svg.fonttype": "none", "font.size": 9, "legend.frameon": False}
+STYLE: Any = {"text.parse_math": False, "svg.fonttype": "none", "font.size": 10, "legend.frameon": False}
 
 
 def render(
