@@ -92,7 +92,9 @@ def render(
 def draw_differences(comparison: Comparison, file: Path) -> None:
     """Draw the first figure of the report as a PNG."""
     with mpl.rc_context(STYLE):
-        figures.differences_or_curve(comparison).savefig(file, dpi=100)
+        figure = figures.differences_or_curve(comparison)
+        figure.patch.set(edgecolor="0.8", linewidth=2)  # a border on a dark page
+        figure.savefig(file, dpi=100)
 
 
 def _differing_params(params: Mapping[str, Sequence[Mapping[str, str]]]) -> dict[str, dict[str, str]]:
