@@ -121,7 +121,7 @@ def _mark_phases(axes: Axes, phase_starts: Mapping[str, int]) -> None:
         axes.axvline(start, color="0.5", linestyle=":", linewidth=1)
         side = "left" if start < (left + right) / 2 else "right"
         height = 1.02 + 0.055 * (number % 2)
-        axes.text(start, height, phase, color="0.3", fontsize=9, ha=side, transform=axes.get_xaxis_transform())
+        axes.text(start, height, phase, color="0.3", fontsize=9, ha=side, parse_math=False, transform=axes.get_xaxis_transform())
 
 
 def augmented_images(
