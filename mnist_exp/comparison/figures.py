@@ -23,6 +23,7 @@ POINT = "run:"  # the scheme of addresses that stand for runs
 WIDTH = 5.2  # inches, of every figure, so that their text has one size
 GRAY = (0.5, 0.5, 0.5, 0.25)  # on a light and on a dark ground
 MAX_LABEL = 28  # characters
+MAX_LINE = 60  # characters, from the left of a figure to its right
 MAX_CONFUSIONS = 10
 MIN_CURVE = 3  # values of a numeric factor
 
@@ -59,10 +60,21 @@ def _figure_of_rows(labels: Sequence[Sequence[str]], xlabel: str) -> tuple[Figur
     lines = ["\n".join(map(_cut, filter(None, parts))) for parts in labels]
     height = 0.7 + 0.25 * sum(1 + line.count("\n") for line in lines)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    axes = figure.add_subplot(xlabel=xlabel, ylim=(len(lines) - 0.4, -0.6))
+    axes = figure.add_subplot(ylim=(len(lines) - 0.4, -0.6))
+    figure.supxlabel(xlabel, fontsize="medium")  # has more room than the label of the axes
     axes.set_yticks(range(len(lines)), lines)
     axes.grid(axis="x", alpha=0.3)
     return figure, axes
+
+
+def _add_legend(figure: Figure) -> None:
+    """Add the legend above all axes, where it hides no data."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if not handles:
+        return
+    lengths = [len(label) + 6 for label in labels]
+    fitting = max(1, MAX_LINE // max(lengths))
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels) if sum(lengths) <= MAX_LINE else fitting)
 
 
 def differences_or_curve(comparison: Comparison) -> Figure:
@@ -115,7 +127,7 @@ def curve(comparison: Comparison) -> Figure:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
     if comparison.keys:
-        axes.legend()
+        _add_legend(figure)
     return figure
 
 
@@ -163,8 +175,7 @@ def learning_curves(comparison: Comparison, histories: Histories, objective: str
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.3)
     axes.set_xlabel("examples seen")
-    if figure.axes[0].lines:
-        figure.axes[0].legend()
+    _add_legend(figure)
     return figure
 
 
@@ -202,6 +213,6 @@ def mistakes(comparison: Comparison, histories: Histories, class_names: Sequence
         if arm in found:
             counts = [found[arm].get(pair, 0) for pair in pairs]
             axes.plot(counts, range(len(pairs)), label=_cut(arm), alpha=0.8, **(style | {"linestyle": ""}))  # type: ignore[arg-type]
-    axes.set_xlim(left=0)
-    axes.legend(loc="lower right")
+    axes.set_xlim(left=-0.02 * axes.get_xlim()[1])  # points at 0 are whole
+    _add_legend(figure)
     return figure

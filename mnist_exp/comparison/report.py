@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).with_name("report.html")
 # Names are text, not formulas; text stays text; and the text of all figures has one size.
-STYLE: Any = {"text.parse_math": False, "svg.fonttype": "none", "font.size": 9, "legend.frameon": False}
+STYLE: Any = {"text.parse_math": False, "svg.fonttype": "none", "font.size": 10, "legend.frameon": False}
 
 
 def render(
@@ -92,7 +92,9 @@ def render(
 def draw_differences(comparison: Comparison, file: Path) -> None:
     """Draw the first figure of the report as a PNG."""
     with mpl.rc_context(STYLE):
-        figures.differences_or_curve(comparison).savefig(file, dpi=100)
+        figure = figures.differences_or_curve(comparison)
+        figure.patch.set(edgecolor="0.8", linewidth=2)  # a border on a dark page
+        figure.savefig(file, dpi=100)
 
 
 def _differing_params(params: Mapping[str, Sequence[Mapping[str, str]]]) -> dict[str, dict[str, str]]:

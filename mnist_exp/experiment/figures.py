@@ -3,12 +3,18 @@
 Margins are fixed and images share axes, because a layout of dozens of axes by matplotlib takes longer than half an epoch.
 """
 
+import math
+import textwrap
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
 from mnist_exp.learning.data import Dataset, generator
@@ -16,11 +22,20 @@ from mnist_exp.learning.evaluation import Evaluation, accuracy
 from mnist_exp.learning.training import Phase
 from mnist_exp.metrics import format_metric
 
+MAX_LINE = 26  # characters, in the smallest text that is legible above an image
 History = Sequence[tuple[int, Mapping[str, float]]]  # (examples seen, metrics), in order
 
 
 def run_figures(
-    evaluation: Evaluation, split: str, data: Dataset, phases: Sequence[Phase], history: History, seed: int, *, with_recipe: bool
+    evaluation: Evaluation,
+    split: str,
+    data: Dataset,
+    phases: Sequence[Phase],
+    history: History,
+    phase_starts: Mapping[str, int],
+    seed: int,
+    *,
+    with_recipe: bool,
 ) -> dict[str, Callable[[], Figure]]:
     """Return functions that draw the figures of a run, by name.
 
@@ -30,6 +45,7 @@ def run_figures(
         data: The data set.
         phases: The phases of training; the first one's augmentation is shown.
         history: The reports of training.
+        phase_starts: The examples seen at the start of each phase.
         seed: Seed of the augmented images.
         with_recipe: Whether to include the figures that show the recipe and not the result.
     """
@@ -39,7 +55,7 @@ def run_figures(
     drawings: dict[str, Callable[[], Figure]] = {
         "confusion_matrix": lambda: confusion_matrix(evaluation, data.class_names, title),
         "worst_mistakes": lambda: worst_mistakes(evaluation, data.splits[split].images, data.class_names),
-        "learning_curves": lambda: learning_curves(history),
+        "learning_curves": lambda: learning_curves(history, phase_starts),
     }
     if with_recipe:
         drawings["augmented_images"] = lambda: augmented_images(sample, first.augmentation, generator(seed, "picture"))
@@ -55,8 +71,8 @@ def confusion_matrix(evaluation: Evaluation, class_names: Sequence[str], title: 
     figure = Figure(figsize=(6, 5.6), layout="constrained" if has_long_names else None)
     ticks = range(len(counts))
     axes = figure.add_subplot(xlabel="prediction", ylabel="label", title=title)
-    axes.set_xticks(ticks, class_names, rotation=90 if has_long_names else 0)
-    axes.set_yticks(ticks, class_names)
+    axes.set_xticks(ticks, class_names, rotation=90 if has_long_names else 0, parse_math=False)
+    axes.set_yticks(ticks, class_names, parse_math=False)
     axes.imshow(mistakes.numpy(), cmap="Reds", vmin=0, vmax=max(0.02, float(mistakes.max()) * 1.5))
     for label, row in enumerate(counts.tolist()):
         for prediction, count in enumerate(row):
@@ -66,24 +82,46 @@ def confusion_matrix(evaluation: Evaluation, class_names: Sequence[str], title: 
     return figure
 
 
-def learning_curves(history: History) -> Figure:
-    """Draw loss and accuracy of training and validation against the examples seen."""
-    figure = Figure(figsize=(9, 3.6))
-    figure.subplots_adjust(left=0.1, right=0.98, bottom=0.15, top=0.9, wspace=0.25)
+def learning_curves(history: History, phase_starts: Mapping[str, int]) -> Figure:
+    """Draw loss and accuracy of training and validation against the examples seen.
+
+    The phases are not connected: their batch sizes, and with them the numbers of averaged images, differ.
+    """
+    figure = Figure(figsize=(9, 3.8))
+    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.14, top=0.87, wspace=0.22)
+    starts = [*phase_starts.values(), math.inf]
     for position, metric in enumerate(("loss", "accuracy"), start=1):
-        axes = figure.add_subplot(1, 2, position, xlabel="examples seen", title=metric)
-        for part, style in (("train", {"color": "C0"}), ("val", {"color": "C1", "marker": "o"})):
-            points = [(seen, metrics[f"{part}/{metric}"]) for seen, metrics in history if f"{part}/{metric}" in metrics]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=f"{part}/{metric}", **style)  # type: ignore[arg-type]
+        axes = figure.add_subplot(1, 2, position, xlabel="examples seen", ylabel=metric)
+        for part, style in (("train", {"color": "C0", "marker": "."}), ("val", {"color": "C1", "marker": "o"})):
+            key = f"{part}/{metric}"
+            for start, end in pairwise([0, *starts]):
+                points = [(seen, metrics[key]) for seen, metrics in history if start < seen <= end and key in metrics]
+                if points:
+                    axes.plot(*zip(*points, strict=True), label=part, markersize=5, **style)  # type: ignore[arg-type]
+        if len(phase_starts) > 1:
+            _mark_phases(axes, phase_starts)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if metric == "loss":
             axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(5))
             axes.yaxis.set_major_formatter("{x:g}")  # powers of ten need the parser of formulas, most of a second
-            axes.yaxis.set_minor_formatter("")
+            axes.yaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper right" if metric == "loss" else "lower right")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    lines = dict(zip(labels, handles, strict=True))  # one of all phases
+    figure.legend(lines.values(), lines, loc="lower center", ncols=2, frameon=False)
     return figure
+
+
+def _mark_phases(axes: Axes, phase_starts: Mapping[str, int]) -> None:
+    """Draw a line at the start of each phase, and its name above the axes; neighbors at two heights, so that none overlap."""
+    left, right = axes.get_xlim()
+    for number, (phase, start) in enumerate(phase_starts.items()):
+        axes.axvline(start, color="0.5", linestyle=":", linewidth=1)
+        side = "left" if start < (left + right) / 2 else "right"
+        height = 1.02 + 0.055 * (number % 2)
+        axes.text(start, height, phase, color="0.3", fontsize=9, ha=side, parse_math=False, transform=axes.get_xaxis_transform())
 
 
 def augmented_images(
@@ -112,7 +150,7 @@ def augmented_images(
 
 
 def worst_mistakes(evaluation: Evaluation, images: Tensor, class_names: Sequence[str], count: int = 25) -> Figure:
-    """Draw the mistakes with the largest loss, each with its label, prediction and confidence.
+    """Draw the mistakes with the largest loss, each with its label, prediction and confidence, the most frequent confusion first.
 
     Args:
         evaluation: Evaluation of the images.
@@ -120,28 +158,38 @@ def worst_mistakes(evaluation: Evaluation, images: Tensor, class_names: Sequence
         class_names: Name of each class.
         count: Largest number of mistakes to draw.
     """
-    worst = evaluation.worst_mistakes(count)
-    confidences, predictions = evaluation.logits[worst].softmax(1).max(1)  # (m, classes) -> (m,), (m,)
-    total = int((evaluation.predictions != evaluation.labels).sum())
+    mistakes = {index: confusion for index, *confusion in evaluation.mistakes}
+    worst = evaluation.worst_mistakes(count).tolist()
+    frequency = Counter(tuple(mistakes[index]) for index in worst)
+    worst.sort(key=lambda index: (-frequency[tuple(mistakes[index])], mistakes[index]))
+    confidences = evaluation.logits[worst].softmax(1).amax(1)  # (m, classes) -> (m,)
     columns = 5
-    rows = -(-count // columns)
-    cell = images.shape[-1] + 8
-    cells = torch.ones(rows * columns, cell, cell, 3)  # each image has room for a line of text above
-    cells[: len(worst), 8:, 4:-4] = _colors(images[worst.to(images.device)])  # (m, side, side, 3)
+    rows = max(1, -(-len(worst) // columns))
+    side = images.shape[-1]
+    room = -(-side * 2 // 7)  # for text above each image
+    cell = side + room
+    cells = torch.ones(rows * columns, cell, cell, 3)
+    cells[: len(worst), room:, room // 2 : room // 2 + side] = _colors(images[worst])  # (m, side, side, 3)
     grid = cells.view(rows, columns, cell, cell, 3)
     sheet = grid.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (rows * cell, columns * cell, 3)
-    figure = Figure(figsize=(6.5, 7))
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.94)
-    title = f"The {len(worst)} worst of {total} mistakes: label > prediction, confidence"
+    height = 1.3 * rows + 0.3
+    figure = Figure(figsize=(6.5, height))
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.3 / height)
+    title = f"The {len(worst)} worst of {len(mistakes)} mistakes: label > prediction, confidence"
     axes = figure.add_subplot(title=title)
     axes.title.set_fontsize(10)
     axes.imshow(sheet.numpy())
     axes.axis("off")
-    found = zip(evaluation.labels[worst].tolist(), predictions.tolist(), confidences.tolist(), strict=True)
-    for position, (label, prediction, confidence) in enumerate(found):
+    style: Any = {"ha": "center", "va": "center", "parse_math": False}  # names are text
+    for position, index in enumerate(worst):
         row, column = divmod(position, columns)
-        text = f"{class_names[label][:9]} > {class_names[prediction][:9]}, {confidence:.0%}"
-        axes.text((column + 0.5) * cell, row * cell + 6, text, ha="center", va="baseline", fontsize=9 if len(text) < 16 else 6)
+        label, prediction = (class_names[label] for label in mistakes[index])
+        lines = [f"{label} > {prediction}, {confidences[position]:.0%}"]
+        if len(lines[0]) > 16:
+            parts = f"{label} >", f"{prediction}, {confidences[position]:.0%}"
+            lines = [line for part in parts for line in textwrap.wrap(part, MAX_LINE, break_long_words=False)]
+        fontsize = min(9, 125 / max(map(len, lines)), 16 / len(lines))  # points: as wide as the cell, and as high as the room
+        axes.text((column + 0.5) * cell, (row + 0.5) * cell - side / 2, "\n".join(lines), fontsize=fontsize, **style)
     return figure
 
 

@@ -39,6 +39,7 @@ class Recorder:
         self.tracker = tracker
         self.folder = folder
         self.history = list(initial.history)  # (examples seen, metrics)
+        self.phase_starts = dict(initial.phase_starts)  # examples seen, by phase
         self.seconds = defaultdict(float, initial.seconds)  # of training, by phase
         self._initial, self._started, self._run_context = initial, started, run_context
 
@@ -67,6 +68,8 @@ class Recorder:
 
     def log_report(self, report: Report) -> None:
         """Record a report of training; with a state, also save a checkpoint."""
+        if report.phase not in self.seconds:
+            self.phase_starts[report.phase] = self.history[-1][0] if self.history else 0
         self.history.append((report.examples_seen, report.metrics))
         self.seconds[report.phase] += report.seconds
         self.tracker.log_metrics(report.metrics, report.examples_seen)
@@ -79,7 +82,7 @@ class Recorder:
     def save_checkpoint(self, state: Any) -> None:
         """Save a checkpoint with the given state of training."""
         progress = {"state": state, "history": self.history, "seconds": dict(self.seconds), "elapsed": self.elapsed}
-        checkpoint.save(self.folder, replace(self._initial, **progress))
+        checkpoint.save(self.folder, replace(self._initial, phase_starts=self.phase_starts, **progress))
 
     def prune(self) -> None:
         """End the run early: nothing is left to do for it."""

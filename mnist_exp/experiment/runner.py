@@ -251,7 +251,8 @@ def finalize(request: RunRequest, prepared: Prepared, recorder: Recorder, evalua
     """
     data, split, recipe = prepared.data, prepared.data.eval_split, request.start.recipe
     seed, with_recipe = request.settings.seed, request.settings.sweep_job is None
-    recorder.log_figures(run_figures(evaluation, split, data, prepared.phases, recorder.history, seed, with_recipe=with_recipe))
+    curves = recorder.history, recorder.phase_starts
+    recorder.log_figures(run_figures(evaluation, split, data, prepared.phases, *curves, seed, with_recipe=with_recipe))
     recorder.log_history(split, evaluation.mistakes)
     recorder.log_model(prepared.model.eval(), f"{recipe.choices.get('model', 'model')}-{data.name}")
     results = {f"time/{phase}_seconds": seconds for phase, seconds in recorder.seconds.items()}

@@ -56,6 +56,11 @@ class Classifier:
     def __init__(self, model: nn.Module, data: DataDescription, source: ModelSource) -> None:
         self.model, self.data, self.source = model, data, source
 
+    @property
+    def summary(self) -> str:
+        """The name by which people know the model."""
+        return self.source.title
+
     def __call__(self, images: Picture | Sequence[Picture] | NDArray[Any]) -> Predictions:
         """Classify images.
 

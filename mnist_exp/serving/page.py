@@ -4,6 +4,7 @@ import io
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import jinja2
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.requests import ClientDisconnect
@@ -36,6 +37,8 @@ def create_app(classifier: Classifier, port: int) -> FastAPI:
     """
     names = ("127.0.0.1", "localhost")
     hosts = {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())  # browsers leave out port 80
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE.read_text(encoding="utf-8"))
+    content = template.render(summary=classifier.summary, names=classifier.data.class_names)  # names come from a store
     app = FastAPI(title=NAME, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.middleware("http")
@@ -51,7 +54,7 @@ def create_app(classifier: Classifier, port: int) -> FastAPI:
 
     @app.get("/")
     async def page() -> HTMLResponse:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+        return HTMLResponse(content)
 
     @app.post("/predict")
     async def predict(request: Request) -> JSONResponse:

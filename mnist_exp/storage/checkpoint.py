@@ -35,6 +35,7 @@ class Checkpoint:
         history: (examples seen, metrics) of every report.
         seconds: Seconds of training by phase.
         elapsed: Seconds of the whole run.
+        phase_starts: The examples seen at the start of each phase.
     """
 
     run_id: str
@@ -44,6 +45,7 @@ class Checkpoint:
     history: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     elapsed: float = 0.0
+    phase_starts: dict[str, int] = field(default_factory=dict)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:

@@ -149,8 +149,9 @@ class MLflowTracker(Tracker):
         self._send("log_artifact", str(file))
 
     def log_figure(self, figure: "Figure", path: str) -> None:
+        figure.patch.set(edgecolor="0.8", linewidth=2)  # a border on a dark page
         # Stronger compression takes longer than drawing.
-        self._send("log_figure", figure, path, save_kwargs={"dpi": 80, "pil_kwargs": {"compress_level": 1}})
+        self._send("log_figure", figure, path, save_kwargs={"dpi": 150, "pil_kwargs": {"compress_level": 1}})
 
     def log_dataset(self, data: Dataset, split: str, context: str) -> None:
         name, part = f"{data.name}-{split}", data.splits[split]

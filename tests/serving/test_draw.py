@@ -1,5 +1,6 @@
 """The drawing page in a real browser, with real pointer events."""
 
+import io
 import json
 import re
 import subprocess
@@ -7,12 +8,17 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from conftest import CommandLine, chromium, wait_for_server
-from playwright.sync_api import Page, expect, sync_playwright
+from mlflow import MlflowClient
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 CHROMIUM = chromium()
+HOSTILE = "<img src=x onerror=\"document.title='attacked'\">"  # the name of a run: anybody who writes to the store sets it
+ANSWER = re.compile(r"\d.*%")
 pytestmark = pytest.mark.slow
 
 # The strokes of each digit on a paper of 280 x 280.
@@ -46,9 +52,25 @@ STROKES: dict[int, list[list[tuple[int, int]]]] = {
 
 @pytest.fixture
 def address(command_line: CommandLine, store: str, mnist_root) -> Iterator[str]:
-    """`python -m mnist_exp.draw` on a model of one epoch."""
+    """`python -m mnist_exp.draw` on a model of one epoch, whose run has a hostile name."""
     done = command_line("data.fallback=null", MNIST_ROOT=str(mnist_root.absolute()))
     assert done.returncode == 0, done.stderr
+    client = MlflowClient(store)
+    [run] = client.search_runs([item.experiment_id for item in client.search_experiments()])
+    client.set_tag(run.info.run_id, "mlflow.runName", HOSTILE)
+    with serving() as link:
+        yield link
+
+
+@pytest.fixture
+def untrained(stored_run: str) -> Iterator[str]:
+    """The same on a network that has not learned anything, which takes no minute to make."""
+    with serving() as link:
+        yield link
+
+
+@contextmanager
+def serving() -> Iterator[str]:
     command = [sys.executable, "-m", "mnist_exp.draw", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -58,49 +80,98 @@ def address(command_line: CommandLine, store: str, mnist_root) -> Iterator[str]:
         server.terminate()
 
 
-def draw(page: Page, strokes: list[list[tuple[int, int]]]) -> None:
+def draw(page: Page, strokes: list[list[tuple[int, int]]]) -> str:
+    """Draw with the mouse, and return the name in the answer."""
     box = page.locator("#paper").bounding_box()
     assert box is not None
+    scale = box["width"] / 280
     for first, *others in strokes:
-        page.mouse.move(box["x"] + first[0], box["y"] + first[1])
+        page.mouse.move(box["x"] + scale * first[0], box["y"] + scale * first[1])
         page.mouse.down()
         for x, y in others:
-            page.mouse.move(box["x"] + x, box["y"] + y, steps=6)
+            page.mouse.move(box["x"] + scale * x, box["y"] + scale * y, steps=6)
         page.mouse.up()
+    return answer(page)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="the page is looked at in chromium, which is not installed")
-def test_ten_drawn_digits_are_read(address: str, tmp_path) -> None:
+def answer(page: Page) -> str:
+    expect(page.locator("#answer")).to_have_attribute("aria-busy", "false", timeout=30_000)
+    expect(page.locator("#answer")).to_have_text(ANSWER)
+    return page.locator("#name").inner_text()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("the page is looked at in chromium, which is not installed")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 900, "height": 520})
-        foreign = []
-        page.on("request", lambda request: foreign.append(request.url) if not request.url.startswith(address) else None)
-        page.goto(address)
-        read = {}
-        for digit, strokes in STROKES.items():
-            draw(page, strokes)
-            expect(page.locator("#answer")).to_have_attribute("aria-busy", "false", timeout=30_000)
-            expect(page.locator("#answer")).to_have_text(re.compile(r"Read as \d\."))
-            read[digit] = int(page.locator("#answer").inner_text()[-2])
-            assert page.locator("#bars tr.best th").inner_text() == str(read[digit])
-            page.screenshot(path=tmp_path / f"{digit}.png")
-            page.get_by_role("button", name="Clear").click()
-            expect(page.locator("#answer")).to_have_text("")
-        assert sum(digit == label for digit, label in read.items()) >= 9, read
-        assert foreign == [], "no outside address"
-        page.locator("#paper").focus()
-        for key in (" ", *["ArrowDown"] * 6):
-            page.keyboard.press(key)
-        expect(page.locator("#answer")).to_have_text(re.compile(r"Read as \d\."))
-        page.keyboard.press("Escape")
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield opened
+        opened.close()
+
+
+def test_ten_drawn_digits_are_read(address: str, browser: Browser, tmp_path) -> None:
+    page = browser.new_page(viewport={"width": 900, "height": 520})
+    foreign = []
+    page.on("request", lambda request: foreign.append(request.url) if not request.url.startswith(address) else None)
+    page.goto(address)
+    assert HOSTILE in page.locator("header").inner_text()
+    assert page.title() != "attacked"
+    read = {}
+    for digit, strokes in STROKES.items():
+        read[digit] = int(draw(page, strokes))
+        assert page.locator("#bars tr.best th").inner_text() == str(read[digit])
+        page.screenshot(path=tmp_path / f"{digit}.png")
+        page.get_by_role("button", name="Clear").click()
         expect(page.locator("#answer")).to_have_text("")
-        browser.close()
+    assert sum(digit == label for digit, label in read.items()) >= 9, read
+    assert foreign == [], "no outside address"
+    # By keyboard.
+    page.locator("#paper").focus()
+    for key in (" ", *["ArrowDown"] * 6):
+        page.keyboard.press(key)
+    assert answer(page)
+    page.keyboard.press("Escape")
+    expect(page.locator("#answer")).to_have_text("")
+
+    # Undo.
+    def seen() -> str:
+        return str(page.evaluate("document.getElementById('seen').toDataURL()"))
+
+    draw(page, STROKES[1])
+    one = seen()
+    for undo in (page.get_by_role("button", name="Undo").click, lambda: page.keyboard.press("Control+z")):
+        draw(page, [[(40, 40), (240, 40)]])
+        assert seen() != one
+        undo()
+        answer(page)
+        assert seen() == one
+    page.keyboard.press("Control+z")
+    expect(page.locator("#answer")).to_have_text("")
+    page.close()
 
 
-def test_requests_of_others_are_refused(address: str) -> None:
+def test_phones_and_dark_mode(untrained: str, browser: Browser) -> None:
+    for width, height in ((390, 844), (844, 390)):
+        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="dark")
+        page.goto(untrained)
+        draw(page, STROKES[1])
+        for part in ("#paper", "#answer"):
+            box = page.locator(part).bounding_box()
+            assert box is not None
+            assert min(box["x"], box["y"]) >= 0
+            assert box["x"] + box["width"] <= width
+            assert box["y"] + box["height"] <= height
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        corner = Image.open(io.BytesIO(page.screenshot())).convert("L").getpixel((2, 2))
+        assert isinstance(corner, int)
+        assert corner < 50
+        page.close()
+
+
+def test_requests_of_others_are_refused(untrained: str) -> None:
     def status(data: bytes | None, path: str = "/predict", **headers: str) -> int:
-        request = urllib.request.Request(address + path, data=data, headers=headers)
+        request = urllib.request.Request(untrained + path, data=data, headers=headers)
         try:
             return urllib.request.urlopen(request, timeout=30).status
         except urllib.error.HTTPError as error:
