@@ -65,9 +65,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     options = {"--data": arguments.data, "--data-root": arguments.data_root}
     typed = [word for option, value in options.items() if value for word in (option, value)]
     repeat = command("evaluate", classifier.source.address, *typed)
-    warnings = [data.warning] if data.warning else []
+    warnings = [text for text in (classifier.warning, data.warning) if text]
     if data.eval_split != "test" and classifier.data.may_have_trained_on(own, data.eval_split):
         warnings.append(f"The model may have been trained on these images: its own run did not keep them for {data.eval_split}.")
+    show_lines([f"Model: {classifier.summary}"])
     record(settings, classifier.source, data, result, warnings, repeat)
 
 
@@ -126,7 +127,7 @@ def record(
         link = store.link(source.run_id) if source.run_id else ""
         by = f"\n\nThe model was trained by [this run]({link})." if link else ""
         tracker.set_description("\n\n".join([*warnings, f"| | |\n| --- | --- |\n{table}{by}"]))
-    show_pairs(f"Model: {source.title}", rows)
+    show_pairs("Results", rows)
     show_lines([*warnings, store.ui_hint(tracker.run_id)])
 
 
