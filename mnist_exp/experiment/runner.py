@@ -33,7 +33,7 @@ from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import RunInfo, Store
 from mnist_exp.tracking.tags import ARM, COLOR, DATA, JOB, OVERRIDES, PARENT, RERUN_OF, RESUMED, SWEEP
 
-MIN_STEPS = 50  # of the optimizer: a run whose longest phase takes fewer gets a warning
+MIN_STEPS = 50  # of the optimizer: a run that takes fewer gets a warning
 ShouldPrune = Callable[[int, Mapping[str, float]], bool]  # called with examples seen and metrics
 
 
@@ -183,15 +183,16 @@ def prepare(request: RunRequest) -> Prepared:
 
 
 def _too_few_steps(phases: Sequence[Phase]) -> str | None:
-    """Return a warning if even the longest phase is short; another, such as `finetune`, is short by design."""
-    longest = max(phases, key=lambda phase: phase.steps_per_epoch * phase.config.epochs)
-    steps, key = longest.steps_per_epoch * longest.config.epochs, f"phases.{longest.name}."
-    if steps >= MIN_STEPS:
+    """Return a warning if all phases together are short; one of them, such as `finetune`, may be short by design."""
+    steps = {phase.name: phase.steps_per_epoch * phase.config.epochs for phase in phases}
+    if sum(steps.values()) >= MIN_STEPS:
         return None
-    batch_size = "batch_size" if longest.name == "train" else f"{key}batch_size"
+    counts = ", ".join(f"phase {name} {count}" for name, count in steps.items())
+    first = phases[0]  # from random weights: it has the most to learn
+    batch_size = "batch_size" if first.name == "train" else f"phases.{first.name}.batch_size"
     return (
-        f"Phase {longest.name} takes only {steps} steps of the optimizer: the model may learn little. "
-        f"Lower {batch_size}={longest.config.batch_size}, or raise {key}epochs={longest.config.epochs}."
+        f"The run takes only {sum(steps.values())} steps of the optimizer ({counts}): the model may learn little. Lower "
+        f"{batch_size}={first.config.batch_size}, or raise phases.{first.name}.epochs={first.config.epochs}."
     )
 
 
