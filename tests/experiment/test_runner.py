@@ -138,8 +138,8 @@ def test_a_run_of_few_steps_warns_and_names_the_keys(composed: Compose, override
     assert key in parts.warning if key and parts.warning else parts.warning == key
 
 
-def test_a_sweep_warns_once(in_process: CommandLine, store: str, capfd: pytest.CaptureFixture[str]) -> None:
-    done = in_process("-m", "data=digits", "~phases.train", "seed=0,1,2")
+def test_a_sweep_warns_once(command_line: CommandLine, store: str) -> None:
+    done = command_line("-m", "data=digits", "~phases.train", "seed=0,1,2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("phases.finetune.batch_size=128") == 1
 
