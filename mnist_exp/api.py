@@ -1,9 +1,12 @@
-"""The commands from Python: train a run, load its model, and read a sweep as a data frame. Nothing is printed.
+"""The commands from Python: train a run, load its model, and read a sweep as a data frame.
+
+Only `load` prints something: a line that names the model and its result.
 
 Mistakes raise `mnist_exp.errors.UserError`, whose fields `key`, `value`, `expected` and `remedy` say what to change.
 """
 
 import io
+import warnings
 from contextlib import redirect_stdout
 from dataclasses import replace
 
@@ -11,6 +14,7 @@ import pandas as pd
 
 from mnist_exp.cli import default_settings, find_store, leave_credentials
 from mnist_exp.composing import compose_recipe
+from mnist_exp.console import show_lines
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.repeat import request
 from mnist_exp.experiment.runner import RunResult, run
@@ -60,7 +64,11 @@ def load(model: str = "latest") -> Classifier:
         UserError: There is no such model, or it cannot be used.
     """
     leave_credentials()
-    return load_from(default_settings(), model)
+    classifier = load_from(default_settings(), model)
+    if classifier.warning:
+        warnings.warn(classifier.warning, stacklevel=2)
+    show_lines([f"Model: {classifier.summary}"])
+    return classifier
 
 
 def frame(sweep: str = "latest") -> pd.DataFrame:

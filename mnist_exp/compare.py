@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from mnist_exp import cli
 from mnist_exp.errors import Mark, UserError
-from mnist_exp.overrides import command
+from mnist_exp.overrides import command, quoted
+from mnist_exp.tracking.tags import COMMAND
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -199,19 +200,33 @@ def publish(
 
 
 def next_steps(store: "Store", sweeps: "Sequence[Sweep]", comparisons: "Sequence[Comparison]") -> list[str]:
-    """Return the commands that are the next step: more seeds, and the UI."""
+    """Return the commands that are the next step: the UI, and to finish the sweeps, to add seeds or to choose an arm."""
     from mnist_exp.comparison.wording import seeds_needed
     from mnist_exp.tracking.frame import SEED
 
-    sweep = sweeps[-1].run_id
-    lines = [store.ui_hint(sweep)]
+    hint, runs = store.ui_hint(sweeps[-1].run_id), comparisons[0].runs
+    if any(sweep.record.status == "RUNNING" for sweep in sweeps):
+        return [hint]
+    ended = runs["status"].isin(["FINISHED", "DIVERGED"])
+    if missing := [sweep for sweep in sweeps if sweep.run_id in set(runs["sweep"][~ended])]:
+        return [hint, *(f"Next: {resume_command(sweep)}" for sweep in missing)]
+    if len(sweeps) > 1:
+        return [hint]
+    (sweep,) = sweeps
     needed = [found[0] for comparison in comparisons if (found := seeds_needed(comparison))]
-    seeds = {int(seed or 0) for seed in comparisons[0].runs[SEED] if not seed or seed.isdecimal()}
+    seeds = {int(seed or 0) for seed in runs[SEED] if not seed or seed.isdecimal()}
     more = max((number for number in needed if number), default=0) - len(seeds)
-    if len(sweeps) == 1 and seeds and more > 0 and None not in needed:
+    if seeds and more > 0 and None not in needed:
         first = max(seeds) + 1
-        lines.append(f"More seeds: {command('run', '-m', f'sweep.extend={sweep}', f'seed=range({first},{first + more})')}")
-    return lines
+        return [hint, f"Next: {command('run', '-m', f'sweep.extend={sweep.run_id}', f'seed=range({first},{first + more})')}"]
+    is_ranked = sweep.record.objective in runs and runs[sweep.record.objective].notna().any()
+    return [hint, f"Next: {command('runs', 'best', sweep.run_id)}"] if is_ranked else [hint]
+
+
+def resume_command(sweep: "Sweep") -> str:
+    """Return the command that resumes a sweep, with its launcher; no other option of Hydra is taken from a store."""
+    launcher = re.findall(r"(?<= )hydra/launcher=\w+(?= )", sweep.record.tags.get(COMMAND, ""))
+    return command("run", "-m", *launcher, f"sweep.resume={quoted(sweep.run_id)}")
 
 
 def commands(sweeps: "Iterable[Sweep]", comparison: "Comparison", arguments: argparse.Namespace) -> list[str]:

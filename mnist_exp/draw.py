@@ -3,6 +3,7 @@
 import argparse
 
 from mnist_exp import cli
+from mnist_exp.console import show_lines, show_warning
 from mnist_exp.errors import UserError
 
 SECONDS_TO_END = 2  # for requests that are still answered after Ctrl-C
@@ -37,8 +38,9 @@ def draw(arguments: argparse.Namespace) -> None:
         if classifier.data.preparation != "handwriting":
             raise UserError.invalid("--model", arguments.model, "a model of handwriting", "Use predict with files.")
         port = server.getsockname()[1]
-        print(f"http://127.0.0.1:{port}", flush=True)
-        print(f"Model: {classifier.source.title}", flush=True)
+        show_lines([f"http://127.0.0.1:{port}", f"Model: {classifier.summary}", "Stop the server with Ctrl-C."])
+        if classifier.warning:
+            show_warning(classifier.warning)
         config = uvicorn.Config(create_app(classifier, port), log_level="warning", timeout_graceful_shutdown=SECONDS_TO_END)
         uvicorn.Server(config).run(sockets=[server])
 

@@ -65,9 +65,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     options = {"--data": arguments.data, "--data-root": arguments.data_root}
     typed = [word for option, value in options.items() if value for word in (option, value)]
     repeat = command("evaluate", classifier.source.address, *typed)
-    warnings = [data.warning] if data.warning else []
+    warnings = [text for text in (classifier.warning, data.warning) if text]
     if data.eval_split != "test" and classifier.data.may_have_trained_on(own, data.eval_split):
         warnings.append(f"The model may have been trained on these images: its own run did not keep them for {data.eval_split}.")
+    show_lines([f"Model: {classifier.summary}"])
     record(settings, classifier.source, data, result, warnings, repeat)
 
 
@@ -127,7 +128,7 @@ def record(
         model = f"[{source.title}]({link})" if link else source.title
         of = f"**Evaluation** of {model} on {rows['data']}."
         tracker.set_description("\n\n".join([of, *warnings, f"| | |\n| --- | --- |\n{table}"]))
-    show_pairs(f"Model: {source.title}", rows)
+    show_pairs("Results", rows)
     show_lines([*warnings, store.ui_hint(tracker.run_id)])
 
 

@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 
 def predict(arguments: argparse.Namespace) -> int:
     """Classify the files, show and write the predictions; return the number of files without one."""
-    from mnist_exp.console import show_lines, show_table, tracked
+    from mnist_exp.console import show_lines, show_table, show_warning, tracked
     from mnist_exp.serving.classifier import load_from
     from mnist_exp.serving.files import find_files, predict_files, write_sheet, write_table
 
@@ -58,7 +58,9 @@ def predict(arguments: argparse.Namespace) -> int:
     if len(read) > MAX_SHOWN or len(failed) > MAX_SHOWN:
         remedy = f"{arguments.out} has all of them" if arguments.out else "--out FILE.csv writes all of them to a file"
         show_lines([f"{len(read):,} predictions, {len(failed):,} errors: {remedy}."])
-    show_lines([f"Model: {classifier.source.title}"])
+    if classifier.warning:
+        show_warning(classifier.warning)
+    show_lines([f"Model: {classifier.summary}"])
     if arguments.out:
         write_table(arguments.out, results)
     if arguments.sheet:

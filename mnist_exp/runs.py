@@ -7,14 +7,17 @@ import argparse
 import re
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+import yaml
 
 from mnist_exp import cli
 from mnist_exp.console import show_lines, show_pairs, show_table
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import SHOWN, format_metric
-from mnist_exp.overrides import command
-from mnist_exp.paths import NAME
+from mnist_exp.overrides import command, key_of
+from mnist_exp.paths import NAME, config_dirs
 from mnist_exp.settings import Settings
 from mnist_exp.sweep.summary import rank_arms
 from mnist_exp.tracking import housekeeping, tables
@@ -23,6 +26,7 @@ from mnist_exp.tracking.base import RunRecord, Store
 
 HOURS = {"h": 1, "d": 24, "w": 168}
 AGE = "such as 7d, 12h or 4w"
+SUBSET = "data.subset"  # limits the training images, for tries
 RUN = "an id, its first 6 or more digits, or latest"
 
 
@@ -169,7 +173,8 @@ def best_arm(store: Store, settings: Settings, arguments: argparse.Namespace) ->
     """Show the arms of a sweep, and the command that trains the best one."""
     sweep = store.find_sweep(arguments.sweep)
     objective = sweep.record.objective
-    arms = rank_arms(store.children(sweep.run_id), objective)
+    children = store.children(sweep.run_id)
+    arms = rank_arms(children, objective)
     if not arms:
         raise UserError(
             f"Sweep {sweep.run_id} has no finished job with {objective}, by which arms are ranked.",
@@ -181,7 +186,22 @@ def best_arm(store: Store, settings: Settings, arguments: argparse.Namespace) ->
             for overrides, values in arms
         ]
     )
-    show_lines([command("run", *arms[0][0])])
+    is_limited = any(child.params.get(SUBSET, "None") != "None" for child in children)
+    show_lines([f"Next: {command('run', *final_recipe(arms[0][0]), *([f'{SUBSET}=null'] if is_limited else []))}"])
+
+
+def final_recipe(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of an arm for a run on all data: with data=NAME in place of data=NAME_tuning, if there is that option.
+
+    The keys that conf/data/NAME_tuning.yaml sets divide the data for tuning: they are left out.
+    """
+    kept = {key_of(override): override for override in overrides if key_of(override) != SUBSET}
+    if found := re.fullmatch(r"data=((\w+)_tuning)", kept.get("data", "")):
+        tuning, full = ([folder / "data" / f"{name}.yaml" for folder in config_dirs()] for name in found.groups())
+        if any(file.is_file() for file in full):
+            divided = {f"data.{key}" for file in tuning if file.is_file() for key in yaml.safe_load(file.read_text())}
+            kept = {key: text for key, text in kept.items() if key not in divided} | {"data": f"data={found[2]}"}
+    return list(kept.values())
 
 
 def promote_model(store: Store, settings: Settings, arguments: argparse.Namespace) -> None:

@@ -115,6 +115,7 @@ class DataDescription(BaseModel):
         locations: The places where the data were found, by the arguments of their function.
         trained_on: The splits that the model may have been trained on.
         before: The descriptions of the models that its weights came from.
+        warning: Shown to the users of the model, empty without one.
     """
 
     model_config = CHECKED
@@ -127,6 +128,7 @@ class DataDescription(BaseModel):
     locations: dict[str, str] = Field(default_factory=dict)
     trained_on: list[str] = Field(default_factory=list)
     before: list["DataDescription"] = Field(default_factory=list)
+    warning: str = ""
 
     def may_have_trained_on(self, other: "DataDescription", split: str) -> bool:
         """Return whether a model of this description may have been trained on images of a split of `other`."""

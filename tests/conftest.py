@@ -55,7 +55,7 @@ def finished(settings: Settings, data: Dataset, output_dir: Path, *, ended: bool
     recipe = Recipe(settings.model_copy(update={"data_description": DataDescription(**data.description, trained_on=used)}))
     checkpoint.save(folder, checkpoint.Checkpoint(run_id, recipe, {}, state, history, {}, 0.0))
     if ended:
-        save_model(folder / "model", model, recipe.settings)
+        save_model(folder / "model", model, recipe.settings, {})
     run_dir.mark_complete(folder)
     return run_id
 
@@ -147,7 +147,7 @@ def stored_run(store: str, tmp_path: Path, composed: Compose) -> str:
     opened = MLflowStore(store, "mnist_exp")
     opened.open()
     with opened.start(RunInfo("se_cnn", "python -m mnist_exp.run", {"data": "mnist"})) as tracker:
-        tracker.log_model("se_cnn-mnist", build(settings.model, "model", **MNIST_SHAPE), settings, tmp_path / "model")
+        tracker.log_model("se_cnn-mnist", build(settings.model, "model", **MNIST_SHAPE), settings, {}, tmp_path / "model")
     return str(tracker.run_id)
 
 

@@ -1,4 +1,4 @@
-"""The commands from Python: nothing is printed, and mistakes raise UserError."""
+"""The commands from Python: only `load` prints, and mistakes raise UserError."""
 
 import shutil
 from pathlib import Path
@@ -9,6 +9,7 @@ from mnist_exp import api, paths
 from mnist_exp.errors import UserError
 from mnist_exp.experiment.runner import RunResult
 from mnist_exp.learning.datasets import load_digits
+from mnist_exp.metrics import format_metric
 from mnist_exp.tracking.base import RunInfo
 from mnist_exp.tracking.mlflow_store import MLflowStore
 
@@ -30,17 +31,30 @@ def trained(uri: str) -> RunResult:
 def silent(uri: str, trained: RunResult, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     yield
-    assert tuple(capfd.readouterr()) == ("", ""), "nothing is printed"
+    assert tuple(capfd.readouterr()) == ("", ""), "nothing else is printed"
 
 
-def test_train_returns_the_run_and_load_its_model(uri: str, trained: RunResult) -> None:
+def test_train_returns_the_run_and_load_its_model(
+    uri: str, trained: RunResult, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
     record, *_ = MLflowStore(uri, "mnist_exp").runs()
     assert (record.run_id, record.status, record.params["seed"]) == (trained.run_id, "FINISHED", "1")
     assert record.metrics["test/loss"] == trained.metrics["test/loss"]
     assert [seen for seen, metrics in trained.history if "train/loss" in metrics][-1] == 1200
     images = load_digits(0.02, seed=0).splits["test"].images[:5]
+    assert "phases.finetune.batch_size=128" in (trained.warning or ""), "ten steps are few"
     for model in ("latest", trained.run_id[:6]):
         assert api.load(model).model(images).allclose(trained.model(images), atol=1e-5)
+        assert format_metric("test/accuracy", trained.metrics["test/accuracy"]) in capfd.readouterr().out
+    assert not recwarn.list
+
+
+def test_load_warns_of_a_model_of_few_images(uri: str, capfd: pytest.CaptureFixture[str]) -> None:
+    locations = (f"tracking.uri={uri}", "tracking.experiment=few", f"output_dir={Path(uri.removeprefix('sqlite:///')).parent}")
+    run = api.train("data=digits", "~phases.train", "data.subset=100", *locations)
+    with pytest.warns(UserWarning, match="limited to 100"):
+        api.load(run.run_id)
+    capfd.readouterr()
 
 
 def test_frame_has_a_row_for_each_job(uri: str, trained: RunResult) -> None:

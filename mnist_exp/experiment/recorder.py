@@ -100,10 +100,10 @@ class Recorder:
         """Record the history, and the mistakes in `split` as (index, label, prediction), for comparisons."""
         self.tracker.log_text(json.dumps({"split": split, "history": self.history, "mistakes": mistakes}), OUTCOME)
 
-    def log_model(self, model: nn.Module, name: str) -> None:
-        """Record the last checkpoint and the model."""
+    def log_model(self, model: nn.Module, name: str, metrics: Mapping[str, float]) -> None:
+        """Record the last checkpoint, and the model with the metrics that scored it."""
         self.tracker.log_file(self.folder / run_dir.CHECKPOINT)
-        self.tracker.log_model(name, model, self._initial.recipe.settings, self.folder / "model")
+        self.tracker.log_model(name, model, self._initial.recipe.settings, metrics, self.folder / "model")
 
     def finish(self, results: dict[str, float], description: str) -> None:
         """Record the results of the whole run, and that it has finished."""

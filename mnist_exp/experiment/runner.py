@@ -5,7 +5,7 @@ import re
 import shlex
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -23,6 +23,7 @@ from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.evaluation import Evaluation, evaluate
 from mnist_exp.learning.models import count_parameters, create_model
 from mnist_exp.learning.training import Phase, choose_device, choose_precision, disable_malloc_trim, fit, prepare_phases
+from mnist_exp.metrics import metric_of
 from mnist_exp.nodes import build
 from mnist_exp.overrides import command, key_of, section_of
 from mnist_exp.settings import NEUTRAL, DataDescription, Settings, Trial
@@ -32,6 +33,7 @@ from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import RunInfo, Store
 from mnist_exp.tracking.tags import ARM, COLOR, DATA, JOB, OBJECTIVE, OVERRIDES, PARENT, RECIPE, RERUN_OF, RESUMED, SWEEP
 
+MIN_STEPS = 50  # of the optimizer: a run that takes fewer gets a warning
 ShouldPrune = Callable[[int, Mapping[str, float]], bool]  # called with examples seen and metrics
 
 
@@ -78,6 +80,7 @@ class Prepared:
     store: Store
     software: dict[str, str]
     changed: str  # how the environment differs from that of a resumed or repeated run
+    warning: str | None  # about the data or the number of steps
     display: Display
     started: float
 
@@ -91,7 +94,7 @@ class RunResult:
         history: (examples seen, metrics) of every report and of its end.
         model: The trained model, in evaluation mode.
         evaluation: Its logits on the split that scores it, and the labels.
-        warning: A warning about the data, None without one.
+        warning: A warning about the data or the number of steps, None without one.
     """
 
     run_id: str
@@ -174,7 +177,23 @@ def prepare(request: RunRequest) -> Prepared:
     epochs = {phase.name: phase.config.epochs for phase in phases}
     display = Display(totals, epochs, request.examples_seen, settings.objective, quiet=request.quiet)
     precision = choose_precision(settings.precision, device)
-    return Prepared(model, phases, data, description, precision, device, store, software, changed, display, started)
+    warnings = [data.warning, None if settings.init else _too_few_steps(phases)]  # a trained model may need few
+    warning = "\n".join(filter(None, warnings)) or None
+    return Prepared(model, phases, data, description, precision, device, store, software, changed, warning, display, started)
+
+
+def _too_few_steps(phases: Sequence[Phase]) -> str | None:
+    """Return a warning if all phases together are short; one of them, such as `finetune`, may be short by design."""
+    steps = {phase.name: phase.steps_per_epoch * phase.config.epochs for phase in phases}
+    if sum(steps.values()) >= MIN_STEPS:
+        return None
+    counts = ", ".join(f"phase {name} {count}" for name, count in steps.items())
+    first = phases[0]  # from random weights: it has the most to learn
+    batch_size = "batch_size" if first.name == "train" else f"phases.{first.name}.batch_size"
+    return (
+        f"The run takes only {sum(steps.values())} steps of the optimizer ({counts}): the model may learn little. Lower "
+        f"{batch_size}={first.config.batch_size}, or raise phases.{first.name}.epochs={first.config.epochs}."
+    )
 
 
 @cache  # before the first run changes it
@@ -184,9 +203,9 @@ def _default_threads() -> int:
 
 def start_run(request: RunRequest, prepared: Prepared) -> AbstractContextManager[Recorder]:
     """Return the recorder, which starts the run in the store."""
-    data, recipe = prepared.data, request.start.recipe
-    if data.warning:
-        show_warning(data.warning)
+    recipe, job = request.start.recipe, request.settings.sweep_job
+    if prepared.warning and (job is None or job.number == 0):  # the first job speaks for the others
+        show_warning(prepared.warning)
     # The description lets others use the model without the data; a resumed or repeated run looks for the data where they were.
     settings = request.settings.model_copy(update={"data_description": prepared.description})
     initial = replace(request.start, recipe=replace(recipe, settings=settings), software=prepared.software)
@@ -254,17 +273,23 @@ def finalize(request: RunRequest, prepared: Prepared, recorder: Recorder, evalua
     curves = recorder.history, recorder.phase_starts
     recorder.log_figures(run_figures(evaluation, split, data, prepared.phases, *curves, seed, with_recipe=with_recipe))
     recorder.log_history(split, evaluation.mistakes)
-    recorder.log_model(prepared.model.eval(), f"{recipe.choices.get('model', 'model')}-{data.name}")
     results = {f"time/{phase}_seconds": seconds for phase, seconds in recorder.seconds.items()}
     results["model/parameters"] = count_parameters(prepared.model)
     if split == "test":
         recorder.tracker.log_dataset(data, "test", "test")
-        results |= {f"test/{name}": value for name, value in evaluation.metrics.items()}
+        metrics = {f"test/{name}": value for name, value in evaluation.metrics.items()}
+        results |= metrics
+    else:  # a later phase may have trained on these images
+        measured = {name: value for _, values in recorder.history for name, value in values.items()}
+        metrics = {name: value for name, value in measured.items() if name.startswith("val/")}
+    objective = metric_of(request.settings.objective)
+    metrics = dict(sorted(metrics.items(), key=lambda item: metric_of(item[0]) != objective))
+    recorder.log_model(prepared.model.eval(), f"{recipe.choices.get('model', 'model')}-{data.name}", metrics)
     results["time/total_seconds"] = recorder.elapsed
-    result = RunResult(recorder.tracker.run_id, [*recorder.history, (0, results)], prepared.model, evaluation, data.warning)
+    result = RunResult(recorder.tracker.run_id, [*recorder.history, (0, results)], prepared.model, evaluation, prepared.warning)
     rows = result_rows(result.metrics, data)
     picture = prepared.store.link(result.run_id, "pictures/worst_mistakes.png")
-    recorder.finish(results, describe_run(rows, recipe.overrides, data.warning, picture))
+    recorder.finish(results, describe_run(rows, recipe.overrides, prepared.warning, picture))
     rows |= {"run": result.run_id, "checkpoint": os.path.relpath(recorder.folder / run_dir.CHECKPOINT)}
     use_commands = {}
     if recorder.tracker.is_recording:

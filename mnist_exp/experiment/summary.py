@@ -80,7 +80,7 @@ def describe_run(rows: dict[str, str], overrides: list[str], warning: str | None
     Args:
         rows: From `result_rows`.
         overrides: The overrides of the command line.
-        warning: A warning about the data, or None.
+        warning: A warning about the data or the number of steps, or None.
         picture: The link to the figure of the worst mistakes, empty without one.
     """
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

@@ -65,6 +65,6 @@ def _load(run: str, output_dir: Path) -> tuple[nn.Module, DataDescription]:
             f"List the runs with `{command('runs', 'list')}`, or set output_dir to their folder.",
         )
     try:
-        return read_model(folder / "model")
+        return read_model(folder / "model")[:2]
     except UserError as error:
         raise UserError(f"{RUNS}={run} cannot teach: {error}", key=RUNS, value=run) from error

@@ -82,7 +82,7 @@ class Dataset:
         preparation: How pictures become images like these: `handwriting` for digits, else `plain`.
         subset: Limit of the number of training images, or None.
         locations: The arguments, by name, that say where the data were found.
-        warning: Shown to the user, or None.
+        warning: Shown to the user when a run starts, or None. Its last line is also shown to the users of the model.
     """
 
     base: str
@@ -132,7 +132,10 @@ class Dataset:
     @property
     def description(self) -> dict[str, Any]:
         """What models and their users need to know of the data."""
+        limited = None if self.subset is None else f"The training images were limited to {self.subset:,}."
+        warnings = [*(self.warning or "").splitlines()[-1:], limited]
         names = {"name": self.base, "class_names": list(self.class_names), "preparation": self.preparation}
+        names |= {"warning": " ".join(filter(None, warnings))}
         return names | {"side": self.side, "channels": self.channels, "digests": self.digests, "locations": dict(self.locations)}
 
     @property

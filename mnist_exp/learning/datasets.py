@@ -141,8 +141,8 @@ def load_mnist(
         if fallback is None:
             raise missing from error
         warning = (
-            f"{missing}\nUSING THE EMBEDDED digits INSTEAD: 1,797 images, not {files.torchvision}. "
-            "data.fallback=null turns this warning into an error."
+            f"{missing} data.fallback=null turns this warning into an error.\n"
+            f"USING THE EMBEDDED digits INSTEAD OF {files.torchvision}: 1,797 images."
         )
         return replace(load_digits(finetune_fraction, seed, subset), warning=warning)
     images, labels = files.read(used_root, "train")

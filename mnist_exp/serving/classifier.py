@@ -1,6 +1,6 @@
 """A trained model that classifies pictures: from a run, a registered model or a folder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import nn
 from mnist_exp.cli import find_store
 from mnist_exp.errors import UserError
 from mnist_exp.learning.pictures import open_picture, plain
+from mnist_exp.metrics import format_metric
 from mnist_exp.serving import preparation
 from mnist_exp.settings import DataDescription, Settings
 from mnist_exp.tracking.base import ModelSource
@@ -51,15 +52,22 @@ class Classifier:
         model: Maps uint8 images (n, channels, side, side) to logits (n, classes).
         data: The description of the data that it was trained on.
         source: Where the model comes from.
+        metrics: The metrics that scored it, the most important first; none of an older model.
     """
 
-    def __init__(self, model: nn.Module, data: DataDescription, source: ModelSource) -> None:
-        self.model, self.data, self.source = model, data, source
+    def __init__(self, model: nn.Module, data: DataDescription, source: ModelSource, metrics: Mapping[str, float]) -> None:
+        self.model, self.data, self.source, self.metrics = model, data, source, metrics
 
     @property
     def summary(self) -> str:
-        """The name by which people know the model."""
-        return self.source.title
+        """Such as `run 1a2b3c4d, se_cnn on mnist: test/accuracy 98.62 %`."""
+        name = next(iter(self.metrics), "")
+        return self.source.title + (f": {name} {format_metric(name, self.metrics[name])}" if name else "")
+
+    @property
+    def warning(self) -> str:
+        """What to know about the training data before trusting the model, empty without a warning."""
+        return f"The model was trained with a warning: {self.data.warning}" if self.data.warning else ""
 
     def __call__(self, images: Picture | Sequence[Picture] | NDArray[Any]) -> Predictions:
         """Classify images.
@@ -139,4 +147,5 @@ def load_from(settings: Settings, model: str) -> Classifier:
     """
     store = find_store(settings)
     source = store.find_model(model, settings.output_dir)
-    return Classifier(*read_model(store.fetch_model(source)), source)
+    network, data, metrics = read_model(store.fetch_model(source))
+    return Classifier(network, data, source, metrics)

@@ -51,7 +51,6 @@ class GridSweep:
 
     selecting_overrides: tuple[str, ...] = ()  # the overrides that select this sweeper
     name = "grid"
-    next_command: tuple[str, ...] = ("compare",)  # to answer what the sweep asks
 
     def __init__(self, context: HydraContext, task: TaskFunction, composed: DictConfig, params: dict[str, str]) -> None:
         if isinstance(uri := composed.get("tracking", {}).get("uri"), str):  # from conf/local or a preset
@@ -113,7 +112,7 @@ class GridSweep:
                 with suppress(Exception):  # the error that ended the sweep matters, not that the store is unreachable, too
                     _show(parent)
                 raise
-            _conclude(parent, _show(parent), self.next_command)
+            _conclude(parent, _show(parent))
 
     def _defining(self, store: Store, arguments: list[str], locations: list[str]) -> list[str]:
         """Return the overrides that define jobs: all but locations and the sweep's own keys.
@@ -281,7 +280,7 @@ def _show(parent: Parent) -> list[dict[str, str]]:
     return rows
 
 
-def _conclude(parent: Parent, rows: list[dict[str, str]], next_command: tuple[str, ...]) -> None:
+def _conclude(parent: Parent, rows: list[dict[str, str]]) -> None:
     """Show the command that answers what the sweep asks; raises UserError if a job has not finished."""
     failures = [row for row in rows if row["status"] not in ("FINISHED", "PRUNED")]
     if failures:
@@ -291,6 +290,18 @@ def _conclude(parent: Parent, rows: list[dict[str, str]], next_command: tuple[st
             f"{first['error'] or first['status']}\n"
             f"Fix the cause, then run `{parent.resume_command}` to finish the sweep."
         )
+    if parent.tracker.is_recording:
+        show_lines([next_step(parent, rows)])
+
+
+def next_step(parent: Parent, rows: list[dict[str, str]]) -> str:
+    """Return the line with the command that answers what a sweep asks, empty if there is none."""
     keys = set(parent.swept_keys) - {"seed"}
-    if parent.tracker.is_recording and keys and "data" not in keys:  # runs on different data are not compared
-        show_lines([f"Next: {command(*next_command, parent.tracker.run_id)}"])
+    if keys and len({child.data for child in parent.children()}) > 1:  # runs on different data are not compared
+        keys = {key for key in keys if key.partition(".")[0] not in ("data", "experiment", "arm")}
+        if not keys:
+            return ""
+    if keys and parent.sweeper == GridSweep.name:
+        return f"Next: {command('compare', parent.tracker.run_id)}"
+    is_ranked = any(row[parent.objective] for row in rows if row["status"] == "FINISHED")
+    return f"Next: {command('runs', 'best', parent.tracker.run_id)}" if is_ranked else ""

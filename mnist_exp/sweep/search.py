@@ -43,7 +43,6 @@ class SearchSweep(GridSweep):
 
     selecting_overrides = ("hydra/sweeper=optuna",)
     name = "optuna"
-    next_command = ("runs", "best")
 
     def __init__(
         self,

@@ -325,15 +325,17 @@ class Tracker:
         The UI shows the first purpose of a split.
         """
 
-    def log_model(self, name: str, model: "nn.Module", settings: Settings, folder: Path) -> None:
-        """Record a model with the settings of its run, which hold the description of the data. It is written to `folder`, too.
+    def log_model(self, name: str, model: "nn.Module", settings: Settings, metrics: Mapping[str, float], folder: Path) -> None:
+        """Record a model with the settings of its run, which hold the description of the data, and the metrics that scored it.
+
+        It is written to `folder`, too.
 
         Raises:
             UserError: `folder`, which the model replaces, cannot be written.
         """
         from mnist_exp.tracking.models import save_model  # with torch, which commands that only read do not need
 
-        save_model(folder, model, settings)
+        save_model(folder, model, settings, metrics)
 
 
 def describe_failure(status: str, error: str, link: str, description: str) -> str:

@@ -171,8 +171,8 @@ class MLflowTracker(Tracker):
         )
         self._send("log_inputs", [entities.DatasetInput(entity, [entities.InputTag(tag.DATASET_CONTEXT, context)])])
 
-    def log_model(self, name: str, model: nn.Module, settings: Settings, folder: Path) -> None:
-        super().log_model(name, model, settings, folder)
+    def log_model(self, name: str, model: nn.Module, settings: Settings, metrics: Mapping[str, float], folder: Path) -> None:
+        super().log_model(name, model, settings, metrics, folder)
         write_mlmodel(folder, settings)
         self._outbox.add(lambda: self._log_model(folder, model_name(name)))
 

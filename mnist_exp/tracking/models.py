@@ -1,7 +1,7 @@
 """Trained models on disk: save and load them.
 
-A model is a folder with the weights, the node of the model and the description of its data. The `MLmodel` that
-`mlflow_models.py` adds to it names this module, whose `_load_pyfunc` MLflow's loader and server call.
+A model is a folder with the weights, the node of the model, the description of its data and its metrics. The `MLmodel`
+that `mlflow_models.py` adds to it names this module, whose `_load_pyfunc` MLflow's loader and server call.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from torch import nn
 
 from mnist_exp.errors import UserError, first_line
@@ -30,13 +31,14 @@ WHOLE = r"(.+):([0-9a-f]{12})"  # the full id of a model, and the digest of its 
 WEIGHTS, SETTINGS = "weights.pt", "settings.json"
 
 
-def save_model(folder: Path, model: nn.Module, settings: Settings) -> None:
+def save_model(folder: Path, model: nn.Module, settings: Settings, metrics: Mapping[str, float]) -> None:
     """Write a model to `folder`, which is replaced.
 
     Args:
         folder: The folder.
         model: Maps uint8 images (n, channels, side, side) to logits (n, classes).
         settings: The settings of the model's run, with the description of the data.
+        metrics: The metrics that scored the model, that of the objective first.
 
     Raises:
         UserError: The disk refuses.
@@ -44,7 +46,7 @@ def save_model(folder: Path, model: nn.Module, settings: Settings) -> None:
     data = settings.data_description
     assert data
     described = data.model_dump(exclude={"locations": True, "before": {"__all__": {"locations"}}})
-    content = {"format": FORMAT, "model": settings.model, "data_description": described}
+    content = {"format": FORMAT, "model": settings.model, "data_description": described, "metrics": dict(metrics)}
     try:
         remove_folder(folder)
         folder.mkdir()
@@ -54,8 +56,8 @@ def save_model(folder: Path, model: nn.Module, settings: Settings) -> None:
         raise disk_error(folder, error) from error
 
 
-def read_model(folder: Path) -> tuple[nn.Module, DataDescription]:
-    """Return a model in evaluation mode, and the description of its data. No file of its folder can run code.
+def read_model(folder: Path) -> tuple[nn.Module, DataDescription, dict[str, float]]:
+    """Return a model in evaluation mode, the description of its data, and its metrics. No file of its folder can run code.
 
     Raises:
         UserError: The folder has no model of this program, or a damaged one.
@@ -64,6 +66,7 @@ def read_model(folder: Path) -> tuple[nn.Module, DataDescription]:
         content = json.loads((folder / SETTINGS).read_bytes())
         check_format(content, f"{folder / SETTINGS}")
         data = DataDescription.model_validate_json(json.dumps(content["data_description"]))
+        metrics = TypeAdapter(dict[str, float]).validate_python(content.get("metrics", {}))  # an older model has none
         node = content["model"]
         check_nodes({"model": node})
         weights = torch.load(read_archive(folder / WEIGHTS), map_location="cpu", weights_only=True)
@@ -75,7 +78,7 @@ def read_model(folder: Path) -> tuple[nn.Module, DataDescription]:
         raise
     except Exception as error:  # a forged file can fail anywhere within torch
         raise UserError(f"{folder} is not a model of this program, or is damaged: {first_line(error)}.") from error
-    return model.eval(), data
+    return model.eval(), data, metrics
 
 
 def whole_id(store: "Store", text: str, output_dir: Path) -> str:
@@ -110,7 +113,7 @@ def read_initial(store: "Store", text: str, output_dir: Path) -> tuple[str, Mapp
         name = f"models:/{source.model_id}" if source.model_id else source.address
     else:
         name = source.run_id or str(Path(source.address).absolute())
-    model, described = read_model(store.fetch_model(source))
+    model, described, _ = read_model(store.fetch_model(source))
     return name, model.state_dict(), [described]
 
 

@@ -47,7 +47,7 @@ def promote_model(folder: Path) -> None:
     store = MLflowStore(uri, "mnist_exp")
     store.open()
     with store.start(RunInfo("se_cnn", "", {})) as tracker:
-        tracker.log_model("se_cnn", build(settings.model, "model", **data.shape), settings, folder / "model")
+        tracker.log_model("se_cnn", build(settings.model, "model", **data.shape), settings, {}, folder / "model")
     store.register(store.get_run(tracker.run_id), "mnist", "champion", "For the benchmark.", {})
 
 

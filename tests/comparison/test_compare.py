@@ -104,6 +104,13 @@ def test_the_next_step_is_a_command_that_runs(run_compare: Compare, store: str) 
     shown = run_compare()[1]
     assert f"sweep.extend={sweep} 'seed=range(3,5)'" in shown
     assert f"mnist_exp.ui {sweep}" in shown
+    clear = make_sweep(store, ("se_cnn", "plain_cnn"), seeds=5, better=0.01)
+    assert run_compare()[1].endswith(f"Next: python -m mnist_exp.runs best {clear}")
+    client = MlflowClient(store)
+    (job, *_) = client.search_runs(["1"], f"tags.sweep_id = '{clear}'")
+    client.set_terminated(job.info.run_id, "KILLED")
+    client.set_tag(clear, "mlflow.source.name", "python -m mnist_exp.run -m hydra/launcher=slurm hydra.x=1 model=se_cnn")
+    assert run_compare()[1].endswith(f"Next: python -m mnist_exp.run -m hydra/launcher=slurm sweep.resume={clear}")
     one = make_sweep(store, ("se_cnn", "plain_cnn"), seeds=1)
     status, shown, _ = run_compare(one)
     assert (status, "1 more pair needed for an interval" in shown) == (0, True)

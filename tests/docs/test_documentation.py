@@ -225,4 +225,6 @@ def test_the_model_of_the_first_command_reads_a_photo(
         return done.stdout
 
     assert re.search(r"photo\.jpg +\S +7 ", printed("-m", "mnist_exp.predict", "photo.jpg"))
-    assert printed("-c", snippet).startswith("[7] [0.")
+    model, predicted = printed("-c", snippet).splitlines()
+    assert "test/accuracy" in model
+    assert predicted.startswith("[7] [0.")

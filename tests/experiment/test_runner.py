@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Compose
+from conftest import CommandLine, Compose
 
 from mnist_exp.errors import PrunedError
 from mnist_exp.experiment.runner import Prepared, RunRequest, finalize, prepare, start_run, train
@@ -119,6 +119,29 @@ def test_a_search_can_stop_a_run(prepared: Prepare, tmp_path: Path) -> None:
         train(request, parts, recorder)
     assert store.tracker.calls[-1] == ("end", PrunedError)
     assert run_dir.is_complete(tmp_path / RUN_ID)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        ([], None),
+        (["batch_size=1024"], None),
+        (["data.subset=1000"], "phase train 2, phase finetune 10"),
+        (["data.subset=1000"], " batch_size=512"),
+        (["data.subset=1000", "phases.train.epochs=30"], None),
+        (["~phases.train", "phases.finetune.epochs=2"], "phases.finetune.epochs=2"),
+    ],
+)
+def test_a_run_of_few_steps_warns_and_names_the_keys(composed: Compose, overrides: list[str], key: str | None) -> None:
+    """The default recipe does not, although its second phase takes ten steps."""
+    parts = prepare(RunRequest(Checkpoint("", Recipe(composed("data=digits", "tracking=none", *overrides))), "", quiet=True))
+    assert key in parts.warning if key and parts.warning else parts.warning == key
+
+
+def test_a_sweep_warns_once(command_line: CommandLine, store: str) -> None:
+    done = command_line("-m", "data=digits", "~phases.train", "seed=0,1,2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("phases.finetune.batch_size=128") == 1
 
 
 @pytest.mark.parametrize("threads", ["x", "", "0", "-3", "9" * 12])

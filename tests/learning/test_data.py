@@ -84,9 +84,13 @@ def test_missing_files_are_an_error_in_a_root_of_the_user_or_without_fallback(ar
 
 
 def test_digits_take_the_place_of_missing_files_with_a_warning() -> None:
-    data = load(fallback="digits")
-    assert data.name == "digits"
-    assert data.warning
+    data = load(fallback="digits", subset=64)
+    assert data.name == "digits_64"
+    assert NOWHERE in (data.warning or "")
+    kept = data.description["warning"]
+    assert "digits INSTEAD OF MNIST" in kept, "the users of the model learn it, too"
+    assert "limited to 64" in kept
+    assert NOWHERE not in kept
 
 
 @pytest.mark.parametrize(("name", "value"), [("finetune_fraction", 0.0), ("finetune_fraction", 0.9999), ("subset", 2_000)])

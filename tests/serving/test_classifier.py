@@ -2,13 +2,14 @@
 
 import csv
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import Call
+from conftest import Call, CommandLine
 from mlflow import MlflowClient
 from PIL import EpsImagePlugin, Image, ImageDraw
 
@@ -171,7 +172,7 @@ def test_images_that_are_prepared_already_are_taken_as_they_are(
 def test_a_model_of_colors_takes_arrays_and_pictures() -> None:
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 2)).eval()
     data = DataDescription(class_names=["cat", "dog"], side=8, channels=3)
-    classifier = Classifier(lambda images: network(images.float()), data, ModelSource("", ""))
+    classifier = Classifier(lambda images: network(images.float()), data, ModelSource("", ""), {})
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
     expected = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).float()).softmax(1).detach()
     predictions = classifier(images)
@@ -179,6 +180,27 @@ def test_a_model_of_colors_takes_arrays_and_pictures() -> None:
     assert predictions.names == [["cat", "dog"][label] for label in predictions.labels]
     pictures = classifier([Image.fromarray(image) for image in images])
     assert np.array_equal(pictures.images, images), "a picture of the model's size is taken as it is"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "result"),
+    [
+        ([], " on digits: test/accuracy "),
+        (["data.subset=64"], " on digits_64: test/accuracy "),
+        (["objective=val/loss"], " on digits: test/loss 2."),
+    ],
+)
+def test_a_model_says_how_good_it_is_and_on_which_data(
+    overrides: list[str], result: str, call: Call, in_process: CommandLine, store: str, pictures: Path
+) -> None:
+    trained = in_process("data=digits", "~phases.train", *overrides)
+    assert trained.returncode == 0, trained.stderr
+    with warnings.catch_warnings(action="ignore"):
+        classifier = load("latest")
+    assert result in classifier.summary
+    shown = call(predict.main, str(pictures / "a=one [ü] (1).png")).stdout
+    assert f"Model: {classifier.summary}" in shown
+    assert ("limited to 64" in " ".join(shown.replace("│", " ").split())) == ("data.subset=64" in overrides)
 
 
 def test_an_evaluation_is_a_run_of_its_own(call: Call, stored_run: str, digits: Dataset, store: str) -> None:

@@ -2,12 +2,14 @@
 
 import csv
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,29 @@ def swept(template_database: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
     return Swept(store, status, printed.read_text(), *parent_and_children(store))
+
+
+@pytest.mark.parametrize(
+    ("swept_over", "following"),
+    [
+        (("model=se_cnn,plain_cnn", "data.subset=256"), "mnist_exp.compare "),
+        (("seed=0,1", "data.subset=256"), "mnist_exp.runs best "),
+        (("data.subset=256,512", "seed=0"), ""),
+        (("data.subset=256,512", "model=se_cnn,plain_cnn"), "mnist_exp.compare "),
+    ],
+)
+def test_a_sweep_ends_with_a_command_that_answers(
+    swept_over: tuple[str, ...], following: str, call: Call, command_line: CommandLine, store: str
+) -> None:
+    """Runs on different data are not compared."""
+    done = command_line(*SHORT, "phases.finetune.split=train", *swept_over)
+    assert done.returncode == 0, done.stderr
+    printed = [line for line in done.stdout.splitlines() if line.startswith("Next: ")]
+    assert len(printed) == bool(following)
+    for line in printed:
+        assert following in line
+        module, *arguments = shlex.split(line)[3:]
+        assert call(import_module(module).main, *arguments).returncode == 0
 
 
 def test_a_sweep_has_a_parent_and_a_child_for_every_job(swept: Swept) -> None:

@@ -24,10 +24,12 @@ from mnist_exp.settings import Settings
 from mnist_exp.tracking import mlflow_models, models
 from mnist_exp.tracking.mlflow_store import MLflowStore
 
+METRICS = {"test/loss": 0.05, "test/accuracy": 0.9862}
+
 
 def save_model(folder: Path, network: torch.nn.Module, settings: Settings) -> None:
     """Write a model as MLflow's tracker does."""
-    models.save_model(folder, network, settings)
+    models.save_model(folder, network, settings, METRICS)
     mlflow_models.write_mlmodel(folder, settings)
 
 
@@ -52,8 +54,9 @@ def images_of(count: int) -> np.ndarray:
 
 @pytest.mark.parametrize("count", [1, 7, 1000])
 def test_mlflow_s_loader_gives_the_logits_of_the_network(original: Path, count: int) -> None:
-    network, data = models.read_model(original)
+    network, data, metrics = models.read_model(original)
     assert data == MNIST
+    assert list(metrics.items()) == list(METRICS.items()), "that of the objective stays first"
     assert network.blocks[0].norm.running_mean.eq(1).all()
     images = images_of(count)
     logits = mlflow.pyfunc.load_model(str(original)).predict(images)
@@ -95,8 +98,9 @@ def test_a_full_disk_is_reported(composed: Compose, tmp_path: Path, monkeypatch:
         raise RuntimeError("[enforce fail at inline_container.cc:815] unexpected pos")
 
     monkeypatch.setattr(torch, "save", fill_disk)
+    settings = composed().model_copy(update={"data_description": MNIST})
     with pytest.raises(UserError):
-        models.save_model(tmp_path / "model", torch.nn.Identity(), composed().model_copy(update={"data_description": MNIST}))
+        models.save_model(tmp_path / "model", torch.nn.Identity(), settings, {})
 
 
 def test_a_changed_bit_changes_no_answer(folder: Path) -> None:
@@ -130,7 +134,7 @@ def test_predicting_needs_the_model_and_the_data_only(folder: Path) -> None:
     settings = json.loads((folder / models.SETTINGS).read_text())
     kept = {key: settings[key] for key in ("format", "model", "data_description")}
     (folder / models.SETTINGS).write_text(json.dumps(kept | {"newer": "${x}", "seed": "another type"}))
-    assert models.read_model(folder)[1] == MNIST
+    assert models.read_model(folder)[1:] == (MNIST, {})
 
 
 def compress(folder: Path) -> None:
@@ -161,6 +165,7 @@ REFUSED: dict[str, Callable[[Path], object]] = {
     "a pickle": lambda folder: torch.save({"": Bomb(), "filler": torch.zeros(10**5)}, folder / models.WEIGHTS),
     "a foreign target": lambda folder: edit_model(folder, _target_="os.system", command="touch exploded"),
     "a target in an argument": lambda folder: edit_model(folder, dropout={"_target_": "os.system", "command": "touch exploded"}),
+    "metrics that are no numbers": lambda folder: edit_settings(folder, lambda settings: settings.update(metrics={"x": [""]})),
     "a resolver": lambda folder: edit_model(folder, dropout="${oc.create:{_target_:os.system}}"),
     "linked weights": lambda folder: link_to(folder, models.WEIGHTS),
     "linked settings": lambda folder: link_to(folder, models.SETTINGS),

@@ -83,7 +83,7 @@ def test_final_metrics_are_linked_to_the_model_and_recorded_once(store: str, tmp
         tracker.log_dataset(one_split(), "test", "test")
         for step in (10, 20):
             tracker.log_metrics({"val/accuracy": step / 100, "train/loss": 1.0}, step)
-        tracker.log_model("my/cnn: 1-mnist", nn.Identity(), settings, tmp_path / "model")
+        tracker.log_model("my/cnn: 1-mnist", nn.Identity(), settings, {}, tmp_path / "model")
         tracker.log_results({"test/accuracy": 0.5, "model/parameters": 7})
     client = MlflowClient(store)
     (model,) = client.search_logged_models([tracker.experiment_id])
