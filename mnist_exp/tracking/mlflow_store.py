@@ -321,7 +321,7 @@ class MLflowStore(Store):
         aliases = {int(version): alias for alias, version in self.client.get_registered_model(name).aliases.items()}
         metrics = [objective, on_test(objective)]
         rows: list[list[object]] = [["version", *metrics, "data", "run", "alias"]]
-        versions = mlflow.search_model_versions(filter_string=f"name='{name}'")
+        versions = [version for version in mlflow.search_model_versions() if version.name == name]  # a filter breaks at quotes
         for version in sorted(versions, key=lambda version: int(version.version), reverse=True):
             try:
                 run = record_of(self.client.get_run(version.run_id or ""))
