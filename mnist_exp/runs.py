@@ -10,13 +10,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from mnist_exp import cli
 from mnist_exp.console import show_lines, show_pairs, show_table
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import SHOWN, format_metric
-from mnist_exp.overrides import command, key_of
+from mnist_exp.overrides import command, key_of, section_of
 from mnist_exp.paths import NAME, config_dirs
 from mnist_exp.settings import Settings
 from mnist_exp.sweep.summary import rank_arms
@@ -26,7 +24,6 @@ from mnist_exp.tracking.base import RunRecord, Store
 
 HOURS = {"h": 1, "d": 24, "w": 168}
 AGE = "such as 7d, 12h or 4w"
-SUBSET = "data.subset"  # limits the training images, for tries
 RUN = "an id, its first 6 or more digits, or latest"
 
 
@@ -186,22 +183,25 @@ def best_arm(store: Store, settings: Settings, arguments: argparse.Namespace) ->
             for overrides, values in arms
         ]
     )
-    is_limited = any(child.params.get(SUBSET, "None") != "None" for child in children)
-    show_lines([f"Next: {command('run', *final_recipe(arms[0][0]), *([f'{SUBSET}=null'] if is_limited else []))}"])
+    best = next(child for child in children if child.status == "FINISHED" and set(arms[0][0]) <= set(child.overrides))
+    seeds = [int(seed) for child in children if (seed := child.params.get("seed", "")).isdecimal()]
+    final = final_recipe(arms[0][0], store.recipe(best).choices.get("data", ""), sweep.record.tags.get(tag.KEYS, "").split())
+    show_lines([f"Next: {command('run', *final, f'seed={max(seeds, default=-1) + 1}')}"])
 
 
-def final_recipe(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides of an arm for a run on all data: with data=NAME in place of data=NAME_tuning, if there is that option.
+def final_recipe(overrides: Sequence[str], data: str, varied: Sequence[str]) -> list[str]:
+    """Return the overrides of an arm for a final run: of an arm on data=NAME_tuning, on data=NAME, if there is that option.
 
-    The keys that conf/data/NAME_tuning.yaml sets divide the data for tuning: they are left out.
+    Args:
+        overrides: The overrides of the arm.
+        data: The option of `data` that it was trained on.
+        varied: The keys that the sweep varied. Other arguments of the tuning data are left out.
     """
-    kept = {key_of(override): override for override in overrides if key_of(override) != SUBSET}
-    if found := re.fullmatch(r"data=((\w+)_tuning)", kept.get("data", "")):
-        tuning, full = ([folder / "data" / f"{name}.yaml" for folder in config_dirs()] for name in found.groups())
-        if any(file.is_file() for file in full):
-            divided = {f"data.{key}" for file in tuning if file.is_file() for key in yaml.safe_load(file.read_text())}
-            kept = {key: text for key, text in kept.items() if key not in divided} | {"data": f"data={found[2]}"}
-    return list(kept.values())
+    full = data.removesuffix("_tuning")
+    if full == data or not any((folder / "data" / f"{full}.yaml").is_file() for folder in config_dirs()):
+        return list(overrides)
+    kept = [item for item in overrides if section_of(item) != "data" or key_of(item) in {*varied} - {"data"}]
+    return [f"data={full}", *kept]
 
 
 def promote_model(store: Store, settings: Settings, arguments: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
         "run_id",
         nargs="?",
         metavar="ID",
-        help="open this run or sweep: its id, the start of it, or latest (default: the last answer)",
+        help="open this run or sweep: its id, the start of it, or latest (default: the newest compared sweep)",
     )
     result.add_argument("--view", choices=VIEWS, help="open this saved view; curves are those of a sweep")
     result.add_argument("--port", type=cli.count, default=PORT)

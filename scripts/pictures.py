@@ -2,8 +2,8 @@
 
     python scripts/pictures.py [--store FOLDER]
 
-The script trains one run and a sweep of 60 in FOLDER, unless it has done so before. Then it compares the sweep, promotes the run,
-and takes pictures of the terminal, the report, the MLflow UI and the drawing page. It needs Chromium, as Debian's `chromium`.
+The script records one run and a sweep of 60 in FOLDER, unless it has done so before. It compares the sweep, promotes the run, and
+takes pictures of the terminal, the report, the MLflow UI and the drawing page. It needs Chromium, as Debian's `chromium`.
 """
 
 import argparse

@@ -74,7 +74,7 @@ class CsvStore(Store):
         shutil.rmtree(self.folder / run_id)
 
     def publish(self, run_id: str, answer: Answer) -> str:
-        self.set_tags(run_id, {f"{names.ANSWER}.{answer.factor}": answer.title})
+        self.set_tags(run_id, {f"{names.ANSWER}.{answer.factor}": f"{answer.title} ({answer.subtitle})"})
         shutil.copy(answer.picture, self.folder / run_id)
         return str(shutil.copy(answer.report, self.folder / run_id))
 

@@ -203,13 +203,18 @@ def _default_threads() -> int:
 
 def start_run(request: RunRequest, prepared: Prepared) -> AbstractContextManager[Recorder]:
     """Return the recorder, which starts the run in the store."""
-    recipe, job = request.start.recipe, request.settings.sweep_job
-    if prepared.warning and (job is None or job.number == 0):  # the first job speaks for the others
-        show_warning(prepared.warning)
+    recipe = request.start.recipe
+    if prepared.warning:
+        _warn_once(prepared.warning)
     # The description lets others use the model without the data; a resumed or repeated run looks for the data where they were.
     settings = request.settings.model_copy(update={"data_description": prepared.description})
     initial = replace(request.start, recipe=replace(recipe, settings=settings), software=prepared.software)
     return recording(prepared.store, _run_info(request, prepared), initial, prepared.started)
+
+
+@cache  # a process runs many jobs of a sweep
+def _warn_once(warning: str) -> None:
+    show_warning(warning)
 
 
 def _run_info(request: RunRequest, prepared: Prepared) -> RunInfo:
@@ -223,7 +228,7 @@ def _run_info(request: RunRequest, prepared: Prepared) -> RunInfo:
         DATA: prepared.data.name,
         OVERRIDES: shlex.join(request.start.recipe.overrides),
         OBJECTIVE: settings.objective,
-        RECIPE: recipe_name(request.start.recipe, prepared.data.name),
+        RECIPE: recipe_name(request.start.recipe),
     }
     if job:
         shown = [override for override in shown if key_of(override) in job.varied]

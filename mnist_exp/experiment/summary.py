@@ -5,8 +5,8 @@ import re
 from mnist_exp.learning.data import Dataset
 from mnist_exp.metrics import METRICS, format_metric, metric_of
 from mnist_exp.nodes import walk
-from mnist_exp.overrides import PARTS, command, key_of, section_of, text_of
-from mnist_exp.settings import NEUTRAL, Recipe
+from mnist_exp.overrides import PARTS, command, key_of, text_of
+from mnist_exp.settings import Recipe
 
 CLASS_KEY = re.compile(rf"\w+\.({'|'.join(PARTS)})(\..+)?\._target_|model\..+\._target_")
 
@@ -17,11 +17,11 @@ def run_name(choices: dict[str, str], overrides: list[str], data: str) -> str:
     return " ".join([choices.get("model", "model"), *([] if data == "mnist" else [data]), *rest])[:200]
 
 
-def recipe_name(recipe: Recipe, data: str) -> str:
-    """Return a name that all runs of a recipe share, and runs of no other: overrides and digest, without the seed."""
-    shown = [item for item in recipe.overrides if section_of(item) not in NEUTRAL and key_of(item) != "seed"]
-    digest = recipe.settings.model_copy(update={"seed": 0, "rerun": None}).digest()
-    return f"{run_name(recipe.choices, shown, data)} {digest[:8]}"
+def recipe_name(recipe: Recipe) -> str:
+    """Return a name that all runs of a recipe share, and runs of no other: a digest, and what most recipes differ in."""
+    settings, choices = recipe.settings.model_copy(update={"seed": 0, "rerun": None}), recipe.choices
+    parts = [choices[group] for group in ("model", "optimizer") if group in choices]
+    return " ".join([*parts, f"bs={settings.batch_size}", settings.digest()[:8]])
 
 
 def short_override(override: str, choices: dict[str, str]) -> str:

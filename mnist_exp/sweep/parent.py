@@ -79,6 +79,7 @@ class Parent:
             tag.SWEEP_JOBS: str(self.total),
             tag.OBJECTIVE: self.objective,
             tag.KEYS: " ".join(self.swept_keys),
+            tag.FINISHED: "",
         }
         tags = provenance.git_tags() | provenance.software() | process_tags | sweep_tags | {tag.OVERRIDES: shlex.join(first)}
         name = f"sweep {' by '.join(self.swept_keys) or 'of one'}"

@@ -12,6 +12,7 @@ from mnist_exp.overrides import key_of
 from mnist_exp.sweep.jobs import Job, JobResults, failure_reason, result_of
 from mnist_exp.tracking.base import RunRecord, Store, Sweep, latest_run_per_job
 from mnist_exp.tracking.tags import ERROR, PRUNED
+from mnist_exp.tracking.views import link_line
 
 ROWS_SHOWN = 50  # MLflow truncates descriptions after 8,000 characters
 BEST_SHOWN = 3
@@ -123,7 +124,7 @@ def describe_sweep(rows: list[dict[str, str]], children: list[RunRecord], store:
         tied = f"{len(best)} tie: " if len(best) > 1 else ""
         lines.append(f"Best by {objective}, {format_metric(objective, highest)}: {tied}{links}{more}.")
     if pages := store.sweep_links(sweep.record, children):
-        lines += ["", " · ".join(f"[{text}]({page})" for text, page in pages.items())]
+        lines += ["", link_line(pages)]
     if statuses.keys() - {"FINISHED", "PRUNED"}:
         lines += ["", f"`{resume_command}` runs the jobs that have not finished."]
     if len(sweep.grids) > 1:

@@ -269,7 +269,7 @@ class Tracker:
                 tags[tag.PRUNED] = message
             else:
                 self.log_text("".join(traceback.format_exception(error)), TRACEBACK)
-                link = self.link(TRACEBACK)
+                link = self.artifact_page(TRACEBACK)
             if isinstance(error, DivergedError):
                 tags[tag.DIVERGED] = "true"
             self.set_tags(tags)
@@ -290,7 +290,7 @@ class Tracker:
         self.description = description
         self.set_tags({tag.DESCRIPTION: description})
 
-    def link(self, path: str) -> str:
+    def artifact_page(self, path: str) -> str:
         """Return a link to the page of an artifact of the run, for a description; empty if there are no links."""
         return ""
 
@@ -499,7 +499,8 @@ class Store:
         record = self.get_run(run_id)
         applies = record.status == was  # it may have ended in the meantime
         if applies or record.tags.get(tag.ERROR) == PROCESS_DIED:
-            description = describe_failure("KILLED", reason, "", "" if not applies else record.tags.get(tag.DESCRIPTION, ""))
+            earlier = record.tags.get(tag.DESCRIPTION, "").removeprefix(describe_failure("KILLED", PROCESS_DIED, "", ""))
+            description = describe_failure("KILLED", reason, "", earlier.lstrip())
             self.set_tags(run_id, {tag.ERROR: reason, tag.DESCRIPTION: description})
         if applies:
             self.set_status(run_id, "KILLED")
@@ -599,7 +600,7 @@ class Store:
         """Serve the UI until it is stopped, and print the links to its pages.
 
         Args:
-            run_id: The run or sweep to open: its id, the start of it, or `latest`; None for the last answer.
+            run_id: The run or sweep to open: its id, the start of it, or `latest`; None for the newest sweep with an answer.
             view: The saved view to open, None for the page of the run.
             port: The port on this machine.
 

@@ -39,6 +39,7 @@ from mnist_exp.tracking.views import (
     artifact_path,
     difference_path,
     leaderboard,
+    link_line,
     marks,
     run_path,
     surplus_views,
@@ -74,7 +75,6 @@ class MLflowStore(Store):
         self.uri = check_uri(uri)
         self.experiment = experiment
         self.patience = patience
-        self.has_leaderboard: set[tuple[str, str]] = set()  # data set and objective of the leaderboards that are saved
 
     def __str__(self) -> str:
         return f"{self.uri}, experiment {self.experiment}"
@@ -101,6 +101,8 @@ class MLflowStore(Store):
             return self._retry(lambda: self.make_tracker(self._reopen(run_id)))
         # The UI cuts the source of a LOCAL run at its last slash. It shows that of a JOB whole.
         tags = {**info.tags, tag.COMMAND_TYPE: "JOB", tag.COMMAND: info.command}
+        if tag.RECIPE in tags:
+            self._save_leaderboard(tags[tag.DATA], tags[tag.OBJECTIVE])
         try:
             run = _project_run(self.client, self.experiment_id, info.name, tags)
             run = run or self.client.create_run(self.experiment_id, run_name=info.name, tags=tags)
@@ -113,8 +115,6 @@ class MLflowStore(Store):
             ) from error
         if not RUN_ID.fullmatch(run.info.run_id):  # it becomes the name of a folder
             raise UserError(f"{self.uri} created a run with the id {run.info.run_id!r}, expected 32 hexadecimal digits.")
-        if tag.RECIPE in tags:
-            self._save_leaderboard(tags[tag.DATA], tags[tag.OBJECTIVE])
         return self.make_tracker(run)
 
     def _retry(self, operation: Callable[[], Result]) -> Result:
@@ -234,8 +234,8 @@ class MLflowStore(Store):
             self.client.log_artifact(run_id, str(path))
         name, run = answer.report.name, self._stored_run(run_id)
         experiment_id = run.info.experiment_id
-        links = {"Report": run_path(experiment_id, run_id, name)[1:]}
-        links |= self.sweep_links(record_of(run), self.children(run_id))
+        pages = self.sweep_links(record_of(run), self.children(run_id))
+        links = {"Report": run_path(experiment_id, run_id, name)[1:]} | pages
         # One paragraph for each factor, which its next comparison replaces. The UI covers all but its first two lines.
         mark, earlier = f"**{answer.factor}**: ", run.data.tags.get(tag.DESCRIPTION, "")
         others = re.sub(rf"^{re.escape(mark)}.*?(\n\n|\Z)", "", earlier, flags=re.DOTALL | re.MULTILINE)
@@ -243,15 +243,18 @@ class MLflowStore(Store):
         text = " ".join([f"{whole}.", *answer.notes])
         lines = [
             mark + shorten(answer.title, MAX_LINE, placeholder=" ..."),
-            " · ".join(f"[{name}]({link})" for name, link in links.items()),
+            link_line(links),
             f"![The comparison by {answer.factor}]({artifact_path(run_id, answer.picture.name)})",
             shorten(text, MAX_ANSWER, placeholder=" ..."),
         ]
+        others = others.replace(f"\n\n{link_line(pages)}\n\n", "\n\n")  # as before the first answer
         description = "\n".join(lines) + f"\n\n{others}"
         tags = {tag.ANSWER: whole, f"{tag.ANSWER}.{answer.factor}": text[:MAX_TAG], tag.DESCRIPTION: description}
         self.set_tags(run_id, tags)
-        if not run.info.artifact_uri.startswith("file:"):
+        if self.uri.startswith("http"):
             return f"{self.uri}{run_path(experiment_id, run_id, name)}"
+        if not run.info.artifact_uri.startswith("file:"):
+            return f"{run.info.artifact_uri}/{name}"
         return unquote(urlsplit(f"{run.info.artifact_uri}/{name}").path)
 
     def run_model(self, record: RunRecord, output_dir: Path) -> ModelSource | None:
@@ -318,7 +321,7 @@ class MLflowStore(Store):
 
     def _describe_versions(self, name: str, objective: str) -> str:
         """Return the versions of a registered model as a table in Markdown, the newest first."""
-        aliases = {int(version): alias for alias, version in self.client.get_registered_model(name).aliases.items()}
+        aliases = self.client.get_registered_model(name).aliases
         metrics = [objective, on_test(objective)]
         rows: list[list[object]] = [["version", *metrics, "data", "run", "alias"]]
         versions = [version for version in mlflow.search_model_versions() if version.name == name]  # a filter breaks at quotes
@@ -329,7 +332,8 @@ class MLflowStore(Store):
                 run = None
             values = [format_metric(key, run.metrics[key]) if run and key in run.metrics else "" for key in metrics]
             link = f"[{run.name}]({run_path(run.experiment_id, run.run_id)[1:]})" if run else ""
-            rows.append([version.version, *values, run.data if run else "", link, aliases.get(int(version.version), "")])
+            own = ", ".join(alias for alias, number in aliases.items() if int(number) == int(version.version))
+            rows.append([version.version, *values, run.data if run else "", link, own])
         lines = [f"| {' | '.join(f'{cell}&emsp;' for cell in row)} |" for row in rows]  # the UI leaves no space between columns
         return "\n".join([lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:]])
 
@@ -370,8 +374,6 @@ class MLflowStore(Store):
 
     def _save_leaderboard(self, data: str, objective: str) -> None:
         """Save the leaderboard of a data set unless it is there."""
-        if (data, objective) in self.has_leaderboard:
-            return
         with suppress(MlflowException):  # from a server that does not allow it: everything else works without it
             key, view = leaderboard(data, objective)
             found = self.client.get_experiment(self.experiment_id).tags
@@ -380,7 +382,6 @@ class MLflowStore(Store):
                     self.client.set_experiment_tag(self.experiment_id, name, value)
             if VIEW_PREFIX + key not in found:
                 self._save_view(self.experiment_id, key, view)
-        self.has_leaderboard.add((data, objective))
 
     def _save_view(self, experiment_id: str, key: str, view: View) -> None:
         self.client.set_experiment_tag(experiment_id, VIEW_PREFIX + key, view_tag(view))

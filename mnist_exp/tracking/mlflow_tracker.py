@@ -92,7 +92,7 @@ class MLflowTracker(Tracker):
                 advice = f"The files on the disk are kept. If the run was deleted, restore it with `{restore}`."
             raise StoreLostError(f"Run {self.run_id}: {lost}\n{advice}") from lost
 
-    def link(self, path: str) -> str:
+    def artifact_page(self, path: str) -> str:
         return run_path(self.experiment_id, self.run_id, path).removeprefix("/")
 
     def _send(self, method: str, *values: object, **named: object) -> None:

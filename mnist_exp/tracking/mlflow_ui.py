@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mnist_exp.cli import listen
+from mnist_exp.console import show_lines
 from mnist_exp.errors import UserError
 from mnist_exp.overrides import command
 from mnist_exp.signals import install_signal_handlers
@@ -82,19 +83,20 @@ def serve(store: "MLflowStore", port: int, pages: dict[str, str]) -> None:
 
 
 def list_pages(store: "MLflowStore", run_id: str | None, view: str | None) -> dict[str, str]:
-    """Return the paths of pages by name: first the one that is asked for, by default the last answer.
+    """Return the paths of pages by name: first the one that is asked for, by default the newest sweep with an answer.
 
     Raises:
         UserError: The run does not exist or is no sweep with curves, or the view has no runs.
     """
-    runs = store.runs()
+    runs, saved = store.runs(), store.client.get_experiment(store.experiment_id).tags
     boards = {}
     for run in runs:
         if tag.RECIPE in run.tags:
             key, board = views.leaderboard(run.data, run.objective)
-            boards[board["name"]] = views.view_path(store.experiment_id, key)
+            if views.VIEW_PREFIX + key in saved:
+                boards[board["name"]] = views.view_path(store.experiment_id, key)
     pages = dict(list(boards.items())[:MAX_LEADERBOARDS])
-    pages |= {saved["name"]: views.view_path(store.experiment_id, key) for key, saved in views.fixed_views().items()}
+    pages |= {view["name"]: views.view_path(store.experiment_id, key) for key, view in views.fixed_views().items()}
     pages["Registered models"] = "/#/models"
     if view == views.CURVES and run_id in (None, "latest"):
         run_id = store.find_sweep("latest").run_id
@@ -125,4 +127,4 @@ def list_run_pages(store: "MLflowStore", run: RunRecord) -> dict[str, str]:
 def show_links(address: str, pages: dict[str, str]) -> None:
     """Print the name and the link of each page."""
     for name, path in pages.items():
-        print(f"{name}: {address}{path}", flush=True)
+        show_lines([f"{' '.join(name.split())}: {address}{path}"])

@@ -1,7 +1,7 @@
 """The tags of runs, and MLflow's own names for some of them."""
 
 DATA = "data"  # the name of the data set; of a sweep's parent: that of all its runs
-RECIPE = "recipe"  # of a training run: the overrides in short form and the digest of the configuration, without the seed
+RECIPE = "recipe"  # of a training run: model, optimizer, batch size and the digest of the configuration without the seed
 OVERRIDES = "overrides"  # of the command line, without locations, quoted for a shell
 RESUMED = "resumed"  # at how many examples, and in which changed environment
 RERUN_OF = "rerun_of"  # the id of the run that was repeated

@@ -7,6 +7,7 @@ in a browser.
 
 import base64
 import json
+import math
 import re
 import time
 import zlib
@@ -75,14 +76,15 @@ def sweep_view(sweep: RunRecord, children: Sequence[RunRecord], curved: Sequence
     is_search = sweep.tags.get(tag.SWEEPER) != "grid"
     score = on_test(objective) if any(on_test(objective) in child.metrics for child in children) else objective
     ids = {"sweep_id": sweep.run_id, "sweep": sweep.run_id[:8]}
-    view = fill(SEARCH if is_search else CURVES, keys, **ids, objective=objective, score=score)
+    ascending = metric_of(objective).higher_is_better is False
+    view = fill(SEARCH if is_search else CURVES, keys, **ids, objective=objective, score=score, ascending=ascending)
     state = view["state"]
     state["compareRunCharts"] = [chart for chart in state["compareRunCharts"] if chart.get("metricKey", "") in ("", *curved)]
-    values = [child.metrics[objective] for child in children if objective in child.metrics]
+    values = [value for child in children if math.isfinite(value := child.metrics.get(objective, math.nan))]
     if len(set(values)) > 1:  # beside the start of training, the differences at its end would be invisible
         low, high = min(values), max(values)
         worse, better = 2 * (high - low), (high - low) / 4
-        below, above = (better, worse) if metric_of(objective).higher_is_better is False else (worse, better)
+        below, above = (better, worse) if ascending else (worse, better)
         for chart in state["compareRunCharts"]:
             if chart.get("metricKey") == objective:
                 chart["range"] = {"yMin": low - below, "yMax": high + above}
@@ -145,9 +147,20 @@ def surplus_views(tags: Mapping[str, str]) -> list[str]:
     """Return the names of the tags of the oldest views of data sets and of sweeps, all but the newest MOST of each."""
     surplus = []
     for kind, most in MOST.items():
-        ours = {name: value for name, value in tags.items() if name.startswith(f"{VIEW_PREFIX}{kind}-")}
-        surplus += sorted(ours, key=lambda name: json.loads(ours[name])["createdAt"])[:-most]
+        ours = [name for name in tags if name.startswith(f"{VIEW_PREFIX}{kind}-")]
+        surplus += sorted(ours, key=lambda name: _created(tags[name]))[:-most]
     return surplus
+
+
+def _created(text: str) -> int:
+    """Return when a view was saved, in milliseconds since 1970; 0 if its tag cannot be read."""
+    found = re.search(r'"createdAt": ?(\d{1,15})', text)
+    return int(found[1]) if found else 0
+
+
+def link_line(links: Mapping[str, str]) -> str:
+    """Return links by their text as a line of a description."""
+    return " · ".join(f"[{text}]({link})" for text, link in links.items())
 
 
 def describe_experiment() -> str:

@@ -183,7 +183,6 @@ def make_sweep(
     status: str = "FINISHED",
     age: float = 0,
     missing: int = 0,
-    params: dict[str, str] | None = None,
 ) -> str:
     """Leave a sweep of models, or of other overrides, with the accuracies of each arm's seeds; missing: of further jobs."""
     pairs = [(arm, seed, value) for arm, values in accuracies.items() for seed, value in enumerate(values)]
@@ -194,7 +193,17 @@ def make_sweep(
         tags = {"sweep_id": parent.run_id, "job_num": str(number), "overrides": f"data=mnist model={arm} seed={seed}"}
         if "=" in arm:
             tags["overrides"] = f"{arm} seed={seed}"
-        record(opened, output_dir, f"{arm} seed={seed}", accuracy=value, tags=tags, age=age, params=params)
+        own = tuple(arm.split()) if "=" in arm else ()
+        record(
+            opened,
+            output_dir,
+            f"{arm} seed={seed}",
+            accuracy=value,
+            tags=tags,
+            age=age,
+            overrides=own,
+            params={"seed": str(seed)},
+        )
     opened.client.set_terminated(parent.run_id, status, int(time.time() * 1000 - age * DAY))
     return parent.run_id
 
@@ -203,31 +212,22 @@ def test_best_prints_the_command_of_the_best_arm_by_the_mean(opened: MLflowStore
     sweep = make_sweep(opened, tmp_path, {"plain_cnn": [0.90, 0.99], "se_cnn": [0.96, 0.97]})
     for name in (sweep[:8], "latest"):
         shown = command("best", name)
-        assert shown.splitlines()[-1].startswith("Next: python -m mnist_exp.run data=mnist model=se_cnn output_dir=")
+        assert shown.splitlines()[-1].startswith("Next: python -m mnist_exp.run data=mnist model=se_cnn seed=2 output_dir=")
         assert "96.50 %" in shown
     empty = make_sweep(opened, tmp_path, {})
     assert empty in command("best", empty, status=1)
 
 
 def test_best_prints_the_command_of_the_final_run(opened: MLflowStore, command: Command, tmp_path: Path) -> None:
-    """On all data: the keys that divide them for tuning, or limit them, are left out."""
-    (tmp_path / "options" / "data").mkdir(parents=True)
-    (tmp_path / "options" / "data" / "own_tuning.yaml").write_text("defaults: [mnist, _self_]\nvalidation_size: 100\n")
+    """On the data that the tuning data belong to, without the keys that divide those, and with a seed of its own."""
     cases = {
-        "optimizer.lr=0.2 data=mnist_tuning data.validation_size=10000": "optimizer.lr=0.2 data=mnist",
-        "data=mnist_tuning data.finetune_fraction=0.1": "data=mnist data.finetune_fraction=0.1",
-        "experiment=try data.subset=2000": "experiment=try data.subset=null",
-        "data=own_tuning": "data=own_tuning",
-        "model=se_cnn": "model=se_cnn",
+        "optimizer.lr=0.2 data=mnist_tuning data.validation_size=10000": "data=mnist optimizer.lr=0.2",
+        "data=mnist data.subset=2000": "data=mnist data.subset=2000",
+        "model=se_cnn optimizer=adam": "model=se_cnn optimizer=adam",
     }
     for overrides, final in cases.items():
-        subset = {"data.subset": "2000"} if "subset" in overrides else {"data.subset": "None"}
-        sweep = make_sweep(opened, tmp_path, {overrides: [0.9]}, params=subset)
-        shown = command("best", sweep, "--config-dir", str(tmp_path / "options"))
-        assert f"Next: python -m mnist_exp.run {final} output_dir=" in shown
-    (tmp_path / "options" / "data" / "own.yaml").write_text("defaults: [mnist, _self_]\n")
-    sweep = make_sweep(opened, tmp_path, {"data=own_tuning data.validation_size=50": [0.9]})
-    assert "run data=own output_dir=" in command("best", sweep, "--config-dir", str(tmp_path / "options"))
+        sweep = make_sweep(opened, tmp_path, {overrides: [0.9]})
+        assert f"Next: python -m mnist_exp.run {final} seed=1 output_dir=" in command("best", sweep)
 
 
 def test_prune_deletes_old_runs_and_their_folders(opened: MLflowStore, command: Command, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_run_of_few_steps_warns_and_names_the_keys(composed: Compose, override
 
 
 def test_a_sweep_warns_once(command_line: CommandLine, store: str) -> None:
-    done = command_line("-m", "data=digits", "~phases.train", "seed=0,1,2")
+    done = command_line("-m", "data=digits", "~phases.train", "seed=0,1,2", "hydra.launcher.processes=1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("phases.finetune.batch_size=128") == 1
 

@@ -2,9 +2,11 @@
 
 import base64
 import json
+import math
 import re
 import time
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,6 +81,13 @@ def test_each_data_set_gets_a_leaderboard_by_the_objective_of_its_runs(opened: M
     assert "data = 'own'" in by_loss["searchFilter"]
     marks = opened.client.get_experiment(opened.experiment_id).tags
     assert marks["mlflow.experiment.primaryMetric.name"] == "val/accuracy", "that of the first run"
+
+
+def test_a_damaged_view_or_value_stops_no_run(opened: MLflowStore) -> None:
+    opened.client.set_experiment_tag(opened.experiment_id, f"{VIEW_PREFIX}leaderboard-damaged", "no view")
+    runs = [train(opened), replace(train(opened), metrics={"val/accuracy": math.nan})]
+    _, view = sweep_view(sweep(opened), runs, ["val/accuracy"])
+    json.dumps(view, allow_nan=False)
 
 
 def test_a_sweep_has_no_chart_of_a_single_point_and_one_for_each_key(opened: MLflowStore) -> None:
