@@ -2,8 +2,8 @@
 
     python scripts/pictures.py [--store FOLDER]
 
-The script records one run and a sweep of 60 in FOLDER, unless it has done so before. It compares the sweep, promotes the run, and
-takes pictures of the terminal, the report, the MLflow UI and the drawing page. It needs Chromium, as Debian's `chromium`.
+The script records one run and two sweeps in FOLDER, unless it has done so before. It compares the second, promotes the run, and takes
+pictures of the terminal, the report, the MLflow UI and the drawing page. It needs Chromium, as Debian's `chromium`.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from mnist_exp.paths import NAME
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 RUN = ["run"]
+QUICK = ["run", "-m", "experiment=quick"]  # few runs: the UI shows each of them
 SWEEP = ["run", "-m", "experiment=se_vs_plain", "seed=range(100,120)"]
 COMPARE = ["compare", "latest", "--baseline", "plain_cnn"]
-PROMOTE = ["runs", "promote", "--run", "latest", "--name", "mnist"]
 TWO = [(90, 95), (110, 60), (155, 50), (185, 80), (175, 120), (130, 175), (85, 225), (195, 225)]  # on a paper of 280 x 280
 
 
@@ -39,7 +39,7 @@ def line(words: list[str]) -> list[str]:
 
 def output(words: list[str], store: Path, width: int) -> str:
     """Return the output of a command on a terminal of `width` columns, with its colors; it is kept for the next call."""
-    kept = store / f"{'-'.join(words[:2])}.txt".replace("/", "_")
+    kept = store / f"{'-'.join(words[:3])}.txt"
     if not kept.exists():
         environment = os.environ | {"FORCE_COLOR": "1", "COLUMNS": str(width)}
         kept.write_text(subprocess.run(line(words), env=environment, check=True, capture_output=True, text=True).stdout)
@@ -103,9 +103,10 @@ def main() -> None:
     store.mkdir(parents=True, exist_ok=True)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store}/mlflow.db"
     draw_terminal(RUN, output(RUN, store, 90), 90, "run")
+    run, quick = (re.findall(rf"{NAME}\.ui (\w+)", output(words, store, 90))[-1] for words in (RUN, QUICK))
     output(SWEEP, store, 120)
     draw_terminal(COMPARE, output(COMPARE, store, 104), 104, "compare")
-    output(PROMOTE, store, 100)
+    output(["runs", "promote", "--run", run, "--name", "mnist"], store, 100)
     (report,) = store.glob("mlartifacts/*/artifacts/compare-model.html")
     shutil.copy(report.with_suffix(".png"), IMAGES / "answer.png")
     with sync_playwright() as playwright:
@@ -115,12 +116,12 @@ def main() -> None:
             links = dict(text.rpartition(": ")[::2] for text in printed)
             pages = {name.split(":")[0]: link for name, link in links.items()}
             take(browser, pages["Answer"], "sweep", 620)
-            take(browser, pages["Curves"], "charts", 900)
             take(browser, pages["Leaderboard"], "leaderboard", 620)
-        with serving(["ui", "latest"], "Ctrl-C") as printed:
-            take(browser, printed[0].rpartition(": ")[2], "run", 560)
-        with serving(["draw", "--port", "0"], "http") as printed:
-            page = browser.new_page(viewport={"width": 900, "height": 560})
+        for words, name, height in ([[run], "run", 560], [[quick, "--view", "curves"], "charts", 800]):
+            with serving(["ui", *words], "Ctrl-C") as printed:
+                take(browser, printed[0].rpartition(": ")[2], name, height)
+        with serving(["draw", "--model", run, "--port", "0"], "http") as printed:
+            page = browser.new_page(viewport={"width": 900, "height": 700})
             page.goto(printed[-1])
             draw_digit(page)
             page.screenshot(path=IMAGES / "draw.png")

@@ -61,7 +61,7 @@ def _figure_of_rows(labels: Sequence[Sequence[str]], xlabel: str) -> tuple[Figur
     height = 0.7 + 0.25 * sum(1 + line.count("\n") for line in lines)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.add_subplot(ylim=(len(lines) - 0.4, -0.6))
-    figure.supxlabel(xlabel, fontsize="medium")  # has more room than the label of the axes
+    axes.set_xlabel(xlabel, loc="right")  # a long label has room below the names of the rows
     axes.set_yticks(range(len(lines)), lines)
     axes.grid(axis="x", alpha=0.3)
     return figure, axes

@@ -91,6 +91,8 @@ def sweep_view(sweep: RunRecord, children: Sequence[RunRecord], curved: Sequence
     if len(children) > MAX_LINES and not is_search:
         by_arm = {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "arm"}]}
         state |= {"groupBy": by_arm, "useGroupedValuesInCharts": True}
+        # Groups have no parameters.
+        state["compareRunCharts"] = [chart for chart in state["compareRunCharts"] if chart["type"] == "LINE"]
         count = f"the first {MAX_LOADED} of {len(children)}" if len(children) > MAX_LOADED else f"{len(children)}"
         view["name"] += f", mean of {count} runs"
     return f"{CURVES}-{sweep.run_id[:8]}", view
