@@ -2,8 +2,8 @@
 
     python scripts/pictures.py [--store FOLDER]
 
-The script records one run and two sweeps in FOLDER, unless it has done so before. It compares the second, promotes the run, and takes
-pictures of the terminal, the report, the MLflow UI and the drawing page. It needs Chromium, as Debian's `chromium`.
+The script records one run and two sweeps in FOLDER, unless it has done so before. It compares the second, promotes the run, and
+takes pictures of the terminal, the report, the MLflow UI and the drawing page. It needs Chromium, as Debian's `chromium`.
 """
 
 import argparse
@@ -75,10 +75,10 @@ def serving(words: list[str], ready: str) -> Iterator[list[str]]:
 
 def take(browser: Browser, address: str, name: str, height: int, width: int = 1400) -> None:
     """Take a picture of a page."""
-    page = browser.new_page(viewport={"width": width, "height": height})
+    page = browser.new_page(viewport={"width": width, "height": 900})
     page.goto(address)
     page.wait_for_timeout(8000)  # for the charts and their histories
-    page.screenshot(path=IMAGES / f"{name}.png")
+    page.screenshot(path=IMAGES / f"{name}.png", clip={"x": 0, "y": 0, "width": width, "height": height})
     page.close()
 
 
@@ -111,15 +111,15 @@ def main() -> None:
     shutil.copy(report.with_suffix(".png"), IMAGES / "answer.png")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
-        take(browser, report.as_uri(), "report", 1150, 860)
+        take(browser, report.as_uri(), "report", 900, 860)
         with serving(["ui"], "Ctrl-C") as printed:
             links = dict(text.rpartition(": ")[::2] for text in printed)
-            pages = {name.split(":")[0]: link for name, link in links.items()}
-            take(browser, pages["Answer"], "sweep", 620)
-            take(browser, pages["Leaderboard"], "leaderboard", 620)
-        for words, name, height in ([[run], "run", 560], [[quick, "--view", "curves"], "charts", 800]):
-            with serving(["ui", *words], "Ctrl-C") as printed:
-                take(browser, printed[0].rpartition(": ")[2], name, height)
+            take(browser, links["Leaderboard: mnist by val/accuracy"], "leaderboard", 620)
+            take(browser, next(iter(links.values())), "sweep", 620)  # the answer
+        with serving(["ui", run], "Ctrl-C") as printed:
+            take(browser, printed[0].rpartition(": ")[2], "run", 560)
+        with serving(["ui", quick, "--view", "curves"], "Ctrl-C") as printed:
+            take(browser, printed[0].rpartition(": ")[2], "charts", 780)
         with serving(["draw", "--model", run, "--port", "0"], "http") as printed:
             page = browser.new_page(viewport={"width": 900, "height": 700})
             page.goto(printed[-1])

@@ -23,6 +23,7 @@ from mnist_exp.learning.training import Phase
 from mnist_exp.metrics import format_metric
 
 MAX_LINE = 26  # characters, in the smallest text that is legible above an image
+MISTAKES_WIDTH = 4.4  # inches: 660 pixels, the width of the column of MLflow's page that shows the figure
 History = Sequence[tuple[int, Mapping[str, float]]]  # (examples seen, metrics), in order
 
 
@@ -172,12 +173,12 @@ def worst_mistakes(evaluation: Evaluation, images: Tensor, class_names: Sequence
     cells[: len(worst), room:, room // 2 : room // 2 + side] = _colors(images[worst])  # (m, side, side, 3)
     grid = cells.view(rows, columns, cell, cell, 3)
     sheet = grid.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (rows * cell, columns * cell, 3)
-    height = 1.3 * rows + 0.3
-    figure = Figure(figsize=(6.5, height))
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.3 / height)
+    height = MISTAKES_WIDTH / columns * rows + 0.2
+    figure = Figure(figsize=(MISTAKES_WIDTH, height))
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.2 / height)
     title = f"The {len(worst)} worst of {len(mistakes)} mistakes: label > prediction, confidence"
     axes = figure.add_subplot(title=title)
-    axes.title.set_fontsize(10)
+    axes.title.set_fontsize(7)
     axes.imshow(sheet.numpy())
     axes.axis("off")
     style: Any = {"ha": "center", "va": "center", "parse_math": False}  # names are text
@@ -188,7 +189,7 @@ def worst_mistakes(evaluation: Evaluation, images: Tensor, class_names: Sequence
         if len(lines[0]) > 16:
             parts = f"{label} >", f"{prediction}, {confidences[position]:.0%}"
             lines = [line for part in parts for line in textwrap.wrap(part, MAX_LINE, break_long_words=False)]
-        fontsize = min(9, 125 / max(map(len, lines)), 16 / len(lines))  # points: as wide as the cell, and as high as the room
+        fontsize = min(6.5, 85 / max(map(len, lines)), 11 / len(lines))  # points: as wide as the cell, and as high as the room
         axes.text((column + 0.5) * cell, (row + 0.5) * cell - side / 2, "\n".join(lines), fontsize=fontsize, **style)
     return figure
 

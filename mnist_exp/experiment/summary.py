@@ -83,7 +83,7 @@ def describe_run(rows: dict[str, str], overrides: list[str], warning: str | None
         warning: A warning about the data or the number of steps, or None.
         picture: The link to the figure of the worst mistakes, empty without one.
     """
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    table = "\n".join(f"| {name}&emsp; | {value} |" for name, value in rows.items())  # the UI leaves no space between columns
     shown_warning = f"**{warning}**\n\n" if warning else ""
     return (
         f"{shown_warning}| | |\n| --- | --- |\n{table}\n\nRepeat it: `{command('run', *overrides)}`\n\n"
