@@ -97,7 +97,7 @@ def list_pages(store: "MLflowStore", run_id: str | None, view: str | None) -> di
                 boards[board["name"]] = views.view_path(store.experiment_id, key)
     pages = dict(list(boards.items())[:MAX_LEADERBOARDS])
     pages |= {view["name"]: views.view_path(store.experiment_id, key) for key, view in views.fixed_views().items()}
-    pages["Registered models"] = "/#/models"
+    pages["Registered models"] = "/#/models?workflowType=machine_learning"
     if view == views.CURVES and run_id in (None, "latest"):
         run_id = store.find_sweep("latest").run_id
     run_id = run_id or next((run.run_id for run in runs if run.tags.get(tag.ANSWER)), None)
