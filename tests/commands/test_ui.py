@@ -166,7 +166,7 @@ def test_the_curves_of_many_runs_are_means_over_the_loaded_runs_of_each_arm(ui: 
     table = frame(sweep)  # the UI loads them in the order of the seeds as text
     table = table.assign(text=table["seed"].astype(str)).sort_values("text", kind="stable").iloc[:100]
     expected = sorted(table.groupby("model")["val/accuracy"].mean())
-    *_, accuracies = drawn(page).values()
+    _, accuracies, *_ = drawn(page).values()
     curves = [trace for trace in accuracies if len(trace["x"]) == 2]
     ends = sorted({round(curve["y"][-1], 9) for curve in curves})
     assert ends == pytest.approx(expected, abs=1e-4), "which seeds are at the edge depends on the store"
@@ -182,7 +182,7 @@ def follow(page: Page, name: str) -> Page:
 @pytest.fixture
 def stored(store: str, command_line: CommandLine) -> dict[str, str]:
     """A compared sweep, a run that has failed, and a promoted model; the id of the failed run."""
-    done = command_line("-m", f"model={','.join(ARMS)}", "seed=range(0,3)", "data=digits", "~phases.train")
+    done = command_line("-m", f"model={','.join(ARMS)}", "seed=range(0,3)", "data=digits", "data.subset=512", "phase=[train]")
     assert done.returncode == 0, done.stderr
     for words in (
         ["compare", "latest", "--factor", "model", "--baseline", "plain_cnn"],
@@ -214,7 +214,7 @@ def test_every_question_takes_a_click_or_two_from_a_printed_link(ui: Ui, visit: 
     page = visit(links["Curves"])  # one click: the curves
     expect(page.get_by_text("model vs. test/accuracy").first).to_be_visible()
 
-    page = visit(links["Leaderboard: digits by val/accuracy"])  # two clicks: the best model
+    page = visit(links["Leaderboard: digits_512 by val/accuracy"])  # two clicks: the best model
     means = table.groupby("model")["val/accuracy"].mean()
     group = page.get_by_text(re.compile("^Group: ")).first
     expect(group).to_be_visible()
