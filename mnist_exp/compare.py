@@ -218,7 +218,8 @@ def next_steps(store: "Store", sweeps: "Sequence[Sweep]", comparisons: "Sequence
     more = max((number for number in needed if number), default=0) - len(seeds)
     if seeds and more > 0 and None not in needed:
         first = max(seeds) + 1
-        return [hint, f"Next: {command('run', '-m', f'sweep.extend={quoted(sweep.run_id)}', f'seed=range({first},{first + more})')}"]
+        grid = f"sweep.extend={quoted(sweep.run_id)}", f"seed=range({first},{first + more})"
+        return [hint, f"Next: {command('run', '-m', *grid)}"]
     is_ranked = sweep.record.objective in runs and runs[sweep.record.objective].notna().any()
     return [hint, f"Next: {command('runs', 'best', sweep.run_id)}"] if is_ranked else [hint]
 
