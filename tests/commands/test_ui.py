@@ -228,6 +228,7 @@ def test_every_question_takes_a_click_or_two_from_a_printed_link(ui: Ui, visit: 
     expect(page.get_by_text("DivergedError").first).to_be_visible()
 
     page = visit(links["Registered models"])
+    page.get_by_role("button", name="Try it now").click()  # a dialog of MLflow, which greets a new browser
     page.get_by_role("link", name="digits").first.click()
     expect(page.get_by_text("champion").first).to_be_visible()
     expect(page.get_by_text(f"{table['test/accuracy'][0]:.2%}".replace("%", " %")).first).to_be_visible()
