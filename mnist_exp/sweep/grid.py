@@ -297,8 +297,9 @@ def _conclude(parent: Parent, rows: list[dict[str, str]]) -> None:
 def next_step(parent: Parent, rows: list[dict[str, str]]) -> str:
     """Return the line with the command that answers what a sweep asks, empty if there is none."""
     keys = set(parent.swept_keys) - {"seed"}
-    if keys and len({child.data for child in parent.children()}) > 1:  # runs on different data are not compared
-        keys = {key for key in keys if key.partition(".")[0] not in ("data", "experiment", "arm")}
+    choosing_data = {key for key in keys if key.partition(".")[0] in ("data", "experiment", "arm")}
+    if choosing_data and len({child.data for child in parent.children()}) > 1:  # runs on different data are not compared
+        keys -= choosing_data
         if not keys:
             return ""
     if keys and parent.sweeper == GridSweep.name:

@@ -90,11 +90,10 @@ def list_pages(store: "MLflowStore", run_id: str | None, view: str | None) -> di
     """
     runs, saved = store.runs(), store.client.get_experiment(store.experiment_id).tags
     boards = {}
-    for run in runs:
-        if tag.RECIPE in run.tags:
-            key, board = views.leaderboard(run.data, run.objective)
-            if views.VIEW_PREFIX + key in saved:
-                boards[board["name"]] = views.view_path(store.experiment_id, key)
+    for data, objective in dict.fromkeys((run.data, run.objective) for run in runs if tag.RECIPE in run.tags):
+        key, board = views.leaderboard(data, objective)
+        if views.VIEW_PREFIX + key in saved:
+            boards[board["name"]] = views.view_path(store.experiment_id, key)
     pages = dict(list(boards.items())[:MAX_LEADERBOARDS])
     pages |= {view["name"]: views.view_path(store.experiment_id, key) for key, view in views.fixed_views().items()}
     pages["Registered models"] = "/#/models?workflowType=machine_learning"
@@ -119,12 +118,11 @@ def list_run_pages(store: "MLflowStore", run: RunRecord) -> dict[str, str]:
             factor = name.removeprefix(f"{tag.ANSWER}.")
             if factor != name and answer and text.startswith(answer):
                 pages["Report"] = views.run_path(run.experiment_id, run.run_id, report_name(factor))
-        links = store.sweep_links(run, store.children(run.run_id))
-        pages |= {name: f"/{link}" for name, link in links.items() if name == "Curves"}
+        if curves := store.sweep_links(run, store.children(run.run_id)).get("Curves"):
+            pages["Curves"] = f"/{curves}"
     return pages
 
 
 def show_links(address: str, pages: dict[str, str]) -> None:
     """Print the name and the link of each page."""
-    for name, path in pages.items():
-        show_lines([f"{' '.join(name.split())}: {address}{path}"])
+    show_lines([f"{' '.join(name.split())}: {address}{path}" for name, path in pages.items()])

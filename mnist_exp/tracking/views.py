@@ -34,7 +34,6 @@ MAX_LOADED = 100  # runs that the UI loads at first: those that it averages
 # The UI opens its Assistant over a quarter of the page at a visitor's first visit, but only on `localhost`, 127.0.0.1 and ::1.
 # Neither the server nor a link can turn that off. Browsers resolve every name below .localhost to this machine (RFC 6761).
 HOST = f"{DISTRIBUTION}.localhost"
-
 PORT = 5000  # of the UI on this machine, unless the user names another
 
 View = dict[str, Any]
