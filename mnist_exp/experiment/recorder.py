@@ -15,6 +15,7 @@ from torch import nn
 
 from mnist_exp.errors import DivergedError, PrunedError, ResumableError
 from mnist_exp.learning.data import Dataset
+from mnist_exp.learning.evaluation import Evaluation
 from mnist_exp.learning.training import Report
 from mnist_exp.overrides import command, quoted
 from mnist_exp.signals import Interrupted, defer_signals
@@ -96,9 +97,10 @@ class Recorder:
             for name, draw in drawings.items():
                 self.tracker.log_figure(draw(), f"pictures/{name}.png")
 
-    def log_history(self, split: str, mistakes: list[tuple[int, int, int]]) -> None:
-        """Record the history, and the mistakes in `split` as (index, label, prediction), for comparisons."""
-        self.tracker.log_text(json.dumps({"split": split, "history": self.history, "mistakes": mistakes}), OUTCOME)
+    def log_outcome(self, split: str, evaluation: Evaluation) -> None:
+        """Record the history, the size of `split` and the mistakes in it as (index, label, prediction), for comparisons."""
+        scored = {"split": split, "size": len(evaluation.labels), "mistakes": evaluation.mistakes}
+        self.tracker.log_text(json.dumps({"history": self.history} | scored), OUTCOME)
 
     def log_model(self, model: nn.Module, name: str, metrics: Mapping[str, float]) -> None:
         """Record the last checkpoint, and the model with the metrics that scored it."""

@@ -277,7 +277,7 @@ def finalize(request: RunRequest, prepared: Prepared, recorder: Recorder, evalua
     seed, with_recipe = request.settings.seed, request.settings.sweep_job is None
     curves = recorder.history, recorder.phase_starts
     recorder.log_figures(run_figures(evaluation, split, data, prepared.phases, *curves, seed, with_recipe=with_recipe))
-    recorder.log_history(split, evaluation.mistakes)
+    recorder.log_outcome(split, evaluation)
     results = {f"time/{phase}_seconds": seconds for phase, seconds in recorder.seconds.items()}
     results["model/parameters"] = count_parameters(prepared.model)
     if split == "test":

@@ -36,6 +36,20 @@ class SqueezeExcite(nn.Module):
         return features * self.gates(features)[:, :, None, None]  # (n, c, h, w) * (n, c, 1, 1)
 
 
+class StaticGate(nn.Module):
+    """Scale each channel by a learned gate in (0, 1), the same for every image: (n, c, h, w) -> (n, c, h, w).
+
+    The control for `SqueezeExcite`, whose gates depend on the image.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features * torch.sigmoid(self.logits)[:, None, None]  # (n, c, h, w) * (c, 1, 1)
+
+
 def convolution(in_channels: int, out_channels: int, kernel_size: int, bias: bool, separable: bool) -> nn.Module:
     """Return a convolution that keeps height and width: (n, in, h, w) -> (n, out, h, w).
 

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from mnist_exp.errors import UserError
 from mnist_exp.learning.fused import norm_pool_activate
-from mnist_exp.learning.models import count_parameters, create_model
+from mnist_exp.learning.models import StaticGate, count_parameters, create_model
 from mnist_exp.nodes import build
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("se_cnn", 19_674), ("plain_cnn", 19_526), ("plain_cnn_matched", 19_717)])
+SIZES = {"se_cnn": 19_674, "plain_cnn": 19_526, "plain_cnn_matched": 19_717, "static_gate": 19_542}
+
+
+@pytest.mark.parametrize(("name", "parameters"), SIZES.items())
 def test_sizes(composed, name: str, parameters: int) -> None:
     model = build(composed(f"model={name}").model, "model", **MNIST_SHAPE)
     assert count_parameters(model) == parameters
@@ -54,6 +57,14 @@ def test_separable_convolutions(composed) -> None:
     features = torch.randn(2, 88, 7, 7)
     full = pointwise.weight * depthwise.weight.transpose(0, 1)  # (out, in, 1, 1) * (1, in, 3, 3)
     torch.testing.assert_close(F.conv2d(features, full, padding=1), model.blocks[2].conv(features), rtol=1e-4, atol=1e-5)
+
+
+def test_a_static_gate_scales_channels_alike_for_all_images() -> None:
+    gate, features = StaticGate(3), torch.rand(2, 3, 4, 4)
+    torch.testing.assert_close(gate(features), features / 2)  # at the start
+    gate.logits.data = torch.tensor([-9.0, 0.0, 9.0])
+    ratios = gate(features) / features
+    assert (ratios.flatten(2) - torch.tensor([0.0, 0.5, 1.0])[:, None]).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("batch", [1, 7])
