@@ -12,7 +12,6 @@ from mnist_exp.learning.fused import norm_pool_activate
 from mnist_exp.learning.models import StaticGate, count_parameters, create_model
 from mnist_exp.nodes import build
 
-
 SIZES = {"se_cnn": 19_674, "plain_cnn": 19_526, "plain_cnn_matched": 19_717, "static_gate": 19_542}
 
 
