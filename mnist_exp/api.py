@@ -13,6 +13,8 @@ from dataclasses import replace
 import pandas as pd
 
 from mnist_exp.cli import default_settings, find_store, leave_credentials
+from mnist_exp.comparison.history import read_histories
+from mnist_exp.comparison.images import add_mistakes
 from mnist_exp.composing import compose_recipe
 from mnist_exp.console import show_lines
 from mnist_exp.errors import UserError
@@ -71,11 +73,13 @@ def load(model: str = "latest") -> Classifier:
     return classifier
 
 
-def frame(sweep: str = "latest") -> pd.DataFrame:
+def frame(sweep: str = "latest", *, images: bool = False) -> pd.DataFrame:
     """Return the jobs of a sweep, one per row.
 
     Args:
         sweep: The id of a sweep, its start, or `latest`.
+        images: Whether to add the columns `size`, the number of images that scored a run, and `mistakes`, the indices of those
+            that it misread, separated by spaces.
 
     Returns:
         The columns of `mnist_exp.tracking.frame.frame`: among them the keys that vary, such as `model`, and `seed`, with numbers
@@ -87,9 +91,10 @@ def frame(sweep: str = "latest") -> pd.DataFrame:
     leave_credentials()
     store = find_store()
     found = store.find_sweep(sweep)
-    table = sweep_frame([(found, store.children(found.run_id))])
+    jobs = store.children(found.run_id)
+    table = sweep_frame([(found, jobs)])
     for name in list(table)[len(FIRST) : list(table).index(SEED) + 1]:  # the keys
         numbers = pd.to_numeric(table[name], errors="coerce")
         if numbers.notna().all():
             table[name] = numbers
-    return table
+    return add_mistakes(table, read_histories(store, jobs)) if images else table

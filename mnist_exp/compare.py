@@ -7,8 +7,9 @@ import argparse
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+    from mnist_exp.comparison.history import History
     from mnist_exp.comparison.pairs import Comparison
     from mnist_exp.learning.data import Dataset
     from mnist_exp.settings import Settings
@@ -60,7 +62,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--results", nargs="+", type=Path, metavar="CSV", help="tables of runs, such as those of --export, in place of sweeps"
     )
+    result.add_argument(
+        "--images", action="store_true", help="give the interval for new images, too, from the mistakes of every run"
+    )
     result.add_argument("--export", type=cli.file_to_write(".csv"), metavar="CSV", help="write the runs to a table")
+    result.add_argument(
+        "--report", type=cli.file_to_write(".html"), metavar="HTML", help="write the report to a file, and its picture besides it"
+    )
     return result
 
 
@@ -77,11 +85,13 @@ def margin(text: str) -> float:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Show an answer for each factor, and publish a report of each in the parents of the sweeps."""
-    from mnist_exp.comparison import pairs, tables, wording
+    from mnist_exp.comparison import history, images, pairs, report, tables, wording
     from mnist_exp.console import show_comparison, show_lines
     from mnist_exp.tracking.frame import frame
 
     sweeps: list[Sweep] = []
+    records: dict[str, RunRecord] = {}
+    histories: dict[str, History | None] = {}
     remarks: list[str] = []
     if arguments.results and arguments.sweeps:
         raise UserError.invalid("--results", arguments.results[0], "no SWEEP besides it", "Compare either sweeps or tables.")
@@ -93,10 +103,17 @@ def compare(arguments: argparse.Namespace) -> None:
         sweeps = find_sweeps(store, arguments.sweeps or ["latest"])
         jobs = [store.children(sweep.run_id) for sweep in sweeps]
         runs = frame(zip(sweeps, jobs, strict=True))
+        records = {run.run_id: run for run in chain(*jobs) if run.status == "FINISHED"}
+        histories = history.read_histories(store, records.values())
+        if arguments.images:
+            runs = images.add_mistakes(runs, histories)
     if arguments.export:
         runs.to_csv(arguments.export, index=False)
     objective = sweeps[0].record.objective if sweeps else ""
     comparisons, refusals = compare_factors(runs, arguments, pairs.choose_metrics(runs, arguments.metrics, objective))
+    if arguments.report and len(comparisons) > 1:
+        factors = ", ".join(comparison.factor for comparison in comparisons)
+        raise UserError.invalid("--report", arguments.report, f"one comparison, not those of {factors}", "Add --factor KEY.")
     notes = {comparison.factor: [*wording.notes(comparison), *remarks] for comparison in comparisons}
     for comparison in comparisons:
         show_comparison(
@@ -106,10 +123,15 @@ def compare(arguments: argparse.Namespace) -> None:
             notes[comparison.factor],
         )
     show_lines([f"{factor} is not compared: {refusal}" for factor, refusal in refusals.items()])
-    if sweeps:  # a table has neither histories nor a run to publish in
-        records = {run.run_id: run for run in chain(*jobs) if run.status == "FINISHED"}
-        images = find_images(store, settings, records)
-        show_lines(publish(store, sweeps, records, images, comparisons, notes, arguments))
+    pictures = find_images(store, settings, records) if sweeps else None
+    write = partial(report.write, records=records, histories=histories, images=pictures)
+    if arguments.report:
+        (comparison,) = comparisons
+        repeated = commands(sweeps, comparison, arguments)
+        write(arguments.report, comparison, notes[comparison.factor], commands=repeated, parent=None, page=lambda _: None)
+        show_lines([f"Report: {arguments.report}"])
+    if sweeps:  # a table has no run to publish in
+        show_lines(publish(store, sweeps, comparisons, notes, write, arguments))
         show_lines(next_steps(store, sweeps, comparisons))
 
 
@@ -143,8 +165,8 @@ def compare_factors(
     for factor in [arguments.factor] if arguments.factor else keys:
         own = baseline if arguments.factor or (runs[factor] == baseline).any() else None
         try:
-            compared = pairs.compare(runs, factor, own, metrics, arguments.margin, all_pairs=arguments.pairs == "all")
-            comparisons.append(compared)
+            options = {"all_pairs": arguments.pairs == "all", "new_images": arguments.images}
+            comparisons.append(pairs.compare(runs, factor, own, metrics, arguments.margin, **options))
         except UserError as error:
             refusals[factor] = error
     if not comparisons:
@@ -171,30 +193,32 @@ def find_images(store: "Store", settings: "Settings", records: "Mapping[str, Run
 def publish(
     store: "Store",
     sweeps: "Sequence[Sweep]",
-    records: "Mapping[str, RunRecord]",
-    images: "tuple[Tensor, list[str]] | None",
     comparisons: "Sequence[Comparison]",
     notes: Mapping[str, Sequence[str]],
+    write: Callable[..., Path],
     arguments: argparse.Namespace,
 ) -> list[str]:
-    """Add a report of each comparison to the parents of the sweeps; return a line for each."""
-    from mnist_exp.comparison import history, report, wording
-    from mnist_exp.tracking.base import OUTCOME, Answer, report_name
+    """Add a report of each comparison to the parents of the sweeps; return a line for each.
 
-    found = store.read_artifacts(list(records.values()), OUTCOME)
-    histories = {run_id: history.parse_history(found.get(run_id, b"")) for run_id in records}
+    Args:
+        store: The store of the sweeps.
+        sweeps: The sweeps.
+        comparisons: The comparisons.
+        notes: Those of each comparison, by factor.
+        write: `report.write`, given the runs.
+        arguments: The command line.
+    """
+    from mnist_exp.comparison import wording
+    from mnist_exp.tracking.base import Answer, report_name
+
     lines = []
     for comparison, sweep in product(comparisons, sweeps):
-        shown = notes[comparison.factor]
-        repeated = commands(sweeps, comparison, arguments)
-        page = report.render(comparison, shown, records, histories, sweep.record, repeated, images, store.page)
+        shown, repeated = notes[comparison.factor], commands(sweeps, comparison, arguments)
         with tempfile.TemporaryDirectory() as folder:
             factor = re.sub(r"[^-.\w]", "_", comparison.factor)
             file = Path(folder, report_name(factor))
-            title, subtitle = wording.title(comparison), wording.subtitle(comparison)
-            answer = Answer(factor, title, subtitle, shown, file, file.with_suffix(".png"))
-            answer.report.write_text(page, encoding="utf-8")
-            report.draw_differences(comparison, answer.picture)
+            picture = write(file, comparison, shown, commands=repeated, parent=sweep.record, page=store.page)
+            answer = Answer(factor, wording.title(comparison), wording.subtitle(comparison), shown, file, picture)
             lines.append(f"Report: {store.publish(sweep.run_id, answer)}")
     return lines
 
@@ -240,8 +264,9 @@ def commands(sweeps: "Iterable[Sweep]", comparison: "Comparison", arguments: arg
     options = ["--metric", *arguments.metrics] if arguments.metrics else []
     options += ["--margin", str(arguments.margin)] if arguments.margin else []
     options += ["--pairs", "all"] if arguments.pairs else []
-    ids = [sweep.run_id for sweep in sweeps]
-    return [*repeated, command("compare", *ids, "--factor", comparison.factor, "--baseline", comparison.baseline, *options)]
+    options += ["--images"] if arguments.images else []
+    runs = [sweep.run_id for sweep in sweeps] or ["--results", *map(str, arguments.results)]
+    return [*repeated, command("compare", *runs, "--factor", comparison.factor, "--baseline", comparison.baseline, *options)]
 
 
 if __name__ == "__main__":

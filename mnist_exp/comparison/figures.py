@@ -25,7 +25,6 @@ GRAY = (0.5, 0.5, 0.5, 0.25)  # on a light and on a dark ground
 MAX_LABEL = 28  # characters
 MAX_LINE = 60  # characters, from the left of a figure to its right
 MAX_CONFUSIONS = 10
-MIN_CURVE = 3  # values of a numeric factor
 
 
 def _style(position: int) -> dict[str, str]:
@@ -79,11 +78,11 @@ def _add_legend(figure: Figure) -> None:
 
 def differences_or_curve(comparison: Comparison) -> Figure:
     """Draw the curve of a numeric factor, the differences of any other."""
-    return curve(comparison) if is_numeric(comparison) else differences(comparison)
+    return curve(comparison) if comparison.is_numeric else differences(comparison)
 
 
 def differences(comparison: Comparison) -> Figure:
-    """Draw the difference of each row and its interval, a line at 0, and the margin as a band."""
+    """Draw the difference of each row and its intervals, a line at 0, and the margin as a band."""
     rows, metric, drawn = comparison.rows, comparison.metric, styles(comparison)
     several = comparison.has_all_pairs
     labels = [(row.arm, row.level, f"against {row.baseline}" if several else "") for row in rows]
@@ -99,15 +98,12 @@ def differences(comparison: Comparison) -> Figure:
         ends = _shown(metric, np.array(row.ends))
         if np.isfinite(ends).all():
             axes.plot(ends, [height, height], color=style["color"], linewidth=2)
+        if row.estimate.new_images:
+            ends = _shown(metric, np.array(row.estimate.new_images))
+            axes.plot(ends, [height, height], color=style["color"], linewidth=0.8, marker="|")
         fill = style["color"] if row.verdict in ("higher", "lower") else "none"
         axes.plot(_shown(metric, row.estimate.difference), height, style["marker"], color=style["color"], mfc=fill)
     return figure
-
-
-def is_numeric(comparison: Comparison) -> bool:
-    """Whether the factor is drawn as a curve."""
-    numbers = pd.to_numeric(pd.Series(comparison.arms), errors="coerce")
-    return len(numbers) >= MIN_CURVE and bool(np.isfinite(numbers).all())
 
 
 def curve(comparison: Comparison) -> Figure:

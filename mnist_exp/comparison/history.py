@@ -7,6 +7,8 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from mnist_exp.tracking.base import OUTCOME, RunRecord, Store
+
 Curve = tuple[list[float], list[float]]  # x and y of each point
 MAX_IMAGES = 8  # that the report shows
 Index = Annotated[int, Field(ge=0, lt=2**31)]
@@ -20,11 +22,13 @@ class History:
         history: (examples seen, metrics) of each report of training.
         mistakes: (index of the image, label, prediction) of each mistake.
         split: The name of the split that the mistakes were made on.
+        size: The number of its images; 0 if the run did not record it.
     """
 
     history: list[tuple[int, dict[str, float]]]
     mistakes: list[tuple[Index, Index, Index]]
     split: str
+    size: Index = 0
 
     def curve(self, metric: str) -> Curve:
         """Return the points of a metric against the examples seen."""
@@ -33,6 +37,13 @@ class History:
 
 
 Histories = Mapping[str, list[History]]  # by arm
+
+
+def read_histories(store: Store, records: Iterable[RunRecord]) -> dict[str, History | None]:
+    """Return the history of each finished run, by id, None without a readable one."""
+    finished = [record for record in records if record.status == "FINISHED"]
+    contents = store.read_artifacts(finished, OUTCOME)
+    return {record.run_id: parse_history(contents.get(record.run_id, b"")) for record in finished}
 
 
 def parse_history(content: bytes) -> History | None:

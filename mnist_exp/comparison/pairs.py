@@ -9,17 +9,21 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from mnist_exp.comparison.statistics import Estimate, Look, error_of_look, estimate
+from mnist_exp.comparison.images import image_columns, wrong_images
+from mnist_exp.comparison.statistics import Estimate, Look, error_of_look, estimate, image_variance
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import metric_of
 from mnist_exp.tracking.frame import DIGEST, FIRST, FIXED, SEED
 
 EQUAL = ("code", "torch", "precision", "threads")  # columns in which all compared runs must agree
+MIN_CURVE = 3  # values of a numeric factor
 MEAN = "mean of the levels"
 # Columns that are added, with names that no key has.
 VALIDATED = "validation images"
 VALUE = "compared value"  # the metric, NaN unless the run has finished with a finite value
+ROW = "row of the table"  # its position, from 0
 USUAL = ("accuracy", "loss")  # the metrics of a split that are compared by default
 FURTHER = ("time/train_seconds", "model/parameters")
 
@@ -127,6 +131,12 @@ class Comparison:
         """The values of the factor, in the order of the jobs."""
         return list(self.runs[self.factor].unique())
 
+    @property
+    def is_numeric(self) -> bool:
+        """Whether the factor has enough numbers as values for a curve."""
+        numbers = pd.to_numeric(pd.Series(self.arms), errors="coerce")
+        return len(numbers) >= MIN_CURVE and bool(np.isfinite(numbers).all())
+
     def levels(self) -> list[tuple[str, pd.DataFrame]]:
         """Return the runs of each level of the other keys."""
         return _levels(self.runs, self.keys)
@@ -137,6 +147,12 @@ class Comparison:
         found = [(arm, level, here[here[self.factor] == arm]) for arm in self.arms for level, here in _levels(done, self.keys)]
         return [cell for cell in found if len(cell[2])]
 
+    def differences(self, row: Row) -> "pd.Series[float]":
+        """Return the difference of each pair of a row at one level, as recorded, by processor and seed."""
+        here = dict(self.levels())[row.level].set_index(["processor", SEED])
+        arm, baseline = (here.loc[here[self.factor] == name, VALUE] for name in (row.arm, row.baseline))
+        return (arm - baseline).dropna()
+
 
 def varied_keys(runs: pd.DataFrame, metrics: Sequence[str] = ()) -> list[str]:
     """Return the keys that vary, the seed aside: columns without a slash that are neither fixed ones nor named as metrics.
@@ -145,7 +161,7 @@ def varied_keys(runs: pd.DataFrame, metrics: Sequence[str] = ()) -> list[str]:
     """
     columns = list(runs)
     keys = {"data", "precision"} & set(columns[: columns.index(SEED)])
-    others = [*FIRST, SEED, *(name for name in FIXED if name not in keys), *metrics]
+    others = [*FIRST, SEED, *(name for name in FIXED if name not in keys), *image_columns(runs), *metrics]
     return [name for name in columns if "/" not in name and name not in others and runs[name].nunique() > 1]
 
 
@@ -157,6 +173,7 @@ def compare(
     margin: float | None = None,
     *,
     all_pairs: bool = False,
+    new_images: bool = False,
 ) -> Comparison:
     """Compare the arms of a factor, paired by seed within each level of the other keys.
 
@@ -167,6 +184,7 @@ def compare(
         metrics: The metrics, of which the first is compared; None selects the usual ones.
         margin: The smallest difference that matters, as displayed; None for the metric's own.
         all_pairs: Whether to compare all pairs of arms.
+        new_images: Whether to estimate the interval for new images, too; the table has the columns of `images.add_mistakes`.
 
     Raises:
         UserError: An argument names nothing in the table, or the runs must not be compared.
@@ -186,7 +204,9 @@ def compare(
     wanted = (
         [(arm, other) for other, arm in combinations([baseline, *others], 2)] if all_pairs else [(a, baseline) for a in others]
     )
-    tables = [_pair(kept[kept["look"] <= look], factor, keys, wanted) for look in sorted(kept["look"].unique())]
+    kept[ROW] = range(len(kept))
+    wrong = wrong_images(kept, kept[VALUE], metrics[0]) if new_images else np.zeros((len(kept), 0), dtype=np.int8)
+    tables = [_pair(kept[kept["look"] <= look], factor, keys, wanted, wrong) for look in sorted(kept["look"].unique())]
     seen = [table for table in tables if any(len(pairs.values) > 1 for pairs in table.values())]
     rows = _rows(seen or tables[-1:], metrics[0], margin)
     if not rows:
@@ -281,15 +301,23 @@ class _Pairs:
 
     Args:
         values: The values of each pair, in the columns `arm` and `baseline`, by seed.
+        differences: [the baseline is wrong] - [the arm is wrong] of each pair, by seed and image; no columns if unknown.
         planned: The number of seeds that the grids give to the arm or the baseline.
         is_complete: Whether both have a value for each of these seeds.
         levels: The levels whose values these are, or are the means of.
     """
 
     values: pd.DataFrame
+    differences: pd.DataFrame
     planned: int
     is_complete: bool
     levels: tuple[str, ...]
+
+    def look(self, alpha: float) -> Look:
+        """Return the pairs as a look, at a probability of an error."""
+        arm, baseline = self.values.to_numpy().T
+        known = min(self.differences.shape) > 1
+        return Look(arm, baseline, alpha, image_variance(self.differences.to_numpy(float)) if known else math.nan)
 
 
 def _levels(runs: pd.DataFrame, keys: list[str]) -> list[tuple[str, pd.DataFrame]]:
@@ -299,8 +327,22 @@ def _levels(runs: pd.DataFrame, keys: list[str]) -> list[tuple[str, pd.DataFrame
     return [(" ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True)), here) for values, here in groups]
 
 
-def _pair(runs: pd.DataFrame, factor: str, keys: list[str], wanted: Sequence[tuple[str, str]]) -> dict[_Name, _Pairs]:
-    """Return the pairs of each arm and its baseline by level: runs of one seed, on one processor."""
+def _pair(
+    runs: pd.DataFrame,
+    factor: str,
+    keys: list[str],
+    wanted: Sequence[tuple[str, str]],
+    wrong: NDArray[np.int8],
+) -> dict[_Name, _Pairs]:
+    """Return the pairs of each arm and its baseline by level: runs of one seed, on one processor.
+
+    Args:
+        runs: The runs of a look.
+        factor: The key whose values are the arms.
+        keys: The other keys.
+        wanted: The arms to compare, each with its baseline.
+        wrong: From `wrong_images`, by ROW; without images, the pairs have no differences on them.
+    """
     found = {}
     levels = {
         level: {arm: own.set_index(SEED) for arm, own in here.groupby(factor)} for level, here in _levels(runs, keys)
@@ -312,13 +354,21 @@ def _pair(runs: pd.DataFrame, factor: str, keys: list[str], wanted: Sequence[tup
                 values = pd.concat({"arm": cells[arm][VALUE], "baseline": cells[baseline][VALUE]}, axis=1).sort_index()
                 is_valid = values.notna().all(axis=1)
                 is_paired = is_valid & cells[arm]["processor"].eq(cells[baseline]["processor"])
-                own.append(_Pairs(values.loc[is_paired], len(values), bool(is_valid.all()), (level,)))
+                paired = values.loc[is_paired]
+                arm_wrong, baseline_wrong = (wrong[cells[name].loc[paired.index, ROW]] for name in (arm, baseline))
+                differences = pd.DataFrame(baseline_wrong - arm_wrong, paired.index)
+                own.append(_Pairs(paired, differences, len(values), bool(is_valid.all()), (level,)))
                 found[arm, baseline, level] = own[-1]
         if len(own) == len(levels) > 1 and all(pairs.is_complete for pairs in own):
-            mean = (reduce(pd.DataFrame.add, [pairs.values for pairs in own]) / len(own)).dropna()  # of seeds at all levels
+            mean, differences = _mean([pairs.values for pairs in own]), _mean([pairs.differences for pairs in own])
             if len(mean):
-                found[arm, baseline, MEAN] = _Pairs(mean, len(mean), is_complete=True, levels=tuple(levels))
+                found[arm, baseline, MEAN] = _Pairs(mean, differences, len(mean), is_complete=True, levels=tuple(levels))
     return found
+
+
+def _mean(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Return the mean of the tables of all levels, of the seeds that all have."""
+    return (reduce(pd.DataFrame.add, tables) / len(tables)).dropna()
 
 
 def _rows(looks: Sequence[dict[_Name, _Pairs]], metric: str, margin: float | None) -> list[Row]:
@@ -337,8 +387,7 @@ def _rows(looks: Sequence[dict[_Name, _Pairs]], metric: str, margin: float | Non
         for number, table in enumerate(looks, start=1):
             then = table.get((arm, baseline, level))
             if then and then.levels == pairs.levels:  # the mean over other levels is another quantity
-                arm_values, baseline_values = then.values.to_numpy().T
-                history.append(Look(arm_values, baseline_values, error_of_look(number) / len(table)))
+                history.append(then.look(error_of_look(number) / len(table)))
         levels = [row for row in rows if (row.arm, row.baseline) == (arm, baseline)]
         may_be_equivalent = level != MEAN or all(row.verdict == "equivalent" for row in levels)
         rows.append(

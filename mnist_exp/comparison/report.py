@@ -29,24 +29,27 @@ TEMPLATE = Path(__file__).with_name("report.html")
 STYLE: Any = {"text.parse_math": False, "svg.fonttype": "none", "font.size": 10, "legend.frameon": False}
 
 
-def render(
+def write(
+    file: Path,
     comparison: Comparison,
     notes: Sequence[str],
+    *,
     records: Mapping[str, RunRecord],
     histories: Mapping[str, History | None],
-    parent: RunRecord,
+    parent: RunRecord | None,
     commands: Sequence[str],
     images: "tuple[Tensor, Sequence[str]] | None",
     page: Callable[[str], str | None],
-) -> str:
-    """Return the report as HTML with all text escaped.
+) -> Path:
+    """Write the report as HTML with all text escaped, and its first figure besides it as a PNG, whose path is returned.
 
     Args:
+        file: The file to write, NAME.html.
         comparison: The comparison.
         notes: From `wording.notes`, and others.
-        records: The runs of the comparison, by id.
+        records: The runs of the comparison, by id; those of a table have none.
         histories: Those of the runs, by id; None for a run without a readable one.
-        parent: The parent of the sweep.
+        parent: The parent of the sweep; None for a table.
         commands: The commands that repeat sweep and comparison.
         images: The images (n, channels, h, w), uint8, that the mistakes were made on, and the names of their classes; None if
             they are not at hand.
@@ -60,12 +63,12 @@ def render(
         found = {
             "differences": figures.differences_or_curve(comparison),
             "every_run": figures.every_run(comparison),
-            "learning_curves": figures.learning_curves(comparison, by_arm, parent.objective),
+            "learning_curves": figures.learning_curves(comparison, by_arm, parent.objective if parent else ""),
             "mistakes": figures.mistakes(comparison, by_arm, names),
         }
         inline = {name: _inline_svg(name, figure, page) if figure else None for name, figure in found.items()}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    content = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         comparison=comparison,
         title=wording.title(comparison),
         subtitle=wording.subtitle(comparison),
@@ -73,7 +76,6 @@ def render(
         margin=wording.format_margin(comparison.rows[0]),
         differences=wording.differences_table(comparison),
         means=wording.means_table(comparison),
-        is_numeric=figures.is_numeric(comparison),
         processors=sorted(filter(None, comparison.runs["processor"].unique())),
         torch=", ".join(filter(None, comparison.runs["torch"].unique())),
         parent=parent,
@@ -87,14 +89,13 @@ def render(
         params=_differing_params({arm: [records[run].params for run in own if run in records] for arm, own in ids.items()}),
         without_history=sum(history is None for history in histories.values()),
     )
-
-
-def draw_differences(comparison: Comparison, file: Path) -> None:
-    """Draw the first figure of the report as a PNG."""
+    file.write_text(content, encoding="utf-8")
+    picture = file.with_suffix(".png")
     with mpl.rc_context(STYLE):
         figure = figures.differences_or_curve(comparison)
         figure.patch.set(edgecolor="0.8", linewidth=2)  # a border on a dark page
-        figure.savefig(file, dpi=100)
+        figure.savefig(picture, dpi=100)
+    return picture
 
 
 def _differing_params(params: Mapping[str, Sequence[Mapping[str, str]]]) -> dict[str, dict[str, str]]:

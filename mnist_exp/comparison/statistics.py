@@ -29,11 +29,14 @@ class Look:
         arm: The values of the arm (n,), float64.
         baseline: The values of the baseline (n,), paired by position.
         alpha: The probability of an error of this row at this look.
+        image_variance: The part of the variance of the mean difference that comes from the images, from `image_variance`; nan if
+            unknown.
     """
 
     arm: NDArray[np.float64]
     baseline: NDArray[np.float64]
     alpha: float
+    image_variance: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Estimate:
         low: The lower end of the interval, -inf without one; above `high` if the intervals of the looks do not overlap.
         high: The upper end.
         p: The p-value of no difference, at most ALPHA if and only if the interval of a look excludes 0; nan without an interval.
+        new_images: The ends of the interval for other images of the same kind; None if the variance between images is unknown.
     """
 
     n: int
@@ -55,6 +59,7 @@ class Estimate:
     low: float
     high: float
     p: float
+    new_images: tuple[float, float] | None = None
 
     @property
     def has_interval(self) -> bool:
@@ -73,6 +78,7 @@ def estimate(looks: Sequence[Look]) -> Estimate:
     rounding = ROUNDING * float(np.abs([last.arm, last.baseline]).max(initial=0.0))
     difference, difference_std = _mean_and_std(last.arm - last.baseline, rounding)
     low, high, p = -math.inf, math.inf, math.nan
+    new_low, new_high = -math.inf, math.inf
     for look in looks:
         n = len(look.arm)
         middle, spread = _mean_and_std(look.arm - look.baseline, rounding)
@@ -81,8 +87,47 @@ def estimate(looks: Sequence[Look]) -> Estimate:
         error = spread / math.sqrt(n)
         half = float(stats.t.isf(look.alpha / 2, n - 1)) * error
         low, high = max(low, middle - half), min(high, middle + half)
+        wide = math.hypot(half, float(stats.norm.isf(look.alpha / 2)) * math.sqrt(look.image_variance))
+        new_low, new_high = max(new_low, middle - wide), min(new_high, middle + wide)
         p = float(np.fmin(p, min(1.0, 2 * stats.t.sf(abs(middle) / error, n - 1) * ALPHA / look.alpha)))
-    return Estimate(len(last.arm), difference, difference_std, low, high, p)
+    new_images = (new_low, new_high) if new_low > -math.inf else None
+    return Estimate(len(last.arm), difference, difference_std, low, high, p, new_images)
+
+
+def image_variance(differences: NDArray[np.float64]) -> float:
+    """Return the part of the variance of a mean difference in accuracy that comes from the choice of the images.
+
+    Seeds that agree on an image count it once: the mean covariance of two seeds over the images estimates the variance of an
+    image's mean over all seeds. The images are taken to be independent. A negative estimate counts as 0.
+
+    Args:
+        differences: [the baseline is wrong] - [the arm is wrong] for each seed and image (seeds, images), at least two of each.
+    """
+    seeds, images = differences.shape
+    totals = differences.sum(1)  # (seeds,)
+    # Sums over all pairs of different seeds: of the products of their differences on an image, and of their totals.
+    products = (differences.sum(0) ** 2).sum() - (differences**2).sum()
+    of_totals = totals.sum() ** 2 - (totals**2).sum()
+    covariance = (products - of_totals / images) / (images - 1) / (seeds * (seeds - 1))
+    return max(0.0, float(covariance / images))
+
+
+def slope(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Return the mean of the least-squares slopes of several curves, and the ends of its t interval at 1 - ALPHA.
+
+    Args:
+        x: The positions of the points (points,).
+        y: The values of each curve (curves, points), at least two curves.
+    """
+    slopes = np.polyfit(x, y.T, 1)[0]  # (curves,)
+    half = stats.t.isf(ALPHA / 2, len(slopes) - 1) * stats.sem(slopes)
+    return float(slopes.mean()), float(slopes.mean() - half), float(slopes.mean() + half)
+
+
+def welch(first: NDArray[np.float64], second: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Return the difference of two means, first less second, and the ends of Welch's t interval at 1 - ALPHA."""
+    low, high = stats.ttest_ind(first, second, equal_var=False).confidence_interval(1 - ALPHA)
+    return float(first.mean() - second.mean()), float(low), float(high)
 
 
 def upper_std(std: float, n: int) -> float:

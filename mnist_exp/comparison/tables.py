@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from mnist_exp.comparison.images import image_columns
 from mnist_exp.errors import UserError
 from mnist_exp.tracking.frame import DIGEST, FIRST, FIXED, NONE, SEED
 
@@ -40,7 +41,7 @@ def read_tables(paths: Iterable[Path], metrics: Sequence[str] = ()) -> tuple[pd.
             raise UserError.invalid("--results", path, "a column `look` of whole numbers from 1")
         table["look"] = table["look"].astype(int) + looks
         looks = max(looks, *table["look"])
-        keys = {name for name in table if "/" not in name} - {*measured, *DEFAULTS}
+        keys = {name for name in table if "/" not in name} - {*measured, *DEFAULTS, *image_columns(table)}
         common = common or keys
         if different := keys ^ common:
             expected = f"the keys of the first table; only one has {', '.join(sorted(different))}"

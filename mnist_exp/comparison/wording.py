@@ -4,10 +4,22 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from typing import get_args
 
+import numpy as np
+
 from mnist_exp.comparison.pairs import MEAN, VALUE, Comparison, Row, Verdict
-from mnist_exp.comparison.statistics import CONFIDENCE, MAX_PAIRS, POWER, error_of_look, pairs_to_detect, upper_std
+from mnist_exp.comparison.statistics import (
+    CONFIDENCE,
+    MAX_PAIRS,
+    POWER,
+    error_of_look,
+    pairs_to_detect,
+    slope,
+    upper_std,
+    welch,
+)
 from mnist_exp.metrics import format_metric, metric_of
 from mnist_exp.overrides import command
 from mnist_exp.tracking.frame import SEED
@@ -101,6 +113,7 @@ def differences_table(comparison: Comparison) -> list[dict[str, str]]:
     """Return the rows of the comparison as those of a table."""
     key = comparison.keys[0] if len(comparison.keys) == 1 else ""
     level = _heading(key) if key else "level"
+    has_new_images = any(row.estimate.new_images for row in comparison.rows)
     return [
         {
             _heading(comparison.factor): f"{row.arm} against {row.baseline}" if comparison.has_all_pairs else row.arm,
@@ -108,10 +121,15 @@ def differences_table(comparison: Comparison) -> list[dict[str, str]]:
             **({level: row.level.removeprefix(f"{key}=")} if comparison.keys else {}),
             "n": str(row.estimate.n) if row.is_complete else f"{row.estimate.n} of {row.seeds} pairs",
             "difference (95 %)": format_difference(row),
+            **({"new images (95 %)": _new_images(row)} if has_new_images else {}),
             "p": f"{row.estimate.p:.2g}" if row.is_complete and row.estimate.has_interval else "",
         }
         for row in comparison.rows
     ]
+
+
+def _new_images(row: Row) -> str:
+    return " to ".join(format_metric(row.metric, end, signed=True, bare=True) for end in row.estimate.new_images or ())
 
 
 def _heading(key: str) -> str:
@@ -141,6 +159,12 @@ def notes(comparison: Comparison) -> list[str]:
     if comparison.looks:
         together = f"{_count_of(len(comparison.rows), 'row')} and {_count_of(comparison.looks, 'look')}"
         found.append(f"A pair (n) is two runs with the same seed. The 95 % intervals hold together, for {together}.")
+    if any(row.estimate.new_images for row in comparison.rows):
+        found.append(
+            "New images: the interval for other images of the same kind. It takes the images to be independent: where they come "
+            "in groups, as MNIST's do by writer, the true interval is wider."
+        )
+    found += [*_slopes(comparison), *_processors(comparison)]
     if any(row.level == MEAN for row in comparison.rows):
         found.append(f"The {MEAN} hides how they differ: read it with the rows above it.")
     if comparison.repeated:
@@ -206,6 +230,38 @@ def _doubts(rows: Sequence[Row]) -> Iterator[str]:
                 f"{label(row)}: doubtful, because the mean of all {found.n} pairs lies outside of the interval. "
                 "An earlier look has narrowed it, and later seeds do not confirm that look."
             )
+
+
+def _slopes(comparison: Comparison) -> Iterator[str]:
+    """Yield how the error rate grows with a numeric factor, at each level."""
+    if not (comparison.is_numeric and comparison.metric.rpartition("/")[2] == "accuracy"):
+        return
+    for level, runs in comparison.levels():
+        rates = 1 - runs.pivot(index=SEED, columns=comparison.factor, values=VALUE).dropna()
+        sizes = rates.columns.to_numpy(float)
+        if len(rates) > 1 and len(sizes) > 1 and (sizes > 0).all() and (rates > 0).all(axis=None):
+            mean, low, high = slope(np.log2(sizes), np.log2(rates.to_numpy()))
+            at = f"At {level}, the" if level else "The"
+            yield (
+                f"{at} error rate grows as {comparison.factor} to the power of {mean:.3f} ({low:.3f} to {high:.3f}, n = "
+                f"{len(rates)} seeds): one slope of log2(error rate) against log2({comparison.factor}) per seed, 95 % t interval."
+            )
+
+
+def _processors(comparison: Comparison) -> Iterator[str]:
+    """Yield how the mean differences on two processors differ, for each row at one level."""
+    for row in (row for row in comparison.rows if row.level != MEAN):
+        by_processor = comparison.differences(row).groupby("processor")
+        groups = {name: values.to_numpy() for name, values in by_processor if len(values) > 1}
+        for (one, first), (other, second) in combinations(groups.items(), 2):
+            if first.std() + second.std() > 0:
+                mean, *ends = welch(first, second)
+                difference = format_metric(row.metric, mean, signed=True, is_difference=True)
+                low, high = (format_metric(row.metric, end, signed=True, bare=True) for end in ends)
+                yield (
+                    f"{label(row)}: {difference} ({low} to {high}, Welch's t) on {one} (n = {len(first)}) against {other} "
+                    f"(n = {len(second)})."
+                )
 
 
 def seeds_needed(comparison: Comparison) -> tuple[int | None, str] | None:

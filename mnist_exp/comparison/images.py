@@ -1,0 +1,66 @@
+"""Which images each run misread: the columns `size` and `mistakes` of a table of runs."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from mnist_exp.comparison.history import History
+from mnist_exp.errors import UserError
+from mnist_exp.tracking.frame import DIGEST
+
+SIZE, MISTAKES = "size", "mistakes"  # the number of images that scored a run, the indices of those that it misread
+REMEDY = "Compare runs of this version on one data set, or omit --images."
+
+
+def add_mistakes(runs: pd.DataFrame, histories: Mapping[str, History | None]) -> pd.DataFrame:
+    """Return a table of runs with the columns SIZE and MISTAKES, as text, empty for runs that have not recorded them.
+
+    Args:
+        runs: The table, from `tracking.frame.frame`.
+        histories: Those of the runs, by id.
+    """
+    known = {run: history for run, history in histories.items() if history and history.size}
+    sizes = {run: str(history.size) for run, history in known.items()}
+    mistakes = {run: " ".join(str(index) for index, _, _ in history.mistakes) for run, history in known.items()}
+    return runs.assign(**{SIZE: runs["run"].map(sizes).fillna(""), MISTAKES: runs["run"].map(mistakes).fillna("")})
+
+
+def image_columns(runs: pd.DataFrame) -> list[str]:
+    """Return the columns of a table that `add_mistakes` adds, none without them: `size` alone is a key like any other."""
+    return [SIZE, MISTAKES] if {SIZE, MISTAKES} <= {*runs} else []
+
+
+def wrong_images(runs: pd.DataFrame, accuracies: "pd.Series[float]", metric: str) -> NDArray[np.int8]:
+    """Return which images each run misread: 0 or 1, (runs, images).
+
+    Args:
+        runs: The table.
+        accuracies: Those of the runs, NaN for a run that does not count.
+        metric: Their name.
+
+    Raises:
+        UserError: The metric is no accuracy, the images are not the same, or the columns contradict the accuracies.
+    """
+    split, _, name = metric.rpartition("/")
+    if name != "accuracy":
+        raise UserError.invalid("--metric", metric, "an accuracy with --images, such as test/accuracy")
+    if not image_columns(runs):
+        raise UserError(f"--images needs the columns {SIZE} and {MISTAKES}.", key="--images", remedy=REMEDY)
+    counted = accuracies.notna()
+    sizes = runs.loc[counted, SIZE].unique()
+    digests = runs.loc[counted].get(DIGEST + {"val": "validation"}.get(split, split), pd.Series(dtype=str)).unique()
+    if len(sizes) > 1 or len(digests) > 1:
+        raise UserError("--images needs runs that were scored on the same images.", key="--images", remedy=REMEDY)
+    wrong = np.zeros((len(runs), int(sizes[0]) if len(sizes) and sizes[0].isdecimal() else 0), dtype=np.int8)
+    images = wrong.shape[1]
+    for row, (text, accuracy) in enumerate(zip(runs[MISTAKES], accuracies, strict=True)):
+        if not np.isfinite(accuracy):
+            continue
+        mistakes = {int(index) for index in text.split() if index.isdecimal() and int(index) < images}
+        if not images or abs(images - len(mistakes) - accuracy * images) > 0.5:
+            found = f"{len(mistakes)} mistakes in {images} images"
+            raise UserError.invalid("--images", found, f"the mistakes of a run with a {metric} of {accuracy:.6g}", REMEDY)
+        wrong[row, list(mistakes)] = 1
+    return wrong
