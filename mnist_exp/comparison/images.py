@@ -11,6 +11,7 @@ from mnist_exp.errors import UserError
 from mnist_exp.tracking.frame import DIGEST
 
 SIZE, MISTAKES = "size", "mistakes"  # the number of images that scored a run, the indices of those that it misread
+MAX_SIZE = 2_000_000  # images
 REMEDY = "Compare runs of this version on one data set, or omit --images."
 
 
@@ -21,10 +22,10 @@ def add_mistakes(runs: pd.DataFrame, histories: Mapping[str, History | None]) ->
         runs: The table, from `tracking.frame.frame`.
         histories: Those of the runs, by id.
     """
-    known = {run: history for run, history in histories.items() if history and history.size}
-    sizes = {run: str(history.size) for run, history in known.items()}
-    mistakes = {run: " ".join(str(index) for index, _, _ in history.mistakes) for run, history in known.items()}
-    return runs.assign(**{SIZE: runs["run"].map(sizes).fillna(""), MISTAKES: runs["run"].map(mistakes).fillna("")})
+    found = [histories.get(run) for run in runs["run"]]
+    sizes = [str(history.size) if history and history.size else "" for history in found]
+    mistakes = [" ".join(str(index) for index, _, _ in history.mistakes) if history else "" for history in found]
+    return runs.assign(**{SIZE: sizes, MISTAKES: mistakes})
 
 
 def image_columns(runs: pd.DataFrame) -> list[str]:
@@ -51,15 +52,17 @@ def wrong_images(runs: pd.DataFrame, accuracies: "pd.Series[float]", metric: str
     counted = accuracies.notna()
     sizes = runs.loc[counted, SIZE].unique()
     digests = runs.loc[counted].get(DIGEST + {"val": "validation"}.get(split, split), pd.Series(dtype=str)).unique()
-    if len(sizes) > 1 or len(digests) > 1:
-        raise UserError("--images needs runs that were scored on the same images.", key="--images", remedy=REMEDY)
-    wrong = np.zeros((len(runs), int(sizes[0]) if len(sizes) and sizes[0].isdecimal() else 0), dtype=np.int8)
-    images = wrong.shape[1]
+    if len(sizes) > 1 or len(digests) > 1 or not all(size.isdecimal() and 0 < int(size) < MAX_SIZE for size in sizes):
+        raise UserError(
+            "--images needs runs that have recorded their mistakes on the same images.", key="--images", remedy=REMEDY
+        )
+    images = int(sizes[0]) if len(sizes) else 0
+    wrong = np.zeros((len(runs), images), dtype=np.int8)
     for row, (text, accuracy) in enumerate(zip(runs[MISTAKES], accuracies, strict=True)):
-        if not np.isfinite(accuracy):
+        if np.isnan(accuracy):
             continue
         mistakes = {int(index) for index in text.split() if index.isdecimal() and int(index) < images}
-        if not images or abs(images - len(mistakes) - accuracy * images) > 0.5:
+        if abs(images - len(mistakes) - accuracy * images) > 0.5:
             found = f"{len(mistakes)} mistakes in {images} images"
             raise UserError.invalid("--images", found, f"the mistakes of a run with a {metric} of {accuracy:.6g}", REMEDY)
         wrong[row, list(mistakes)] = 1

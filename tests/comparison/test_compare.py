@@ -160,6 +160,9 @@ def test_a_search_is_ranked_not_compared(run_compare: Compare, store: str) -> No
         (["--export", "/proc/x/runs.csv"], ["--export", "/proc/x/runs.csv"]),
         (["--results", "missing.csv"], ["--results missing.csv"]),
         (["--metric", "f1"], ["--metric f1", "test/accuracy"]),
+        (["--metric", "test/loss", "--images"], ["--metric test/loss", "accuracy"]),
+        (["--images"], ["--images", "same images"]),
+        (["--report", "report.pdf"], ["--report", "report.pdf"]),
         (["--fctor", "model"], ["--fctor"]),
     ],
 )
@@ -180,6 +183,16 @@ def test_a_table_gives_the_answer_of_the_store(
     assert status == 0, "a table needs no store"
     assert from_store.startswith(from_table), "the same numbers and notes; only the report is missing"
     assert "margin 0.10 points" in from_table
+
+
+def test_a_report_is_of_one_comparison(run_compare: Compare, tmp_path: Path) -> None:
+    table, report = tmp_path / "runs.csv", tmp_path / "report.html"
+    table.write_text("model,width,seed,test/accuracy\na,1,0,0.9\nb,1,0,0.91\na,2,0,0.92\nb,2,0,0.93\n")
+    status, shown, error = run_compare("--results", str(table), "--report", str(report))
+    assert (status, shown, report.exists()) == (1, "", False)
+    assert "--factor" in error
+    assert run_compare("--results", str(table), "--report", str(report), "--factor", "width")[0] == 0
+    assert f"--results {table} --factor width --baseline 1" in report.read_text()
 
 
 def test_several_sweeps_are_compared_together(run_compare: Compare, store: str) -> None:

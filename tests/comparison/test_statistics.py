@@ -16,8 +16,11 @@ from mnist_exp.comparison.statistics import (
     Look,
     error_of_look,
     estimate,
+    image_variance,
     pairs_to_detect,
+    slope,
     upper_std,
+    welch,
 )
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -47,6 +50,38 @@ def test_students_sleep_data() -> None:
     assert (sleep.n, sleep.difference) == (10, pytest.approx(1.58))
     assert (sleep.low, sleep.high) == pytest.approx((0.7001142, 2.4598858), abs=5e-8)  # R's t.test(..., paired = TRUE)
     assert sleep.p == pytest.approx(0.002833, abs=5e-7)
+
+
+def test_the_variance_of_images_is_the_mean_covariance_of_two_seeds() -> None:
+    """Against the definition, pair by pair."""
+    differences = np.random.default_rng(0).integers(-1, 2, (5, 40)).astype(float) + np.linspace(-1, 1, 40).round()
+    totals = differences.sum(1)
+    covariances = [
+        (differences[s] @ differences[t] - totals[s] * totals[t] / 40) / 39 for s in range(5) for t in range(5) if s != t
+    ]
+    assert np.mean(covariances) > 0
+    assert image_variance(differences) == pytest.approx(np.mean(covariances) / 40)
+    assert image_variance(np.array([[1.0, -1.0], [-1.0, 1.0]])) == 0, "never below 0"
+    alike = np.tile(differences[0], (3, 1))
+    assert image_variance(alike) == pytest.approx(differences[0].var(ddof=1) / 40), "seeds that agree add nothing"
+
+
+def test_the_interval_for_new_images_adds_the_variance_of_seeds_and_images() -> None:
+    values = np.array([0.001, 0.003, 0.002, 0.004])
+    found = estimate([Look(values, np.zeros(4), 0.05, image_variance=1e-6)])
+    half = math.sqrt(stats.t.isf(0.025, 3) ** 2 * values.var(ddof=1) / 4 + 1.96**2 * 1e-6)
+    assert found.new_images == pytest.approx((0.0025 - half, 0.0025 + half), rel=1e-4)
+    assert (found.high - found.low) / 2 < half
+    assert estimate([Look(values, np.zeros(4), 0.05)]).new_images is None
+
+
+def test_slopes_are_those_of_each_curve() -> None:
+    x = np.array([0.0, 1.0, 2.0])
+    assert slope(x, np.array([1 + 2 * x, 5 + 4 * x])) == pytest.approx((3, 3 - stats.t.isf(0.025, 1), 3 + stats.t.isf(0.025, 1)))
+
+
+def test_welch_on_students_sleep_data() -> None:
+    assert welch(*map(np.array, SLEEP)) == pytest.approx((1.58, -0.2054832, 3.3654832), abs=5e-8)  # R's t.test
 
 
 def test_the_errors_of_all_looks_add_up_to_alpha() -> None:

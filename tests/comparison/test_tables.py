@@ -3,6 +3,7 @@
 import gzip
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from synthetic import TWO_MODELS, scored
 
@@ -41,6 +42,41 @@ def test_an_exported_table_gives_the_same_comparison(tmp_path: Path) -> None:
 def test_the_index_of_a_data_frame_is_no_key(tmp_path: Path) -> None:
     runs, _ = read_tables(written(tmp_path, ",model,seed,test/accuracy\n0,a,0,0.9\n1,b,0,0.8\n"))
     assert varied_keys(runs) == ["model"]
+
+
+def with_mistakes(folder: Path) -> Path:
+    (path,) = written(folder, OWN)
+    runs = pd.read_csv(path, dtype=str, keep_default_na=False)
+    wrong = [round((1 - float(accuracy)) * 1000) for accuracy in runs["test/accuracy"]]
+    runs.assign(size="1000", mistakes=[" ".join(map(str, range(count))) for count in wrong]).to_csv(path, index=False)
+    return path
+
+
+def test_mistakes_give_an_interval_for_new_images(tmp_path: Path) -> None:
+    runs, _ = read_tables([with_mistakes(tmp_path)])
+    (row,) = compare(runs, "model", new_images=True).rows
+    assert row.estimate.new_images is not None
+    assert row.estimate.new_images[0] <= row.estimate.low < row.estimate.high <= row.estimate.new_images[1]
+    assert compare(runs, "model").rows[0].estimate.low == row.estimate.low
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("size", "900"), ("size", "x"), ("mistakes", "7"), ("mistakes", "x y"), ("size", "")]
+)
+def test_mistakes_that_contradict_the_accuracy_are_refused(tmp_path: Path, column: str, value: str) -> None:
+    runs, _ = read_tables([with_mistakes(tmp_path)])
+    runs.loc[1, column] = value
+    with pytest.raises(UserError) as error:
+        compare(runs, "model", new_images=True)
+    assert error.value.key == "--images"
+
+
+def test_size_is_a_key_in_a_table_without_mistakes(tmp_path: Path) -> None:
+    runs, _ = read_tables(written(tmp_path, OWN.replace("model", "size")))
+    assert varied_keys(runs) == ["size"]
+    with pytest.raises(UserError) as error:
+        compare(runs, "size", new_images=True)
+    assert "mistakes" in str(error.value)
 
 
 def test_tables_with_other_keys_are_not_pooled(tmp_path: Path) -> None:

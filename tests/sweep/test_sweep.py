@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -137,6 +138,25 @@ def test_it_can_be_compared(swept: Swept, call: Call) -> None:
     assert "2 of 2 seeds of" in done.stdout, "of the arm that diverged"
     first, second = (sum(child.metrics["test/loss"] for child in swept.children[start : start + 2]) / 2 for start in (0, 2))
     assert f"{first - second:+.4f}" in done.stdout
+
+
+def test_its_recorded_mistakes_give_the_interval_for_new_images(swept: Swept, call: Call, tmp_path: Path) -> None:
+    options = ("--metric", "test/accuracy", "--images", "--baseline", "0.002")
+    table, report = tmp_path / "runs.csv", tmp_path / "report.html"
+    done = call(compare.main, "--tracking-uri", swept.store, *options, "--export", str(table), "--report", str(report))
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    for row in rows[:4]:
+        assert 1 - len(row["mistakes"].split()) / int(row["size"]) == pytest.approx(float(row["test/accuracy"]), abs=1e-6)
+    assert [row["size"] for row in rows[4:]] == ["", ""]
+    from_store = report.read_text()
+    again = call(compare.main, "--results", str(table), *options, "--report", str(report))
+    assert again.returncode == 0, again.stderr
+    assert "New images" in again.stdout
+    assert done.stdout.startswith(again.stdout.partition("Report: ")[0])
+    assert report.with_suffix(".png").stat().st_size > 1000
+    tables = [re.findall("<td.*?</td>", page)[:6] for page in (from_store, report.read_text())]
+    assert tables[0] == tables[1], "a table gives the same report"
 
 
 def test_a_resume_with_another_command_line_changes_nothing(
