@@ -7,7 +7,6 @@ its standard error in parentheses; intervals and verdicts come from mnist_exp.co
 """
 
 import argparse
-import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -223,8 +222,10 @@ def show_new_images(random: np.random.Generator, draws: int) -> None:
     counts = (3, 5, 10, 30)
     lines = []
     for name, own in {"alike": 0.0, "differ on an image": 1.0}.items():
-        hits = {column: [] for column in itertools.product(counts, ("seeds alone", "seeds and images"))}
+        alone: list[list[bool]] = []
+        both: list[list[bool]] = []
         for n in counts:
+            ends = []
             for _ in range(draws):
                 # The logit of a mistake: an image's difficulty, an arm's own part of it, the quality of a run.
                 arms = random.normal(-3, 2, HARD) + own * random.normal(size=(2, 1, HARD))
@@ -233,11 +234,10 @@ def show_new_images(random: np.random.Generator, draws: int) -> None:
                 differences[:, :HARD] = wrong[0].astype(int) - wrong[1]
                 values = differences.mean(1)
                 found = estimate([Look(values, np.zeros(n), error_of_look(1), image_variance(differences))])
-                for column, (low, high) in zip(
-                    ("seeds alone", "seeds and images"), ((found.low, found.high), found.new_images or ()), strict=True
-                ):
-                    hits[n, column].append(low <= 0 <= high)
-        lines += [[name, column, *(share(hits[n, column]) for n in counts)] for column in ("seeds alone", "seeds and images")]
+                ends.append(((found.low, found.high), found.new_images or (-math.inf, math.inf)))
+            alone.append([low <= 0 <= high for (low, high), _ in ends])
+            both.append([low <= 0 <= high for _, (low, high) in ends])
+        lines += [[name, "seeds", *map(share, alone)], [name, "seeds and images", *map(share, both)]]
     sentence = (
         "For new images, intervals from the seeds alone are too narrow if the arms differ on single images, the more so the more "
         "seeds there are. With the variance between images, they contain the true difference in 96 % of studies or more."
