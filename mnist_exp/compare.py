@@ -85,7 +85,7 @@ def margin(text: str) -> float:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Show an answer for each factor, and publish a report of each in the parents of the sweeps."""
-    from mnist_exp.comparison import history, images, pairs, report, tables, wording
+    from mnist_exp.comparison import history, images, pairs, tables, wording
     from mnist_exp.console import show_comparison, show_lines
     from mnist_exp.tracking.frame import frame
 
@@ -123,6 +123,10 @@ def compare(arguments: argparse.Namespace) -> None:
             notes[comparison.factor],
         )
     show_lines([f"{factor} is not compared: {refusal}" for factor, refusal in refusals.items()])
+    if not (sweeps or arguments.report):
+        return
+    from mnist_exp.comparison import report  # takes a second to import
+
     pictures = find_images(store, settings, records) if sweeps else None
     write = partial(report.write, records=records, histories=histories, images=pictures)
     if arguments.report:
