@@ -97,4 +97,4 @@ def frame(sweep: str = "latest", *, images: bool = False) -> pd.DataFrame:
         numbers = pd.to_numeric(table[name], errors="coerce")
         if numbers.notna().all():
             table[name] = numbers
-    return add_mistakes(table, read_histories(store, jobs)) if images else table
+    return add_mistakes(table, read_histories(store, {job.run_id: job for job in jobs})) if images else table

@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--export", type=cli.file_to_write(".csv"), metavar="CSV", help="write the runs to a table")
     result.add_argument(
-        "--report", type=cli.file_to_write(".html"), metavar="HTML", help="write the report to a file, and its picture besides it"
+        "--report", type=cli.file_to_write(".html"), metavar="HTML", help="write the report to a file, and its picture beside it"
     )
     return result
 
@@ -104,7 +104,7 @@ def compare(arguments: argparse.Namespace) -> None:
         jobs = [store.children(sweep.run_id) for sweep in sweeps]
         runs = frame(zip(sweeps, jobs, strict=True))
         records = {run.run_id: run for run in chain(*jobs) if run.status == "FINISHED"}
-        histories = history.read_histories(store, records.values())
+        histories = history.read_histories(store, records)
         if arguments.images:
             runs = images.add_mistakes(runs, histories)
     if arguments.export:
@@ -127,12 +127,12 @@ def compare(arguments: argparse.Namespace) -> None:
         return
     from mnist_exp.comparison import report  # takes a second to import
 
-    pictures = find_images(store, settings, records) if sweeps else None
-    write = partial(report.write, records=records, histories=histories, images=pictures)
+    pictures, page = (find_images(store, settings, records), store.page) if sweeps else (None, lambda _: None)
+    write = partial(report.write, records=records, histories=histories, images=pictures, page=page)
     if arguments.report:
         (comparison,) = comparisons
-        repeated = commands(sweeps, comparison, arguments)
-        write(arguments.report, comparison, notes[comparison.factor], commands=repeated, parent=None, page=lambda _: None)
+        repeated, parent = commands(sweeps, comparison, arguments), sweeps[0].record if sweeps else None
+        write(arguments.report, comparison, notes[comparison.factor], commands=repeated, parent=parent)
         show_lines([f"Report: {arguments.report}"])
     if sweeps:  # a table has no run to publish in
         show_lines(publish(store, sweeps, comparisons, notes, write, arguments))
@@ -221,7 +221,7 @@ def publish(
         with tempfile.TemporaryDirectory() as folder:
             factor = re.sub(r"[^-.\w]", "_", comparison.factor)
             file = Path(folder, report_name(factor))
-            picture = write(file, comparison, shown, commands=repeated, parent=sweep.record, page=store.page)
+            picture = write(file, comparison, shown, commands=repeated, parent=sweep.record)
             answer = Answer(factor, wording.title(comparison), wording.subtitle(comparison), shown, file, picture)
             lines.append(f"Report: {store.publish(sweep.run_id, answer)}")
     return lines

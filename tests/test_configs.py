@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MNIST, MNIST_SHAPE, CommandLine, Compose, finished
+from omegaconf import OmegaConf
 
 from mnist_exp.errors import MissingDataError, UserError
 from mnist_exp.experiment.repeat import with_present_locations
 from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.training import fit, prepare_phases
 from mnist_exp.nodes import build
+from mnist_exp.overrides import GROUPS
 from mnist_exp.paths import CONF
 from mnist_exp.settings import Recipe, Trial, read_recipe
 
@@ -54,6 +56,13 @@ def test_every_file_composes_and_trains(
             assert "train" in build(settings.data, "data", seed=0).splits
         except UserError as error:
             pytest.skip(str(error))  # the images are not here, or it needs the folder of one's own
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_option_that_a_preset_sweeps_over_exists(path: Path) -> None:
+    for key, choices in (OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params") or {}).items():
+        if key in GROUPS:
+            assert [option for option in str(choices).split(",") if not (CONF / key / f"{option}.yaml").exists()] == []
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)

@@ -39,11 +39,10 @@ class History:
 Histories = Mapping[str, list[History]]  # by arm
 
 
-def read_histories(store: Store, records: Iterable[RunRecord]) -> dict[str, History | None]:
-    """Return the history of each finished run, by id, None without a readable one."""
-    finished = [record for record in records if record.status == "FINISHED"]
-    contents = store.read_artifacts(finished, OUTCOME)
-    return {record.run_id: parse_history(contents.get(record.run_id, b"")) for record in finished}
+def read_histories(store: Store, records: Mapping[str, RunRecord]) -> dict[str, History | None]:
+    """Return the history of each run, None without a readable one; both by id."""
+    contents = store.read_artifacts(list(records.values()), OUTCOME)
+    return {run_id: parse_history(contents.get(run_id, b"")) for run_id in records}
 
 
 def parse_history(content: bytes) -> History | None:

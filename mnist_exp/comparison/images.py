@@ -1,5 +1,6 @@
 """Which images each run misread: the columns `size` and `mistakes` of a table of runs."""
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,7 +12,8 @@ from mnist_exp.errors import UserError
 from mnist_exp.tracking.frame import DIGEST
 
 SIZE, MISTAKES = "size", "mistakes"  # the number of images that scored a run, the indices of those that it misread
-MAX_SIZE = 2_000_000  # images
+NUMBER = re.compile(r"\d{1,9}")
+MAX_CELLS = 200_000_000  # runs x images
 REMEDY = "Compare runs of this version on one data set, or omit --images."
 
 
@@ -33,7 +35,7 @@ def image_columns(runs: pd.DataFrame) -> list[str]:
     return [SIZE, MISTAKES] if {SIZE, MISTAKES} <= {*runs} else []
 
 
-def wrong_images(runs: pd.DataFrame, accuracies: "pd.Series[float]", metric: str) -> NDArray[np.int8]:
+def wrong_images(runs: pd.DataFrame, accuracies: "pd.Series[float]", metric: str) -> NDArray[np.int16]:
     """Return which images each run misread: 0 or 1, (runs, images).
 
     Args:
@@ -49,21 +51,26 @@ def wrong_images(runs: pd.DataFrame, accuracies: "pd.Series[float]", metric: str
         raise UserError.invalid("--metric", metric, "an accuracy with --images, such as test/accuracy")
     if not image_columns(runs):
         raise UserError(f"--images needs the columns {SIZE} and {MISTAKES}.", key="--images", remedy=REMEDY)
-    counted = accuracies.notna()
-    sizes = runs.loc[counted, SIZE].unique()
-    digests = runs.loc[counted].get(DIGEST + {"val": "validation"}.get(split, split), pd.Series(dtype=str)).unique()
-    if len(sizes) > 1 or len(digests) > 1 or not all(size.isdecimal() and 0 < int(size) < MAX_SIZE for size in sizes):
-        raise UserError(
-            "--images needs runs that have recorded their mistakes on the same images.", key="--images", remedy=REMEDY
-        )
+    counted = runs[accuracies.notna()]
+    digests = counted.get(DIGEST + {"val": "validation"}.get(split, split), pd.Series(dtype=str))
+    sizes = counted[SIZE].unique()
+    if len(sizes) > 1 or digests[digests != ""].nunique() > 1 or not all(NUMBER.fullmatch(size) for size in sizes):
+        problem = "--images needs runs that have recorded their mistakes on the same images."
+        raise UserError(problem, key="--images", remedy=REMEDY)
     images = int(sizes[0]) if len(sizes) else 0
-    wrong = np.zeros((len(runs), images), dtype=np.int8)
-    for row, (text, accuracy) in enumerate(zip(runs[MISTAKES], accuracies, strict=True)):
+    if len(runs) * images > MAX_CELLS:
+        raise UserError(f"--images takes at most {MAX_CELLS:,} images of all runs: {len(runs):,} x {images:,}.", key="--images")
+    wrong = np.zeros((len(runs), images), dtype=np.int16)
+    for row, (name, text, accuracy) in enumerate(zip(runs["run"], runs[MISTAKES], accuracies, strict=True)):
         if np.isnan(accuracy):
             continue
-        mistakes = {int(index) for index in text.split() if index.isdecimal() and int(index) < images}
+        mistakes = {int(index) for index in text.split() if NUMBER.fullmatch(index) and int(index) < images}
         if abs(images - len(mistakes) - accuracy * images) > 0.5:
-            found = f"{len(mistakes)} mistakes in {images} images"
-            raise UserError.invalid("--images", found, f"the mistakes of a run with a {metric} of {accuracy:.6g}", REMEDY)
+            raise UserError(
+                f"--images: {len(mistakes)} mistakes in {images} images do not give the {metric} of run {name or row + 1}, "
+                f"{accuracy:.6g}.",
+                key="--images",
+                remedy="Compare the accuracy on the images that scored the runs, unrounded.",
+            )
         wrong[row, list(mistakes)] = 1
     return wrong

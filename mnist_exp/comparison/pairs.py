@@ -205,7 +205,7 @@ def compare(
         [(arm, other) for other, arm in combinations([baseline, *others], 2)] if all_pairs else [(a, baseline) for a in others]
     )
     kept[ROW] = range(len(kept))
-    wrong = wrong_images(kept, kept[VALUE], metrics[0]) if new_images else np.zeros((len(kept), 0), dtype=np.int8)
+    wrong = wrong_images(kept, kept[VALUE], metrics[0]) if new_images else np.zeros((len(kept), 0), dtype=np.int16)
     tables = [_pair(kept[kept["look"] <= look], factor, keys, wanted, wrong) for look in sorted(kept["look"].unique())]
     seen = [table for table in tables if any(len(pairs.values) > 1 for pairs in table.values())]
     rows = _rows(seen or tables[-1:], metrics[0], margin)
@@ -317,7 +317,7 @@ class _Pairs:
         """Return the pairs as a look, at a probability of an error."""
         arm, baseline = self.values.to_numpy().T
         known = min(self.differences.shape) > 1
-        return Look(arm, baseline, alpha, image_variance(self.differences.to_numpy(float)) if known else math.nan)
+        return Look(arm, baseline, alpha, image_variance(self.differences.to_numpy()) if known else None)
 
 
 def _levels(runs: pd.DataFrame, keys: list[str]) -> list[tuple[str, pd.DataFrame]]:
@@ -332,7 +332,7 @@ def _pair(
     factor: str,
     keys: list[str],
     wanted: Sequence[tuple[str, str]],
-    wrong: NDArray[np.int8],
+    wrong: NDArray[np.int16],
 ) -> dict[_Name, _Pairs]:
     """Return the pairs of each arm and its baseline by level: runs of one seed, on one processor.
 

@@ -41,7 +41,7 @@ def write(
     images: "tuple[Tensor, Sequence[str]] | None",
     page: Callable[[str], str | None],
 ) -> Path:
-    """Write the report as HTML with all text escaped, and its first figure besides it as a PNG, whose path is returned.
+    """Write the report as HTML with all text escaped, and its first figure beside it as a PNG, whose path is returned.
 
     Args:
         file: The file to write, NAME.html.
@@ -78,6 +78,7 @@ def write(
         means=wording.means_table(comparison),
         processors=sorted(filter(None, comparison.runs["processor"].unique())),
         torch=", ".join(filter(None, comparison.runs["torch"].unique())),
+        code=", ".join(filter(None, comparison.runs["code"].unique())),
         parent=parent,
         commands=commands,
         figures=inline,

@@ -4,6 +4,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,14 +30,14 @@ class Look:
         arm: The values of the arm (n,), float64.
         baseline: The values of the baseline (n,), paired by position.
         alpha: The probability of an error of this row at this look.
-        image_variance: The part of the variance of the mean difference that comes from the images, from `image_variance`; nan if
-            unknown.
+        image_variance: The part of the variance of the mean difference that comes from the images, from `image_variance`; None
+            if unknown.
     """
 
     arm: NDArray[np.float64]
     baseline: NDArray[np.float64]
     alpha: float
-    image_variance: float = math.nan
+    image_variance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Estimate:
         low: The lower end of the interval, -inf without one; above `high` if the intervals of the looks do not overlap.
         high: The upper end.
         p: The p-value of no difference, at most ALPHA if and only if the interval of a look excludes 0; nan without an interval.
-        new_images: The ends of the interval for other images of the same kind; None if the variance between images is unknown.
+        new_images: The ends of the interval for other images of the same kind; None if the variance between images is unknown,
+            or if the looks contradict each other.
     """
 
     n: int
@@ -87,14 +89,15 @@ def estimate(looks: Sequence[Look]) -> Estimate:
         error = spread / math.sqrt(n)
         half = float(stats.t.isf(look.alpha / 2, n - 1)) * error
         low, high = max(low, middle - half), min(high, middle + half)
-        wide = math.hypot(half, float(stats.norm.isf(look.alpha / 2)) * math.sqrt(look.image_variance))
-        new_low, new_high = max(new_low, middle - wide), min(new_high, middle + wide)
+        if look.image_variance is not None:
+            wide = math.hypot(half, float(stats.norm.isf(look.alpha / 2)) * math.sqrt(look.image_variance))
+            new_low, new_high = max(new_low, middle - wide), min(new_high, middle + wide)
         p = float(np.fmin(p, min(1.0, 2 * stats.t.sf(abs(middle) / error, n - 1) * ALPHA / look.alpha)))
-    new_images = (new_low, new_high) if new_low > -math.inf else None
+    new_images = (new_low, new_high) if -math.inf < new_low <= new_high else None
     return Estimate(len(last.arm), difference, difference_std, low, high, p, new_images)
 
 
-def image_variance(differences: NDArray[np.float64]) -> float:
+def image_variance(differences: NDArray[Any]) -> float:
     """Return the part of the variance of a mean difference in accuracy that comes from the choice of the images.
 
     Seeds that agree on an image count it once: the mean covariance of two seeds over the images estimates the variance of an
@@ -104,9 +107,9 @@ def image_variance(differences: NDArray[np.float64]) -> float:
         differences: [the baseline is wrong] - [the arm is wrong] for each seed and image (seeds, images), at least two of each.
     """
     seeds, images = differences.shape
-    totals = differences.sum(1)  # (seeds,)
+    totals = differences.sum(1, dtype=float)  # (seeds,)
     # Sums over all pairs of different seeds: of the products of their differences on an image, and of their totals.
-    products = (differences.sum(0) ** 2).sum() - (differences**2).sum()
+    products = (differences.sum(0, dtype=float) ** 2).sum() - (differences**2).sum(dtype=float)
     of_totals = totals.sum() ** 2 - (totals**2).sum()
     covariance = (products - of_totals / images) / (images - 1) / (seeds * (seeds - 1))
     return max(0.0, float(covariance / images))

@@ -23,14 +23,14 @@ def read_tables(paths: Iterable[Path], metrics: Sequence[str] = ()) -> tuple[pd.
         UserError: A file cannot be read, lacks a column, has other keys than the first, or a value that is no number where one is
             expected.
     """
-    if named := set(metrics) & {*FIRST, *FIXED, SEED}:
-        raise UserError.invalid("--metric", min(named), "a column with numbers to compare")
     tables, looks = [], 0
     absent, common = dict[str, None](), set[str]()
     for path in paths:
         table = _read(path)
         absent |= {name: None for name in (*FIRST, *FIXED) if name not in table}
         table = table.assign(**{name: value for name, value in DEFAULTS.items() if name not in table})
+        if named := set(metrics) & {*FIRST, *FIXED, SEED, *image_columns(table)}:
+            raise UserError.invalid("--metric", min(named), "a column with numbers to compare")
         measured = [name for name in table if ("/" in name and not name.startswith(DIGEST)) or name in metrics]
         if SEED not in table or not measured:
             lacking = SEED if SEED not in table else "a metric, such as test/accuracy"

@@ -9,11 +9,12 @@ from typing import get_args
 
 import numpy as np
 
-from mnist_exp.comparison.pairs import MEAN, VALUE, Comparison, Row, Verdict
+from mnist_exp.comparison.pairs import MEAN, MIN_CURVE, VALUE, Comparison, Row, Verdict
 from mnist_exp.comparison.statistics import (
     CONFIDENCE,
     MAX_PAIRS,
     POWER,
+    ROUNDING,
     error_of_look,
     pairs_to_detect,
     slope,
@@ -46,11 +47,15 @@ def format_difference(row: Row) -> str:
     if found.n < 2:
         return difference
     if found.has_interval:
-        low, high = (format_metric(row.metric, end, signed=True, bare=True) for end in (found.low, found.high))
-        return f"{difference} ({low} to {high})"
+        return f"{difference} ({signed(row, found.low)} to {signed(row, found.high)})"
     return (
         f"{difference} ({'the same in all pairs: no interval' if math.isinf(found.low) else 'the looks contradict each other'})"
     )
+
+
+def signed(row: Row, value: float) -> str:
+    """Return a difference with its sign, without its unit."""
+    return format_metric(row.metric, value, signed=True, bare=True)
 
 
 def format_margin(row: Row) -> str:
@@ -113,7 +118,7 @@ def differences_table(comparison: Comparison) -> list[dict[str, str]]:
     """Return the rows of the comparison as those of a table."""
     key = comparison.keys[0] if len(comparison.keys) == 1 else ""
     level = _heading(key) if key else "level"
-    has_new_images = any(row.estimate.new_images for row in comparison.rows)
+    images = any(row.estimate.new_images for row in comparison.rows)
     return [
         {
             _heading(comparison.factor): f"{row.arm} against {row.baseline}" if comparison.has_all_pairs else row.arm,
@@ -121,15 +126,11 @@ def differences_table(comparison: Comparison) -> list[dict[str, str]]:
             **({level: row.level.removeprefix(f"{key}=")} if comparison.keys else {}),
             "n": str(row.estimate.n) if row.is_complete else f"{row.estimate.n} of {row.seeds} pairs",
             "difference (95 %)": format_difference(row),
-            **({"new images (95 %)": _new_images(row)} if has_new_images else {}),
+            **({"new images (95 %)": " to ".join(signed(row, end) for end in row.estimate.new_images or ())} if images else {}),
             "p": f"{row.estimate.p:.2g}" if row.is_complete and row.estimate.has_interval else "",
         }
         for row in comparison.rows
     ]
-
-
-def _new_images(row: Row) -> str:
-    return " to ".join(format_metric(row.metric, end, signed=True, bare=True) for end in row.estimate.new_images or ())
 
 
 def _heading(key: str) -> str:
@@ -162,7 +163,7 @@ def notes(comparison: Comparison) -> list[str]:
     if any(row.estimate.new_images for row in comparison.rows):
         found.append(
             "New images: the interval for other images of the same kind. It takes the images to be independent: where they come "
-            "in groups, as MNIST's do by writer, the true interval is wider."
+            "in groups, as MNIST's do by writer, it is probably too narrow."
         )
     found += [*_slopes(comparison), *_processors(comparison)]
     if any(row.level == MEAN for row in comparison.rows):
@@ -233,18 +234,19 @@ def _doubts(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _slopes(comparison: Comparison) -> Iterator[str]:
-    """Yield how the error rate grows with a numeric factor, at each level."""
+    """Yield the slope of the error rate against a numeric factor, at each level without a missing run."""
     if not (comparison.is_numeric and comparison.metric.rpartition("/")[2] == "accuracy"):
         return
     for level, runs in comparison.levels():
-        rates = 1 - runs.pivot(index=SEED, columns=comparison.factor, values=VALUE).dropna()
+        rates = 1 - runs.pivot(index=["processor", SEED], columns=comparison.factor, values=VALUE)
         sizes = rates.columns.to_numpy(float)
-        if len(rates) > 1 and len(sizes) > 1 and (sizes > 0).all() and (rates > 0).all(axis=None):
+        if len(rates) > 1 and len(sizes) >= MIN_CURVE and (sizes > 0).all() and (rates > 0).all(axis=None):
             mean, low, high = slope(np.log2(sizes), np.log2(rates.to_numpy()))
-            at = f"At {level}, the" if level else "The"
+            start = f"At {level}, a" if level else "A"
             yield (
-                f"{at} error rate grows as {comparison.factor} to the power of {mean:.3f} ({low:.3f} to {high:.3f}, n = "
-                f"{len(rates)} seeds): one slope of log2(error rate) against log2({comparison.factor}) per seed, 95 % t interval."
+                f"{start} straight line through log2(error rate) against log2({comparison.factor}) has "
+                f"the slope {mean:.3f} ({low:.3f} to {high:.3f}; one slope per seed, n = {len(rates)}, 95 % t interval for "
+                "this level alone). It does not show whether the curve is straight."
             )
 
 
@@ -252,15 +254,15 @@ def _processors(comparison: Comparison) -> Iterator[str]:
     """Yield how the mean differences on two processors differ, for each row at one level."""
     for row in (row for row in comparison.rows if row.level != MEAN):
         by_processor = comparison.differences(row).groupby("processor")
-        groups = {name: values.to_numpy() for name, values in by_processor if len(values) > 1}
+        groups = {name: values.to_numpy() for name, values in by_processor if name and len(values) > 1}
         for (one, first), (other, second) in combinations(groups.items(), 2):
-            if first.std() + second.std() > 0:
-                mean, *ends = welch(first, second)
+            if first.std() + second.std() > ROUNDING:
+                mean, low, high = welch(first, second)
                 difference = format_metric(row.metric, mean, signed=True, is_difference=True)
-                low, high = (format_metric(row.metric, end, signed=True, bare=True) for end in ends)
                 yield (
-                    f"{label(row)}: {difference} ({low} to {high}, Welch's t) on {one} (n = {len(first)}) against {other} "
-                    f"(n = {len(second)})."
+                    f"{label(row)} minus {row.baseline} on {one} (n = {len(first)}), less the same on {other} "
+                    f"(n = {len(second)}): {difference} ({signed(row, low)} to {signed(row, high)}; Welch's 95 % t interval, "
+                    "for this row alone)."
                 )
 
 

@@ -295,6 +295,24 @@ def test_a_mistake_is_answered_with_the_valid_values(arguments: tuple[object, ..
     assert expected in error.expected
 
 
+def test_new_images_in_levels_their_mean_and_later_looks() -> None:
+    """An arm is right where the baseline is wrong on ten images of a level, for all seeds."""
+    runs = scored(grid(model=["a", "b"], lr=["1", "2"], seed=map(str, range(6))), noise=0)
+    chance = Random(0)
+    for row, run in runs.iterrows():
+        first = 0 if run["model"] == "a" else 10
+        wrong = [*range(first, first + 20), *chance.sample(range(100, 1000), 5 + int(run["seed"]) + chance.randrange(3))]
+        runs.loc[row, ["size", "mistakes"]] = ["1000", " ".join(map(str, wrong))]
+        runs.loc[row, "test/accuracy"] = 1 - len(wrong) / 1000
+    runs.loc[runs["seed"].astype(int) > 3, "look"] = 2
+    found = compare(runs, "model", new_images=True)
+    assert [row.level for row in found.rows] == ["lr=1", "lr=2", MEAN]
+    for row in found.rows:
+        low, high = row.estimate.new_images or (0.0, 0.0)
+        assert low < row.estimate.low < row.estimate.high < high
+        assert (high - low) / 2 > 2 * np.sqrt(20) / 1000 * 0.95, "20 images on which the arms always differ, at two sigma or more"
+
+
 def test_arms_that_share_no_level_are_named() -> None:
     jobs = [*grid(model=["a", "b"], lr=["1"], seed=SEEDS), *grid(model=["c"], lr=["2"], seed=SEEDS)]
     found = compare(scored(jobs), "model")

@@ -73,6 +73,9 @@ def test_the_interval_for_new_images_adds_the_variance_of_seeds_and_images() -> 
     assert found.new_images == pytest.approx((0.0025 - half, 0.0025 + half), rel=1e-4)
     assert (found.high - found.low) / 2 < half
     assert estimate([Look(values, np.zeros(4), 0.05)]).new_images is None
+    later = Look(values[[0, 1, 2, 3] * 5] + 0.1, np.zeros(20), 0.05, image_variance=1e-6)
+    contradicting = estimate([Look(values, np.zeros(4), 0.05, image_variance=1e-6), later])
+    assert (contradicting.has_interval, contradicting.new_images) == (False, None)
 
 
 def test_slopes_are_those_of_each_curve() -> None:

@@ -58,10 +58,16 @@ def test_mistakes_give_an_interval_for_new_images(tmp_path: Path) -> None:
     assert row.estimate.new_images is not None
     assert row.estimate.new_images[0] <= row.estimate.low < row.estimate.high <= row.estimate.new_images[1]
     assert compare(runs, "model").rows[0].estimate.low == row.estimate.low
+    runs["digest/test"] = ["", "a", "a", ""]  # of a pooled table of one's own
+    assert compare(runs, "model", new_images=True).rows == [row]
+    runs.loc[0, "digest/test"] = "b"
+    with pytest.raises(UserError):
+        compare(runs, "model", new_images=True)
 
 
 @pytest.mark.parametrize(
-    ("column", "value"), [("size", "900"), ("size", "x"), ("mistakes", "7"), ("mistakes", "x y"), ("size", "")]
+    ("column", "value"),
+    [*(("size", text) for text in ("900", "x", "", "9" * 5000)), *(("mistakes", text) for text in ("7", "x y", "9" * 5000))],
 )
 def test_mistakes_that_contradict_the_accuracy_are_refused(tmp_path: Path, column: str, value: str) -> None:
     runs, _ = read_tables([with_mistakes(tmp_path)])
@@ -69,6 +75,12 @@ def test_mistakes_that_contradict_the_accuracy_are_refused(tmp_path: Path, colum
     with pytest.raises(UserError) as error:
         compare(runs, "model", new_images=True)
     assert error.value.key == "--images"
+
+
+def test_the_columns_of_mistakes_are_no_metrics(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        read_tables([with_mistakes(tmp_path)], ["test/accuracy", "size"])
+    assert error.value.key == "--metric"
 
 
 def test_size_is_a_key_in_a_table_without_mistakes(tmp_path: Path) -> None:

@@ -52,14 +52,17 @@ def test_a_title_with_several_arms_names_each_verdict() -> None:
     assert wording.title(one) == "No verdict on model yet: an interval needs two seeds"
 
 
-def test_a_power_law_of_the_error_rate_is_noted_at_each_level() -> None:
+def test_the_slope_of_the_error_rate_is_noted_at_each_complete_level() -> None:
     jobs = grid(model=["plain_cnn", "se_cnn"], batch_size=["64", "128", "512"], seed=SEEDS)
     power = {"plain_cnn": 0.25, "se_cnn": 0.5}
     runs = table(jobs, lambda job: 1 - 0.001 * (1 + int(job["seed"])) * int(job["batch_size"]) ** power[job["model"]])
     notes = " ".join(wording.notes(compare(runs, "batch_size")))
-    assert re.search(r"model=plain_cnn, .* 0\.250 \(0\.250 to 0\.250, n = 5 seeds\)", notes)
+    assert re.search(r"model=plain_cnn, .* 0\.250 \(0\.250 to 0\.250; .* n = 5", notes)
     assert re.search(r"model=se_cnn, .* 0\.500 ", notes)
-    assert "to the power" not in " ".join(wording.notes(compare(runs, "model")))
+    assert "slope" not in " ".join(wording.notes(compare(runs, "model")))
+    runs.loc[0, "status"] = "DIVERGED"
+    notes = " ".join(wording.notes(compare(runs, "batch_size")))
+    assert notes.count("slope") == 2, "of the other level alone: the note says slope twice"
 
 
 def test_the_difference_between_processors_is_noted() -> None:
@@ -70,7 +73,7 @@ def test_the_difference_between_processors_is_noted() -> None:
     found = compare(runs, "model")
     assert found.rows[0].estimate.n == 8
     (note,) = [note for note in wording.notes(found) if "Welch" in note]
-    assert re.search(r"se_cnn: -2\.\d\d points \(-2\.\d\d to -1\.\d\d, .* on cpu \(n = 4\) against other \(n = 4\)", note)
+    assert re.search(r"on cpu \(n = 4\), .* on other \(n = 4\): -[12]\.\d\d points \(-2\.\d\d to -1\.\d\d; ", note)
     assert "Welch" not in " ".join(wording.notes(compare(runs[late], "model")))
 
 

@@ -4,15 +4,22 @@ import re
 import shlex
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import Call
+from studies import ended_seeds, merged
 from test_documentation import README, ROOT, blocks
 
 from mnist_exp import compare
 
 FOLDER = ROOT / "docs" / "studies"
 COMPARE = "python -m mnist_exp.compare --results "
-QUOTED = re.compile(r"[-+]\d+\.\d\d points \([-+]\d+\.\d\d to [-+]\d+\.\d\d")  # a difference with its interval
+# An arm, and its difference with the interval.
+QUOTED = re.compile(r"`(\w+)`[^`|\d]*?([-+]\d+\.\d\d points \([-+]\d+\.\d\d to [-+]\d+\.\d\d\))")
+
+
+def quotes(page: Path) -> list[tuple[str, str]]:
+    return QUOTED.findall(" ".join(page.read_text().split()))
 
 
 def commands(page: Path) -> list[str]:
@@ -28,8 +35,31 @@ def test_a_study_is_reproduced_without_training(page: Path, call: Call, monkeypa
         done = call(compare.main, *shlex.split(command.partition(" #")[0])[3:])
         assert done.returncode == 0, done.stderr
         printed += done.stdout
-    quoted = QUOTED.findall(page.read_text())
+    quoted = quotes(page)
     assert quoted
-    in_readme = [line for line in README.read_text().splitlines() if f"studies/{page.name}" in line]
-    for answer in quoted + QUOTED.findall(" ".join(in_readme)):
-        assert answer in printed, f"{page.name} quotes {answer}"
+    for arm, difference in quoted:
+        assert re.search(rf"\b{arm}\b.*{re.escape(difference)}", printed), f"{page.name} quotes {arm} {difference}"
+    if f"studies/{page.name}" in README.read_text():
+        assert quotes(README)
+        assert set(quotes(README)) <= set(quoted)
+
+
+def test_blocks_of_seeds_become_one_table() -> None:
+    keys = ["model", "seed"]
+    jobs = [{"look": "1", "model": model, "seed": seed} for seed in "012" for model in "ab"]
+    runs = pd.DataFrame(jobs).assign(run=list("uvwxyz"), status="FINISHED", processor="cpu")
+    first = runs.copy()
+    first.loc[3, "status"] = "KILLED"  # seed 1 of b
+    table = ended_seeds(first, keys)
+    assert list(table["status"]) == ["FINISHED"] * 2 + ["NOT STARTED"] * 2 + ["FINISHED"] * 2
+    assert set(table.loc[2:3, "run"]) == {""}
+    second = runs[runs["seed"] == "1"].assign(processor="other")
+    found = merged(table, second, keys)
+    assert list(found["run"]) == list("uvwxyz"), "in the planned order"
+    assert list(found["processor"]) == ["cpu"] * 2 + ["other"] * 2 + ["cpu"] * 2
+    pd.testing.assert_frame_equal(merged(found, second, keys), found)
+    mixed = runs.copy()
+    mixed.loc[0, "processor"] = "other"
+    assert set(ended_seeds(mixed, keys).loc[0:1, "status"]) == {"NOT STARTED"}
+    with pytest.raises(SystemExit):
+        merged(table, second.drop(columns="run"), keys)
