@@ -1,9 +1,9 @@
-"""Make every picture of the docs from the runs of one store.
+"""Make the pictures in docs/images/ from the runs of one store and the study of squeeze-excitation.
 
     python scripts/pictures.py [--store FOLDER]
 
-The script records one run and two sweeps in FOLDER, unless it has done so before. It compares the second, promotes the run, and
-takes pictures of the terminal, the report, the MLflow UI and the drawing page. It needs Chromium, as Debian's `chromium`.
+The script records one run and two sweeps in FOLDER, unless it has done so before. It compares the second sweep, promotes the run,
+and takes pictures of the terminal, the report, the MLflow UI and the drawing page. It needs Chromium, as Debian's `chromium`.
 """
 
 import argparse
