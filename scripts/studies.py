@@ -3,9 +3,9 @@
     python scripts/studies.py docs/studies/se_vs_plain.csv [SWEEP] [--label KEY=VALUE]
 
 A study trains in blocks of seeds, on one machine or several. The first sweep is the whole preset, which may be interrupted.
-Further ones name the seeds that are left: `'seed=range(1150,1300)'`. A seed is added when all its runs of the sweep have ended, on
-one processor. The others stay in the table as NOT STARTED: `compare` calls its rows incomplete until all are there. All blocks are
-one look, because the preset fixes the number of seeds. A label is a further column, such as rule=scaled.
+Further ones name the seeds that are left: `'seed=range(1150,1300)'`. A seed is added when all its runs of the sweep have
+ended, on one processor. The others stay in the table as NOT STARTED: `compare` calls its rows incomplete until all are there.
+All blocks are one look, because the preset fixes the number of seeds. A label is a further column, such as rule=scaled.
 """
 
 import argparse
