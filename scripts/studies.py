@@ -1,11 +1,12 @@
 """Add the finished seeds of a sweep to the table of a study.
 
-    python scripts/studies.py docs/studies/se_vs_plain.csv [SWEEP] [--label KEY=VALUE]
+    python scripts/studies.py docs/studies/se_vs_plain.csv [SWEEP] [--label KEY=VALUE] [--where KEY=VALUE]
 
 A study trains in blocks of seeds, on one machine or several. The first sweep is the whole preset, which may be interrupted.
 Further ones name the seeds that are left: `'seed=range(1150,1300)'`. A seed is added when all its runs of the sweep have
 ended, on one processor. The others stay in the table as NOT STARTED: `compare` calls its rows incomplete until all are there.
-All blocks are one look, because the preset fixes the number of seeds. A label is a further column, such as rule=scaled.
+All blocks are one look, because the preset fixes the number of seeds. A label is a further column, such as
+rule=scaled. --where adds only some jobs: those that are the same under two labels run once.
 """
 
 import argparse
@@ -55,9 +56,13 @@ def main() -> None:
     parser.add_argument("table", type=Path, metavar="CSV")
     parser.add_argument("sweep", nargs="?", default="latest", metavar="SWEEP")
     parser.add_argument("--label", metavar="KEY=VALUE")
+    parser.add_argument("--where", metavar="KEY=VALUE")
     arguments = parser.parse_args()
     runs = read(io.StringIO(frame(arguments.sweep, images=True).to_csv(index=False)))
     keys = [*varied_keys(runs), SEED]
+    if arguments.where:
+        key, _, value = arguments.where.partition("=")
+        runs = runs[runs[key] == value]
     if arguments.label:
         key, _, value = arguments.label.partition("=")
         runs.insert(2, key, value)

@@ -54,8 +54,12 @@ def format_difference(row: Row) -> str:
 
 
 def signed(row: Row, value: float) -> str:
-    """Return a difference with its sign, without its unit."""
-    return format_metric(row.metric, value, signed=True, bare=True)
+    """Return an end of an interval with its sign, without its unit. One that would round to 0 shows its first digit: its sign
+    decides the verdict.
+    """
+    text = format_metric(row.metric, value, signed=True, bare=True)
+    is_hidden = value and not text.strip("+-0.")
+    return f"{value * metric_of(row.metric).scale:+.1g}" if is_hidden else text
 
 
 def format_margin(row: Row) -> str:

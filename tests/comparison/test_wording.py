@@ -5,10 +5,12 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from synthetic import SEEDS, TWO_MODELS, grid, scored, table
 
 from mnist_exp.comparison import wording
 from mnist_exp.comparison.pairs import compare
+from mnist_exp.comparison.statistics import error_of_look
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,16 @@ def test_a_margin_is_in_the_displayed_unit() -> None:
     assert found.rows[0].margin == pytest.approx(0.005)
     assert wording.describe_verdict(found.rows[0]) == "higher"
     assert "margin 0.50 points" in wording.subtitle(found)
+
+
+def test_an_interval_that_excludes_0_does_not_show_0() -> None:
+    shifts = dict(zip(SEEDS, (-0.0001, 0.0001, 0, 0, 0), strict=True))
+    half = stats.t.isf(error_of_look(1) / 2, 4) * stats.sem(list(shifts.values()))
+    better = half + 0.00003  # the lower end is +0.003 points
+    runs = table(TWO_MODELS, lambda job: 0.9 + (job["model"] == "se_cnn") * (better + shifts[job["seed"]]))
+    (row,) = compare(runs, "model").rows
+    assert wording.describe_verdict(row) == "higher"
+    assert wording.format_difference(row).startswith("+0.01 points (+0.003 to +0.0")
 
 
 def test_a_title_with_levels_counts_them() -> None:

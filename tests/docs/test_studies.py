@@ -15,7 +15,7 @@ from mnist_exp import compare
 FOLDER = ROOT / "docs" / "studies"
 COMPARE = "python -m mnist_exp.compare --results "
 # An arm, and its difference with the interval.
-QUOTED = re.compile(r"`(\w+)`[^`|\d]*?([-+]\d+\.\d\d points \([-+]\d+\.\d\d to [-+]\d+\.\d\d\))")
+QUOTED = re.compile(r"`(\w+)`[^`|\d]*?([-+]\d+\.\d+ points \([-+]\d+\.\d+ to [-+]\d+\.\d+\))")
 
 
 def quotes(page: Path) -> list[tuple[str, str]]:
