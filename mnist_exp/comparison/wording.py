@@ -54,11 +54,9 @@ def format_difference(row: Row) -> str:
 
 
 def signed(row: Row, value: float) -> str:
-    """Return an end of an interval with its sign, without its unit. One that would round to 0 shows its first digit: its sign
-    decides the verdict.
-    """
+    """Return an end of an interval with its sign, without its unit; one that would round to 0 has its first digit instead."""
     text = format_metric(row.metric, value, signed=True, bare=True)
-    is_hidden = value and not text.strip("+-0.")
+    is_hidden = value and not text.strip("+-0.")  # but its sign decides the verdict
     return f"{value * metric_of(row.metric).scale:+.1g}" if is_hidden else text
 
 
