@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-    from mnist_exp.comparison.history import History
     from mnist_exp.comparison.pairs import Comparison
     from mnist_exp.learning.data import Dataset
     from mnist_exp.settings import Settings
@@ -84,59 +83,95 @@ def margin(text: str) -> float:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Show an answer for each factor, and publish a report of each in the parents of the sweeps."""
-    from mnist_exp.comparison import history, images, pairs, tables, wording
-    from mnist_exp.console import show_comparison, show_lines
-    from mnist_exp.tracking.frame import frame
-
-    sweeps: list[Sweep] = []
-    records: dict[str, RunRecord] = {}
-    histories: dict[str, History | None] = {}
-    remarks: list[str] = []
+    """Show an answer for each factor, of the sweeps or of the tables that the command line names."""
     if arguments.results and arguments.sweeps:
         raise UserError.invalid("--results", arguments.results[0], "no SWEEP besides it", "Compare either sweeps or tables.")
     if arguments.results:
-        runs, remarks = tables.read_tables(arguments.results, arguments.metrics or ())
+        compare_tables(arguments)
     else:
-        settings = cli.default_settings()
-        store = cli.find_store(settings)
-        sweeps = find_sweeps(store, arguments.sweeps or ["latest"])
-        jobs = [store.children(sweep.run_id) for sweep in sweeps]
-        runs = frame(zip(sweeps, jobs, strict=True))
-        records = {run.run_id: run for run in chain(*jobs) if run.status == "FINISHED"}
-        histories = history.read_histories(store, records)
-        if arguments.images:
-            runs = images.add_mistakes(runs, histories)
+        compare_sweeps(arguments)
+
+
+def compare_tables(arguments: argparse.Namespace) -> None:
+    """Show the answers of tables, and write the report that the command line asks for."""
+    from mnist_exp.comparison.tables import read_tables
+
+    runs, remarks = read_tables(arguments.results, arguments.metrics or ())
+    comparisons = show_answers(runs, arguments, remarks=remarks)
+    if arguments.report:
+        from mnist_exp.comparison import report  # takes a second to import
+
+        write = partial(report.write, parent=None, records={}, histories={}, images=None, page=lambda _: None)
+        write_report(write, [], comparisons, arguments)
+
+
+def compare_sweeps(arguments: argparse.Namespace) -> None:
+    """Show the answers of sweeps, publish a report of each in their parents, and write the one that the command line asks for."""
+    from mnist_exp.comparison import history, images
+    from mnist_exp.console import show_lines
+    from mnist_exp.tracking.frame import frame
+
+    settings = cli.default_settings()
+    store = cli.find_store(settings)
+    sweeps = find_sweeps(store, arguments.sweeps or ["latest"])
+    jobs = [store.children(sweep.run_id) for sweep in sweeps]
+    runs = frame(zip(sweeps, jobs, strict=True))
+    records = {run.run_id: run for run in chain(*jobs) if run.status == "FINISHED"}
+    histories = history.read_histories(store, records)
+    if arguments.images:
+        runs = images.add_mistakes(runs, histories)
+    comparisons = show_answers(runs, arguments, objective=sweeps[0].record.objective)
+    from mnist_exp.comparison import report  # takes a second to import
+
+    pictures = find_images(store, settings, records)
+    write = partial(report.write, records=records, histories=histories, images=pictures, page=store.page)
+    if arguments.report:
+        write_report(partial(write, parent=sweeps[0].record), sweeps, comparisons, arguments)
+    show_lines(publish(store, sweeps, comparisons, write, arguments))
+    show_lines(next_steps(store, sweeps, comparisons))
+
+
+def show_answers(
+    runs: "pd.DataFrame", arguments: argparse.Namespace, *, objective: str = "", remarks: Sequence[str] = ()
+) -> "list[Comparison]":
+    """Show and return the comparison of each factor, and write the table that the command line asks for.
+
+    Args:
+        runs: The table of runs.
+        arguments: The command line.
+        objective: The metric that decides the sweep; empty without one.
+        remarks: Notes on the table.
+    """
+    from mnist_exp.comparison import pairs, wording
+    from mnist_exp.console import show_comparison, show_lines
+
     if arguments.export:
         runs.to_csv(arguments.export, index=False)
-    objective = sweeps[0].record.objective if sweeps else ""
-    comparisons, refusals = compare_factors(runs, arguments, pairs.choose_metrics(runs, arguments.metrics, objective))
+    metrics = pairs.choose_metrics(runs, arguments.metrics, objective)
+    comparisons, refusals = compare_factors(runs, arguments, metrics, remarks)
     if arguments.report and len(comparisons) > 1:
         factors = ", ".join(comparison.factor for comparison in comparisons)
         raise UserError.invalid("--report", arguments.report, f"one comparison, not those of {factors}", "Add --factor KEY.")
-    notes = {comparison.factor: [*wording.notes(comparison), *remarks] for comparison in comparisons}
     for comparison in comparisons:
         show_comparison(
             wording.title(comparison),
             wording.subtitle(comparison),
             [wording.differences_table(comparison), wording.means_table(comparison)],
-            notes[comparison.factor],
+            wording.notes(comparison),
         )
     show_lines([f"{factor} is not compared: {refusal}" for factor, refusal in refusals.items()])
-    if not (sweeps or arguments.report):
-        return
-    from mnist_exp.comparison import report  # takes a second to import
+    return comparisons
 
-    pictures, page = (find_images(store, settings, records), store.page) if sweeps else (None, lambda _: None)
-    write = partial(report.write, records=records, histories=histories, images=pictures, page=page)
-    if arguments.report:
-        (comparison,) = comparisons
-        repeated, parent = commands(sweeps, comparison, arguments), sweeps[0].record if sweeps else None
-        write(arguments.report, comparison, notes[comparison.factor], commands=repeated, parent=parent)
-        show_lines([f"Report: {arguments.report}"])
-    if sweeps:  # a table has no run to publish in
-        show_lines(publish(store, sweeps, comparisons, notes, write, arguments))
-        show_lines(next_steps(store, sweeps, comparisons))
+
+def write_report(
+    write: Callable[..., Path], sweeps: "Sequence[Sweep]", comparisons: "Sequence[Comparison]", arguments: argparse.Namespace
+) -> None:
+    """Write the report of the only comparison to the file that the command line names; the arguments are as in `publish`."""
+    from mnist_exp.console import show_lines
+
+    (comparison,) = comparisons
+    write(arguments.report, comparison, commands=commands(sweeps, comparison, arguments))
+    show_lines([f"Report: {arguments.report}"])
 
 
 def find_sweeps(store: "Store", ids: Sequence[str]) -> "list[Sweep]":
@@ -150,7 +185,7 @@ def find_sweeps(store: "Store", ids: Sequence[str]) -> "list[Sweep]":
 
 
 def compare_factors(
-    runs: "pd.DataFrame", arguments: argparse.Namespace, metrics: Sequence[str]
+    runs: "pd.DataFrame", arguments: argparse.Namespace, metrics: Sequence[str], remarks: Sequence[str]
 ) -> "tuple[list[Comparison], dict[str, UserError]]":
     """Return the comparison of each factor, or of the chosen one, and the reasons why others cannot be compared.
 
@@ -163,14 +198,16 @@ def compare_factors(
     if not keys:
         remedy = "Sweep over one: model=se_cnn,plain_cnn."
         raise UserError("Nothing can be compared: no key varies besides the seed.", remedy=remedy)
-    baseline, comparisons, refusals = arguments.baseline, [], {}
+    baseline, all_pairs, comparisons, refusals = arguments.baseline, arguments.pairs == "all", [], {}
     if baseline and not arguments.factor and not any((runs[key] == baseline).any() for key in keys):
         raise UserError.invalid("--baseline", baseline, f"a value of {' or '.join(keys)}")
     for factor in [arguments.factor] if arguments.factor else keys:
         own = baseline if arguments.factor or (runs[factor] == baseline).any() else None
         try:
-            options = {"all_pairs": arguments.pairs == "all", "new_images": arguments.images}
-            comparisons.append(pairs.compare(runs, factor, own, metrics, arguments.margin, **options))
+            found = pairs.compare(
+                runs, factor, own, metrics, arguments.margin, all_pairs=all_pairs, new_images=arguments.images, remarks=remarks
+            )
+            comparisons.append(found)
         except UserError as error:
             refusals[factor] = error
     if not comparisons:
@@ -198,7 +235,6 @@ def publish(
     store: "Store",
     sweeps: "Sequence[Sweep]",
     comparisons: "Sequence[Comparison]",
-    notes: Mapping[str, Sequence[str]],
     write: Callable[..., Path],
     arguments: argparse.Namespace,
 ) -> list[str]:
@@ -208,7 +244,6 @@ def publish(
         store: The store of the sweeps.
         sweeps: The sweeps.
         comparisons: The comparisons.
-        notes: Those of each comparison, by factor.
         write: `report.write`, given the runs.
         arguments: The command line.
     """
@@ -217,12 +252,12 @@ def publish(
 
     lines = []
     for comparison, sweep in product(comparisons, sweeps):
-        shown, repeated = notes[comparison.factor], commands(sweeps, comparison, arguments)
         with tempfile.TemporaryDirectory() as folder:
             factor = re.sub(r"[^-.\w]", "_", comparison.factor)
             file = Path(folder, report_name(factor))
-            picture = write(file, comparison, shown, commands=repeated, parent=sweep.record)
-            answer = Answer(factor, wording.title(comparison), wording.subtitle(comparison), shown, file, picture)
+            picture = write(file, comparison, commands=commands(sweeps, comparison, arguments), parent=sweep.record)
+            title, subtitle, notes = wording.title(comparison), wording.subtitle(comparison), wording.notes(comparison)
+            answer = Answer(factor, title, subtitle, notes, file, picture)
             lines.append(f"Report: {store.publish(sweep.run_id, answer)}")
     return lines
 

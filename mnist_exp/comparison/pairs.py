@@ -105,6 +105,7 @@ class Comparison:
         rows: The comparisons; together, one of their intervals misses the true difference in at most 5 % of studies.
         looks: The number of looks at which a row had two pairs.
         repeated: The number of runs that repeat an earlier one and do not count.
+        remarks: Notes on the table of runs.
     """
 
     factor: str
@@ -115,6 +116,7 @@ class Comparison:
     rows: list[Row]
     looks: int
     repeated: int
+    remarks: Sequence[str]
 
     @property
     def metric(self) -> str:
@@ -174,6 +176,7 @@ def compare(
     *,
     all_pairs: bool = False,
     new_images: bool = False,
+    remarks: Sequence[str] = (),
 ) -> Comparison:
     """Compare the arms of a factor, paired by seed within each level of the other keys.
 
@@ -185,6 +188,7 @@ def compare(
         margin: The smallest difference that matters, as displayed; None for the metric's own.
         all_pairs: Whether to compare all pairs of arms.
         new_images: Whether to estimate the interval for new images, too; the table has the columns of `images.add_mistakes`.
+        remarks: Notes on the table.
 
     Raises:
         UserError: An argument names nothing in the table, or the runs must not be compared.
@@ -213,7 +217,7 @@ def compare(
         problem = f"No other value of {factor} has a job with the same {', '.join(keys)} as {factor}={baseline}."
         remedy = "Choose another --baseline. In a table of your own, a metric has a slash in its name, or --metric names it."
         raise UserError(problem, key="--factor", value=factor, remedy=remedy)
-    return Comparison(factor, baseline, metrics, kept, keys, rows, len(seen), repeated)
+    return Comparison(factor, baseline, metrics, kept, keys, rows, len(seen), repeated, remarks)
 
 
 def choose_metrics(runs: pd.DataFrame, wanted: Sequence[str] | None, objective: str = "") -> list[str]:

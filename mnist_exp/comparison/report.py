@@ -32,7 +32,6 @@ STYLE: Any = {"text.parse_math": False, "svg.fonttype": "none", "font.size": 10,
 def write(
     file: Path,
     comparison: Comparison,
-    notes: Sequence[str],
     *,
     records: Mapping[str, RunRecord],
     histories: Mapping[str, History | None],
@@ -46,7 +45,6 @@ def write(
     Args:
         file: The file to write, NAME.html.
         comparison: The comparison.
-        notes: From `wording.notes`, and others.
         records: The runs of the comparison, by id; those of a table have none.
         histories: Those of the runs, by id; None for a run without a readable one.
         parent: The parent of the sweep; None for a table.
@@ -72,7 +70,7 @@ def write(
         comparison=comparison,
         title=wording.title(comparison),
         subtitle=wording.subtitle(comparison),
-        notes=[Markup(re.sub("`(.+?)`", r"<code>\1</code>", str(escape(note)))) for note in notes],
+        notes=[Markup(re.sub("`(.+?)`", r"<code>\1</code>", str(escape(note)))) for note in wording.notes(comparison)],
         margin=wording.format_margin(comparison.rows[0]),
         differences=wording.differences_table(comparison),
         means=wording.means_table(comparison),

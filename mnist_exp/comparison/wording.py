@@ -176,7 +176,7 @@ def notes(comparison: Comparison) -> list[str]:
         )
     if any(metric_of(name).is_measured_time for name in comparison.metrics):
         found.append("Times were measured under load.")
-    return found
+    return [*found, *comparison.remarks]
 
 
 def _count_of(number: int, noun: str) -> str:
