@@ -14,12 +14,17 @@ from mnist_exp import compare
 
 FOLDER = ROOT / "docs" / "studies"
 COMPARE = "python -m mnist_exp.compare --results "
-# An arm, and its difference with the interval.
-QUOTED = re.compile(r"`(\w+)`[^`|\d]*?([-+]\d+\.\d+ points \([-+]\d+\.\d+ to [-+]\d+\.\d+\))")
+NUMBER = r"[-+]?\d+\.\d+"
+INTERVAL = rf"{NUMBER}(?: points)? \({NUMBER} to {NUMBER}"
 
 
-def quotes(page: Path) -> list[tuple[str, str]]:
-    return QUOTED.findall(" ".join(page.read_text().split()))
+def quotes(page: Path) -> set[tuple[str, str]]:
+    """The arms that a page names, each with its difference and interval: in a sentence, or as the first cell of a row."""
+    text = page.read_text()
+    found = set(re.findall(rf"`(\w+)`[^`|\d]*?({INTERVAL})", " ".join(text.split())))
+    rows = re.findall(r"^\| `?(\w+)`? \|(.*)", text, re.MULTILINE)
+    found |= {(arm, interval) for arm, cells in rows for interval in re.findall(INTERVAL, cells)}
+    return {(arm, interval.replace(" points", "")) for arm, interval in found}
 
 
 def commands(page: Path) -> list[str]:
@@ -34,14 +39,15 @@ def test_a_study_is_reproduced_without_training(page: Path, call: Call, monkeypa
     for command in commands(page):
         done = call(compare.main, *shlex.split(command.partition(" #")[0])[3:])
         assert done.returncode == 0, done.stderr
-        printed += done.stdout
-    quoted = quotes(page)
-    assert quoted
-    for arm, difference in quoted:
-        assert re.search(rf"\b{arm}\b.*{re.escape(difference)}", printed), f"{page.name} quotes {arm} {difference}"
-    if f"studies/{page.name}" in README.read_text():
-        assert quotes(README)
-        assert set(quotes(README)) <= set(quoted)
+        printed += done.stdout.replace(" points", "")
+    assert quotes(page)
+    for arm, interval in quotes(page):
+        assert re.search(rf"\b{arm}\b.*{re.escape(interval)}", printed), f"{page.name} quotes {arm} {interval}"
+
+
+def test_the_readme_quotes_the_studies() -> None:
+    assert quotes(README)
+    assert quotes(README) <= {quote for page in FOLDER.glob("*.md") for quote in quotes(page)}
 
 
 def test_blocks_of_seeds_become_one_table() -> None:
