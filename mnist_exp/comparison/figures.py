@@ -76,6 +76,15 @@ def _add_legend(figure: Figure) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels) if sum(lengths) <= MAX_LINE else fitting)
 
 
+def _use_log_scale(axes: Axes) -> None:
+    """Make the y axis logarithmic, with plain numbers."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(5))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
 def differences_or_curve(comparison: Comparison) -> Figure:
     """Draw the curve of a numeric factor, the differences of any other."""
     return curve(comparison) if comparison.is_numeric else differences(comparison)
@@ -107,12 +116,19 @@ def differences(comparison: Comparison) -> Figure:
 
 
 def curve(comparison: Comparison) -> Figure:
-    """Draw the mean of the metric against a numeric factor, one line for each level, with the t interval of each mean."""
+    """Draw the mean of the metric against a numeric factor, one line for each level, with the t interval of each mean.
+
+    Accuracies are drawn as error rates on a logarithmic axis, where 1 % and 2 % are as far apart as 2 % and 4 %.
+    """
     metric = comparison.metric
+    split, _, name = metric.rpartition("/")
+    has_errors = name == "accuracy" and not (comparison.runs[VALUE] >= 1).any()
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
-    axes = figure.add_subplot(xlabel=comparison.factor, ylabel=_axis_label(metric, metric_of(metric).unit))
+    ylabel = _axis_label(f"{split} error rate".strip() if has_errors else metric, metric_of(metric).unit)
+    axes = figure.add_subplot(xlabel=comparison.factor, ylabel=ylabel)
     for position, (level, runs) in enumerate(comparison.levels()):
-        values = runs.assign(x=runs[comparison.factor].astype(float), **{VALUE: _shown(metric, runs[VALUE])})
+        shown = _shown(metric, 1 - runs[VALUE] if has_errors else runs[VALUE])
+        values = runs.assign(x=runs[comparison.factor].astype(float), **{VALUE: shown})
         points = values.groupby("x")[VALUE].agg(["mean", "sem", "count"]).dropna(subset="mean")
         half = points["sem"] * stats.t.isf(0.025, (points["count"] - 1).clip(lower=1))
         axes.errorbar(points.index, points["mean"], half.fillna(0), capsize=3, label=_cut(level), **_style(position))  # type: ignore[arg-type]
@@ -121,6 +137,8 @@ def curve(comparison: Comparison) -> Figure:
         axes.set_xscale("log")
     axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
     axes.xaxis.set_minor_locator(NullLocator())
+    if has_errors:
+        _use_log_scale(axes)
     axes.grid(alpha=0.3)
     if comparison.keys:
         _add_legend(figure)
@@ -163,11 +181,7 @@ def learning_curves(comparison: Comparison, histories: Histories, objective: str
             lines = [line for run in histories[arm] if len((line := run.curve(metric))[0]) > 1]
             _draw_band(axes, metric, lines, {"label": _cut(arm)} | style)
         if metric.endswith("loss") and axes.lines:
-            axes.set_yscale("log")
-            low, high = axes.get_ylim()
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(5))
-            axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter("{x:g}")
+            _use_log_scale(axes)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.3)
     axes.set_xlabel("examples seen")
