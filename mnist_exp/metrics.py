@@ -82,7 +82,9 @@ def best_first(name: str, items: Iterable[Item], value: Callable[[Item], float])
     return sorted(items, key=value, reverse=metric_of(name).higher_is_better is not False)
 
 
-def format_metric(name: str, value: float, *, signed: bool = False, is_difference: bool = False, bare: bool = False) -> str:
+def format_metric(
+    name: str, value: float, *, signed: bool = False, is_difference: bool = False, bare: bool = False, keep_sign: bool = False
+) -> str:
     """Return a recorded value as displayed: 98.60 %, 3.46 s.
 
     Args:
@@ -91,10 +93,14 @@ def format_metric(name: str, value: float, *, signed: bool = False, is_differenc
         signed: Whether positive values have a sign, too.
         is_difference: Whether to use the unit of a difference.
         bare: Whether to omit the unit.
+        keep_sign: Whether a value that would round to 0 has its first significant digit.
     """
     if not math.isfinite(value):
         return "-"
     metric = metric_of(name)
     sign = "+z" if signed else "z"  # z formats a value that rounds to 0 as 0, not as -0
-    number = f"{value * metric.scale:{sign}{metric.form}}"
+    shown = value * metric.scale
+    number = f"{shown:{sign}{metric.form}}"
+    if keep_sign and shown and not number.strip("+0."):
+        number = f"{shown:{sign}.{-math.floor(math.log10(abs(shown)))}f}"
     return number if bare else f"{number} {metric.difference_unit if is_difference else metric.unit}".rstrip()

@@ -1,12 +1,11 @@
 """Add the finished seeds of a sweep to the table of a study.
 
-    python scripts/studies.py docs/studies/se_vs_plain.csv [SWEEP] [--label KEY=VALUE] [--where KEY=VALUE]
+    python scripts/studies.py docs/studies/se_vs_plain.csv [SWEEP] [--where KEY=VALUE] [--label KEY=VALUE ...]
 
 A study trains in blocks of seeds, on one machine or several. The first sweep is the whole preset, which may be interrupted.
 Further ones name the seeds that are left: `'seed=range(1150,1300)'`. A seed is added when all its runs of the sweep have
 ended, on one processor. The others stay in the table as NOT STARTED: `compare` calls its rows incomplete until all are there.
-All blocks are one look, because the preset fixes the number of seeds. A label is a further column, such as
-rule=scaled. --where adds only some jobs: those that are the same under two labels run once.
+All blocks are one look, because the preset fixes the number of seeds.
 """
 
 import argparse
@@ -35,6 +34,17 @@ def ended_seeds(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     return runs
 
 
+def chosen(runs: pd.DataFrame, key: str, value: str) -> pd.DataFrame:
+    """Return the jobs with a value of a key.
+
+    Raises:
+        SystemExit: There are none.
+    """
+    if key not in runs or not (runs[key] == value).any():
+        raise SystemExit(f"No job has {key}={value}.")
+    return runs[runs[key] == value].copy()
+
+
 def merged(table: pd.DataFrame, added: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """Return a table whose rows that did not start are replaced by those of a block; other rows of the block follow.
 
@@ -55,19 +65,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, metavar="CSV")
     parser.add_argument("sweep", nargs="?", default="latest", metavar="SWEEP")
-    parser.add_argument("--label", metavar="KEY=VALUE")
-    parser.add_argument("--where", metavar="KEY=VALUE")
+    parser.add_argument("--where", metavar="KEY=VALUE", help="add only the jobs with this value of a key")
+    parser.add_argument("--label", action="append", default=[], metavar="KEY=VALUE", help="add a column, such as rule=scaled")
     arguments = parser.parse_args()
     runs = read(io.StringIO(frame(arguments.sweep, images=True).to_csv(index=False)))
     keys = [*varied_keys(runs), SEED]
+    runs = ended_seeds(runs, keys)
     if arguments.where:
-        key, _, value = arguments.where.partition("=")
-        runs = runs[runs[key] == value]
-    if arguments.label:
-        key, _, value = arguments.label.partition("=")
+        runs = chosen(runs, *arguments.where.partition("=")[::2])
+    for key, value in (label.partition("=")[::2] for label in arguments.label):
         runs.insert(2, key, value)
         keys.append(key)
-    runs = ended_seeds(runs, keys)
     if arguments.table.exists():
         runs = merged(read(arguments.table), runs, keys)
     runs.to_csv(arguments.table, index=False)

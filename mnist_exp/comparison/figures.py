@@ -77,7 +77,7 @@ def _add_legend(figure: Figure) -> None:
 
 
 def _use_log_scale(axes: Axes) -> None:
-    """Make the y axis logarithmic, with plain numbers."""
+    """Make the y axis of what is drawn logarithmic, with plain numbers."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)) if high > 5 * low else MaxNLocator(5))
@@ -118,11 +118,11 @@ def differences(comparison: Comparison) -> Figure:
 def curve(comparison: Comparison) -> Figure:
     """Draw the mean of the metric against a numeric factor, one line for each level, with the t interval of each mean.
 
-    Accuracies are drawn as error rates on a logarithmic axis, where 1 % and 2 % are as far apart as 2 % and 4 %.
+    Accuracies are drawn as error rates on a logarithmic axis, where 1 % and 2 % are as far apart as 2 % and 4 %, unless one is 0.
     """
     metric = comparison.metric
     split, _, name = metric.rpartition("/")
-    has_errors = name == "accuracy" and not (comparison.runs[VALUE] >= 1).any()
+    has_errors = name == "accuracy" and all(runs[VALUE].mean() < 1 for *_, runs in comparison.cells())
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     ylabel = _axis_label(f"{split} error rate".strip() if has_errors else metric, metric_of(metric).unit)
     axes = figure.add_subplot(xlabel=comparison.factor, ylabel=ylabel)

@@ -47,17 +47,16 @@ def format_difference(row: Row) -> str:
     if found.n < 2:
         return difference
     if found.has_interval:
-        return f"{difference} ({signed(row, found.low)} to {signed(row, found.high)})"
+        return f"{difference} ({_interval(row, found.low, found.high)})"
     return (
         f"{difference} ({'the same in all pairs: no interval' if math.isinf(found.low) else 'the looks contradict each other'})"
     )
 
 
-def signed(row: Row, value: float) -> str:
-    """Return an end of an interval with its sign, without its unit; one that would round to 0 has its first digit instead."""
-    text = format_metric(row.metric, value, signed=True, bare=True)
-    is_hidden = value and not text.strip("+-0.")  # but its sign decides the verdict
-    return f"{value * metric_of(row.metric).scale:+.1g}" if is_hidden else text
+def _interval(row: Row, low: float, high: float) -> str:
+    """Return an interval without its unit: +0.10 to +0.32. An end is never shown as 0, because its sign decides the verdict."""
+    ends = [format_metric(row.metric, end, signed=True, bare=True, keep_sign=True) for end in (low, high)]
+    return " to ".join(ends)
 
 
 def format_margin(row: Row) -> str:
@@ -128,7 +127,7 @@ def differences_table(comparison: Comparison) -> list[dict[str, str]]:
             **({level: row.level.removeprefix(f"{key}=")} if comparison.keys else {}),
             "n": str(row.estimate.n) if row.is_complete else f"{row.estimate.n} of {row.seeds} pairs",
             "difference (95 %)": format_difference(row),
-            **({"new images (95 %)": " to ".join(signed(row, end) for end in row.estimate.new_images or ())} if images else {}),
+            **({"new images (95 %)": _interval(row, *ends) if (ends := row.estimate.new_images) else ""} if images else {}),
             "p": f"{row.estimate.p:.2g}" if row.is_complete and row.estimate.has_interval else "",
         }
         for row in comparison.rows
@@ -263,7 +262,7 @@ def _processors(comparison: Comparison) -> Iterator[str]:
                 difference = format_metric(row.metric, mean, signed=True, is_difference=True)
                 yield (
                     f"{label(row)} minus {row.baseline} on {one} (n = {len(first)}), less the same on {other} "
-                    f"(n = {len(second)}): {difference} ({signed(row, low)} to {signed(row, high)}; Welch's 95 % t interval, "
+                    f"(n = {len(second)}): {difference} ({_interval(row, low, high)}; Welch's 95 % t interval, "
                     "for this row alone)."
                 )
 

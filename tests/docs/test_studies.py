@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import Call
-from studies import ended_seeds, merged
+from studies import chosen, ended_seeds, merged
 from test_documentation import README, ROOT, blocks
 
 from mnist_exp import compare
@@ -15,16 +15,15 @@ from mnist_exp import compare
 FOLDER = ROOT / "docs" / "studies"
 COMPARE = "python -m mnist_exp.compare --results "
 NUMBER = r"[-+]?\d+\.\d+"
-INTERVAL = rf"{NUMBER}(?: points)? \({NUMBER} to {NUMBER}"
+INTERVAL = rf"{NUMBER} \({NUMBER} to {NUMBER}"
 
 
-def quotes(page: Path) -> set[tuple[str, str]]:
-    """The arms that a page names, each with its difference and interval: in a sentence, or as the first cell of a row."""
-    text = page.read_text()
-    found = set(re.findall(rf"`(\w+)`[^`|\d]*?({INTERVAL})", " ".join(text.split())))
-    rows = re.findall(r"^\| `?(\w+)`? \|(.*)", text, re.MULTILINE)
-    found |= {(arm, interval) for arm, cells in rows for interval in re.findall(INTERVAL, cells)}
-    return {(arm, interval.replace(" points", "")) for arm, interval in found}
+def quotes(page: Path) -> set[tuple[str, ...]]:
+    """The arms that a page names, each with its difference and interval in a sentence, or with those of its row in a table."""
+    text = page.read_text().replace(" points", "")
+    rows = re.findall(r"^\| `?([\w.]+)`? \|(.*)", text, re.MULTILINE)
+    found = {(arm, *intervals) for arm, cells in rows if (intervals := re.findall(INTERVAL, cells))}
+    return found | set(re.findall(rf"`(\w+)`[^`|\d]*?({INTERVAL})", " ".join(text.split())))
 
 
 def commands(page: Path) -> list[str]:
@@ -41,13 +40,15 @@ def test_a_study_is_reproduced_without_training(page: Path, call: Call, monkeypa
         assert done.returncode == 0, done.stderr
         printed += done.stdout.replace(" points", "")
     assert quotes(page)
-    for arm, interval in quotes(page):
-        assert re.search(rf"\b{arm}\b.*{re.escape(interval)}", printed), f"{page.name} quotes {arm} {interval}"
+    for arm, *intervals in quotes(page):  # a row has the order of the levels
+        lines = [rf"\b{re.escape(arm)}\b.*{re.escape(interval)}(?!\d)" for interval in intervals]
+        assert re.search(r"(?s:.*?)".join(lines), printed), f"{page.name} quotes {arm} {intervals}"
 
 
 def test_the_readme_quotes_the_studies() -> None:
     assert quotes(README)
-    assert quotes(README) <= {quote for page in FOLDER.glob("*.md") for quote in quotes(page)}
+    published = [quote for page in FOLDER.glob("*.md") for quote in quotes(page)]
+    assert quotes(README) <= {(arm, interval) for arm, *intervals in published for interval in intervals}
 
 
 def test_blocks_of_seeds_become_one_table() -> None:
@@ -69,3 +70,11 @@ def test_blocks_of_seeds_become_one_table() -> None:
     assert set(ended_seeds(mixed, keys).loc[0:1, "status"]) == {"NOT STARTED"}
     with pytest.raises(SystemExit):
         merged(table, second.drop(columns="run"), keys)
+
+
+def test_some_jobs_of_a_sweep_are_chosen() -> None:
+    runs = pd.DataFrame({"batch_size": ["64", "512", "64"], "seed": ["0", "0", "1"]})
+    assert list(chosen(runs, "batch_size", "64")["seed"]) == ["0", "1"]
+    for key, value in (("batch_size", "7"), ("hue", "64")):
+        with pytest.raises(SystemExit):
+            chosen(runs, key, value)
