@@ -123,7 +123,9 @@ def curve(comparison: Comparison) -> Figure:
     metric = comparison.metric
     split, _, name = metric.rpartition("/")
     has_errors = name == "accuracy" and all(runs[VALUE].mean() < 1 for *_, runs in comparison.cells())
-    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    figure = Figure(
+        figsize=(WIDTH, 3.2 + 0.2 * len(comparison.levels())), layout="constrained"
+    )  # the legend has a line per level
     ylabel = _axis_label(f"{split} error rate".strip() if has_errors else metric, metric_of(metric).unit)
     axes = figure.add_subplot(xlabel=comparison.factor, ylabel=ylabel)
     for position, (level, runs) in enumerate(comparison.levels()):

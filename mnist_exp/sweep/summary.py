@@ -22,7 +22,7 @@ def progress(children: Sequence[RunRecord], objective: str) -> tuple[int, int, s
     """Return jobs finished, jobs failed, and the best result, given the runs of the jobs and the metric that decides."""
     statuses = Counter(child.status for child in latest_run_per_job(children).values())
     best = _ranked(children, objective)
-    shown = format_metric(objective, best[0].metrics[objective]) if best else "-"
+    shown = f"{objective} {format_metric(objective, best[0].metrics[objective])}" if best else "-"
     return statuses["FINISHED"], statuses["FAILED"] + statuses["KILLED"], shown
 
 

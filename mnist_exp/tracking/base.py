@@ -477,7 +477,7 @@ class Store:
         sweeps = self.runs(tag=tag.SWEEP_JOBS)
         left = [record for record in sweeps if not (unfinished and record.status == "FINISHED")]
         if not left:
-            problem = f"all {len(sweeps)} sweeps have finished" if sweeps else "there is no sweep"
+            problem = "every sweep has finished" if sweeps else "there is no sweep"
             raise UserError(
                 f"sweep latest: {problem} in {self}.", key="sweep", value=sweep, remedy=f"Name one by its id. {self.remedy}"
             )

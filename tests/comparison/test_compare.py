@@ -191,8 +191,11 @@ def test_a_report_is_of_one_comparison(run_compare: Compare, tmp_path: Path) -> 
     status, shown, error = run_compare("--results", str(table), "--report", str(report))
     assert (status, shown, report.exists()) == (1, "", False)
     assert "--factor" in error
-    assert run_compare("--results", str(table), "--report", str(report), "--factor", "width")[0] == 0
+    status, shown, _ = run_compare("--results", str(table), "--report", str(report), "--factor", "width")
+    assert status == 0
     assert f"--results {table} --factor width --baseline 1" in report.read_text()
+    assert "precision" in shown, "the table lacks this column"
+    assert "precision" in report.read_text()
 
 
 def test_several_sweeps_are_compared_together(run_compare: Compare, store: str) -> None:
