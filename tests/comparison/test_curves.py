@@ -1,4 +1,4 @@
-"""The figures of a report show the numbers of its tables."""
+"""The curve of a report shows the numbers of its tables."""
 
 import pandas as pd
 import pytest
