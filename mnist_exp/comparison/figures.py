@@ -123,12 +123,12 @@ def curve(comparison: Comparison) -> Figure:
     metric = comparison.metric
     split, _, name = metric.rpartition("/")
     has_errors = name == "accuracy" and all(runs[VALUE].mean() < 1 for *_, runs in comparison.cells())
-    figure = Figure(
-        figsize=(WIDTH, 3.2 + 0.2 * len(comparison.levels())), layout="constrained"
-    )  # the legend has a line per level
+    levels = comparison.levels()
+    height = 3.2 + 0.2 * len(levels)  # the legend has up to a line per level
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     ylabel = _axis_label(f"{split} error rate".strip() if has_errors else metric, metric_of(metric).unit)
     axes = figure.add_subplot(xlabel=comparison.factor, ylabel=ylabel)
-    for position, (level, runs) in enumerate(comparison.levels()):
+    for position, (level, runs) in enumerate(levels):
         shown = _shown(metric, 1 - runs[VALUE] if has_errors else runs[VALUE])
         values = runs.assign(x=runs[comparison.factor].astype(float), **{VALUE: shown})
         points = values.groupby("x")[VALUE].agg(["mean", "sem", "count"]).dropna(subset="mean")
