@@ -1,6 +1,6 @@
 """Hydra finds its plugins in this package only. It imports them even for --help, so they import the sweeps when one starts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from hydra.core.utils import JobReturn
@@ -34,7 +34,7 @@ class Optuna(Grid):
 
     Args:
         n_trials: The number of jobs.
-        at_once: The number of jobs that are proposed together and then run in parallel; null: one for each core.
+        at_once: The number of jobs that are proposed together and then run in parallel; null: the next one when a worker is free.
         params: Values by key, as on the command line, for presets.
     """
 
@@ -52,19 +52,23 @@ class Workers(Launcher):
     """`hydra/launcher=workers`.
 
     Args:
-        processes: The number of jobs at once; null: one for each core that this process may use.
+        processes: The number of jobs at once; null: one for each GPU, without any one for each core that this process may use.
+        gpus: `all`, `none`, or a list of GPUs, which workers get in turn.
     """
 
-    def __init__(self, processes: int | None = None) -> None:
-        self.processes = processes
+    def __init__(self, processes: int | None = None, gpus: Any = "all") -> None:
+        self.processes, self.gpus = processes, gpus
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         from mnist_exp.sweep.workers import WorkerPool
 
-        self.pool = WorkerPool(hydra_context, task_function, config, self.processes)
+        self.pool = WorkerPool(hydra_context, task_function, config, self.processes, self.gpus)
 
     def warm_up(self) -> None:
         self.pool.warm_up()
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         return self.pool.launch(job_overrides, initial_job_idx)
+
+    def run(self, jobs: Iterable[tuple[int, list[str]]], most: int, ended: Callable[[int, JobReturn], None]) -> None:
+        self.pool.run(jobs, most, ended)

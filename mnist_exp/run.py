@@ -65,6 +65,8 @@ def run_composed(composed: DictConfig) -> float | None:
     prune = None
     if context and context.in_search:
         prune = make_pruning_callback(settings.output_dir / context.sweep_id, context.number, context.objective)
+    if context and not settings.resume and job.launcher["_target_"] != f"hydra_plugins.{NAME}.Workers":
+        settings = repeat.requeued(settings, context)
     if settings.resume:
         result = repeat.resume(settings, prune)
     elif settings.rerun:

@@ -12,11 +12,11 @@ from mnist_exp.metrics import metric_of
 from mnist_exp.nodes import build, defaults_of, marked
 from mnist_exp.overrides import command, key_of, quoted
 from mnist_exp.paths import typed
-from mnist_exp.settings import Node, Recipe, Settings, check_stored, defaults_of_newer_keys
+from mnist_exp.settings import JobContext, Node, Recipe, Settings, check_stored, defaults_of_newer_keys
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import provenance
-from mnist_exp.tracking.base import Store
+from mnist_exp.tracking.base import Store, latest_run_per_job
 from mnist_exp.tracking.models import whole_id
 
 
@@ -73,6 +73,14 @@ def resume(settings: Settings, should_prune: ShouldPrune | None = None) -> RunRe
         rerun = saved.recipe.settings.rerun  # the digest of such a job
         stored = with_present_locations(saved.recipe, settings, resume=settings.resume, rerun=rerun, sweep_job=job)
         return run(request(replace(saved, recipe=stored), should_prune=should_prune, quiet=in_sweep))
+
+
+def requeued(settings: Settings, job: JobContext) -> Settings:
+    """Return the settings of a job of a sweep; of one that a scheduler starts again, they resume its run."""
+    store: Store = build(settings.tracking, "tracking")
+    run = latest_run_per_job(store.children(job.sweep_id)).get(job.number)
+    is_again = run is not None and run_dir.has_checkpoint(settings.output_dir / run.run_id)
+    return settings.model_copy(update={"resume": run.run_id}) if run and is_again else settings
 
 
 def rerun(settings: Settings) -> RunResult:

@@ -32,6 +32,7 @@ from mnist_exp.signals import install_signal_handlers
 from mnist_exp.storage import run_dir
 from mnist_exp.sweep.jobs import Composer, Job, failed
 from mnist_exp.sweep.parent import Parent, check_output_dir
+from mnist_exp.sweep.slurm import until_all_ended
 from mnist_exp.sweep.summary import preview, progress
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import RECIPE, RunRecord, Store, Sweep, grids_text
@@ -105,14 +106,21 @@ class GridSweep:
             lock.enter_context(parent.open(stored))
             for child, number in renumbered:
                 store.set_tags(child.run_id, {JOB: NO_JOB if number is None else str(number)})
-            try:
-                with sweep_progress(total, lambda: progress(parent.children(), objective)):
-                    self.run_jobs(parent)
-            except BaseException:
-                with suppress(Exception):  # the error that ended the sweep matters, not that the store is unreachable, too
-                    _show(parent)
-                raise
-            _conclude(parent, _show(parent))
+            self._run(parent)
+
+    def _run(self, parent: Parent) -> None:
+        """Run the jobs, and show and record what they have found."""
+        try:
+            with sweep_progress(parent.total, lambda: progress(parent.children(), parent.objective)):
+                self.run_jobs(parent)
+        except BaseException:
+            with suppress(Exception):  # the error that ended the sweep matters, not that the store is unreachable, too
+                _show(parent)
+            raise
+        rows = _show(parent)
+        if parent.tracker.is_recording:
+            self.publish(parent)
+        _conclude(parent, rows)
 
     def _defining(self, store: Store, arguments: list[str], locations: list[str]) -> list[str]:
         """Return the overrides that define jobs: all but locations and the sweep's own keys.
@@ -245,6 +253,9 @@ class GridSweep:
         """Run all jobs."""
         self.launch_missing(parent, parent.jobs)
 
+    def publish(self, parent: Parent) -> None:
+        """Add what the sweep has found to its parent; of a grid, `compare` does."""
+
     def launch_missing(self, parent: Parent, jobs: Sequence[Job]) -> None:
         """Run those of `jobs` that have not finished."""
         if not self.settings.sweep.force:
@@ -253,7 +264,8 @@ class GridSweep:
         if not missing:
             return
         try:
-            results = self.launcher.launch(list(missing.values()), initial_job_idx=min(missing))
+            with until_all_ended(self.launcher, parent.tracker.run_id):
+                results = self.launcher.launch(list(missing.values()), initial_job_idx=min(missing))
         except UserError:
             raise
         except Exception as error:  # some launchers raise the exception of their first job after all have run

@@ -1,16 +1,18 @@
 """Searches: Optuna proposes jobs from the results of earlier ones, and prunes those that perform badly."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import metric_of
 from mnist_exp.overrides import key_of, parse
+from mnist_exp.sweep import search_report
 from mnist_exp.sweep.grid import GridSweep
 from mnist_exp.sweep.jobs import Job
 from mnist_exp.sweep.parent import Parent
@@ -29,8 +31,9 @@ DATABASE = "optuna.db"  # in the sweep's folder
 class SearchSweep(GridSweep):
     """Searches the values that the command line leaves open: choice(...), range(...), interval(...), tag(log, interval(...)).
 
-    The study is in the parent's output folder, where `sweep.resume` finds it. TPE proposes the trials (Bergstra et al. 2011). A
-    trial is pruned if its objective is worse than the median at the same step. No trial is scored on the test set.
+    The study is in the parent's output folder, where `sweep.resume` finds it. TPE proposes the trials (Bergstra et al. 2011); one
+    that still runs counts as a bad one (constant liar), so that the next is proposed elsewhere. A trial is pruned if its
+    objective is worse than the median at the same step. No trial is scored on the test set.
 
     Args:
         context: As for `GridSweep`.
@@ -38,7 +41,8 @@ class SearchSweep(GridSweep):
         composed: As for `GridSweep`.
         params: As for `GridSweep`.
         n_trials: The number of jobs.
-        at_once: The number of jobs that are proposed together and then run in parallel; None: one for each core.
+        at_once: The number of jobs that are proposed together and then run in parallel. None: workers of this machine get the
+            next one as soon as they are free; other launchers as many as there are cores.
     """
 
     selecting_overrides = ("hydra/sweeper=optuna",)
@@ -89,6 +93,9 @@ class SearchSweep(GridSweep):
     def run_jobs(self, parent: Parent) -> None:
         """Propose jobs, run them, and report their results to the study, until there are n_trials jobs."""
         study = open_study(parent.folder, self.settings.seed, parent.objective)
+        if self.at_once is None and (run := getattr(self.launcher, "run", None)):  # only our own launcher has it
+            self._run_when_free(run, study, parent)
+            return
         jobs = list(parent.jobs)
         while True:
             self.launch_missing(parent, jobs)
@@ -98,6 +105,30 @@ class SearchSweep(GridSweep):
                 return
             jobs = [self._job(study.ask(), parent.grids) for _ in range(missing)]
             parent.jobs.extend(jobs)
+
+    def _run_when_free(self, run: Callable[..., None], study: "Study", parent: Parent) -> None:
+        """Propose the next job when a worker is free; run: `WorkerPool.run`."""
+        if not self.settings.sweep.force:
+            parent.wait_for_running_jobs()
+
+        def jobs() -> Iterator[tuple[int, list[str]]]:
+            yield from parent.missing(parent.jobs).items()
+            while len(parent.jobs) < parent.total:
+                parent.jobs.append(self._job(study.ask(), parent.grids))
+                yield from parent.missing(parent.jobs[-1:]).items()
+
+        def record(number: int, result: JobReturn) -> None:
+            parent.results[number] = result
+            if result.status == JobStatus.FAILED:
+                parent.mark_killed([number])
+            tell_study(study, parent)
+
+        run(jobs(), parent.total, record)
+
+    def publish(self, parent: Parent) -> None:
+        """Add what the search has found to its parent."""
+        study = open_study(parent.folder, self.settings.seed, parent.objective)
+        search_report.publish(parent.store, parent.tracker.run_id, study, parent.objective)
 
     def _job(self, trial: "BaseTrial", grids: list[list[str]]) -> Job:
         """Return the job of a trial, which gets a value for each searched key that has none."""
@@ -130,7 +161,8 @@ def open_study(folder: Path, seed: int, objective: str) -> "Study":
         done = len(study.trials)
     except (RuntimeError, ValueError, KeyError, SQLAlchemyError) as error:
         raise UserError(f"{database} cannot be read as the study of a search: {str(error).splitlines()[0]}") from error
-    study.sampler = optuna.samplers.TPESampler(seed=seed + 1000 * done)  # a fixed seed would repeat the first trials
+    # A fixed seed would repeat the first trials.
+    study.sampler = optuna.samplers.TPESampler(seed=seed + 1000 * done, constant_liar=True)
     return study
 
 

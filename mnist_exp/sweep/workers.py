@@ -9,20 +9,24 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from importlib import import_module
+from itertools import islice
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+from filelock import FileLock, Timeout
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobRuntime, JobStatus, env_override, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from hydra.utils import get_class
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, ListConfig, open_dict
 from pebble import CONSTS, ProcessExpired, ProcessPool
 
 from mnist_exp.cli import safe_output
@@ -42,6 +46,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = [f"{NAME}.sweep.search", f"{NAME}.experiment.runner", "torch._dynamo"]
 
 _worker: tuple[HydraContext, DictConfig, TaskFunction]  # of a worker process
+_place: FileLock  # of a worker process, until it ends
 
 
 class JobError(Exception):
@@ -55,14 +60,17 @@ class WorkerPool:
         context: Hydra's context.
         task: The function that runs a job.
         config: The composed configuration, with Hydra's node.
-        processes: The number of jobs at once; None: one for each core that this process may use.
+        processes: The number of jobs at once; None: one for each GPU, without any one for each core that this process may use.
+        gpus: `all`, `none`, or a list of GPUs, which workers get in turn.
     """
 
-    def __init__(self, context: HydraContext, task: TaskFunction, config: DictConfig, processes: int | None) -> None:
+    def __init__(self, context: HydraContext, task: TaskFunction, config: DictConfig, processes: int | None, gpus: Any) -> None:
         if processes is not None and processes < 1:
             raise UserError.invalid("hydra.launcher.processes", processes, "an integer >= 1, or null for all cores")
         self.context, self.task_function, self.config = context, task, config
-        self.processes = processes or cores()
+        listed = [] if config.get("device") == "cpu" else list_gpus(gpus)
+        self.processes = processes or len(listed) or cores()
+        self.gpus = [listed[place % len(listed)] if listed else "" for place in range(self.processes)]
         threads = max(1, cores() // self.processes)  # the same for a job that is resumed alone
         self.environment = {"OMP_NUM_THREADS": str(threads)}  # imports read it
 
@@ -79,18 +87,37 @@ class WorkerPool:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, TERMINAL)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs."""
+        """Run the jobs; return their results in the same order."""
+        results: dict[int, JobReturn] = {}
+        self.run(enumerate(map(list, job_overrides), initial_job_idx), len(job_overrides), results.__setitem__)
+        return [results[number] for number in sorted(results)]
+
+    def run(self, jobs: Iterable[tuple[int, list[str]]], most: int, ended: Callable[[int, JobReturn], None]) -> None:
+        """Run the jobs that an iterable yields; it is asked for the next one when a worker is free.
+
+        Args:
+            jobs: The number and the overrides of each job.
+            most: The number of jobs that it yields at most.
+            ended: Called with the number and the result of each job that has ended.
+        """
         self.warm_up()
         theirs, lifeline = CONTEXT.Pipe(duplex=False)
-        arguments = theirs, self.context, self.config, self.task_function.__module__, self.task_function.__name__
-        count = min(self.processes, len(job_overrides))
-        pool = ProcessPool(count, initializer=start_worker, initargs=arguments, context=CONTEXT)
+        places = TemporaryDirectory()
+        task = self.task_function.__module__, self.task_function.__name__
+        arguments = theirs, places.name, self.gpus, self.context, self.config, *task
+        pool = ProcessPool(min(self.processes, most), initializer=start_worker, initargs=arguments, context=CONTEXT)
+        remaining, running = iter(jobs), dict[Future[Any], int]()
         try:
             with env_override(self.environment):  # Pebble restarts a server that has died
                 CONTEXT.Process(target=int).start()  # returns after the imports of the server
-                with defer_signals():  # a worker that starts needs its parent
-                    jobs = [pool.schedule(run_job_here, job) for job in enumerate(map(list, job_overrides), initial_job_idx)]
-                return [report(job) for job in jobs]
+                while True:
+                    for job in islice(remaining, self.processes - len(running)):
+                        with defer_signals():  # a worker that starts needs its parent
+                            running[pool.schedule(run_job_here, job)] = job[0]
+                    if not running:
+                        return
+                    for done in wait(running, return_when=FIRST_COMPLETED).done:
+                        ended(running.pop(done), report(done))
         except (EOFError, OSError, RuntimeError) as error:
             raise JobError("no worker could start; the machine may have run out of memory") from error
         except Interrupted as interrupted:
@@ -107,11 +134,44 @@ class WorkerPool:
             pool.stop()
             lifeline.close()
             pool.join()
+            places.cleanup()
 
 
 def cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def list_gpus(gpus: Any) -> list[str]:
+    """Return the GPUs that `hydra.launcher.gpus` names, as CUDA_VISIBLE_DEVICES does; raises UserError."""
+    if gpus == "none":
+        return []
+    if gpus == "all":
+        count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+        return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
+    if not isinstance(gpus, ListConfig) or not all(isinstance(number, int) and number >= 0 for number in gpus):
+        raise UserError.invalid("hydra.launcher.gpus", gpus, "all, none, or a list of numbers such as [0,1]")
+    return [str(number) for number in gpus]
+
+
+def take_gpu(places: str, gpus: Sequence[str]) -> None:
+    """Take a free place of a worker, and the GPU that belongs to it.
+
+    The system unlocks the place of a worker that dies, so that the one that replaces it finds it free.
+
+    Args:
+        places: The folder of the places' locks.
+        gpus: The GPU of each place, empty without one.
+    """
+    global _place
+    while True:
+        for place, gpu in enumerate(gpus):
+            with suppress(Timeout):
+                _place = FileLock(f"{places}/{place}")
+                _place.acquire(blocking=False)
+                os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+                return
+        time.sleep(0.1)
 
 
 def report(job: "Future[Any]") -> JobReturn:
@@ -129,17 +189,28 @@ def report(job: "Future[Any]") -> JobReturn:
     return JobReturn(status=status, _return_value=value) if status == JobStatus.COMPLETED else failed(JobError(value))
 
 
-def start_worker(lifeline: "Connection[Any, Any]", context: HydraContext, config: DictConfig, module: str, name: str) -> None:
+def start_worker(
+    lifeline: "Connection[Any, Any]",
+    places: str,
+    gpus: Sequence[str],
+    context: HydraContext,
+    config: DictConfig,
+    module: str,
+    name: str,
+) -> None:
     """Prepare this process for jobs.
 
     Args:
         lifeline: Closed when the pool ends or its process dies.
+        places: As in `take_gpu`.
+        gpus: As in `take_gpu`.
         context: Hydra's context.
         config: The composed configuration, with Hydra's node.
         module: The module of the function that runs a job, which `hydra.main` decorates.
         name: The name of the function.
     """
     global _worker
+    take_gpu(places, gpus)
     setup_globals()
     Plugins.instance()
     JobRuntime.instance().set("name", config.hydra.job.name)
