@@ -199,7 +199,7 @@ def tell_study(study: "Study", parent: Parent) -> None:
             study.tell(trial.number, child.metrics[objective])
         elif child and PRUNED in child.tags:
             study.tell(trial.number, state=TrialState.PRUNED)
-        elif child:
+        elif child and child.status != "RUNNING":
             study.tell(trial.number, state=TrialState.FAIL)
 
 

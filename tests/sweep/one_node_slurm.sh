@@ -20,6 +20,8 @@ cat >/etc/slurm/slurm.conf <<CONF
 ClusterName=one
 SlurmctldHost=$host
 SlurmUser=root
+AuthInfo=cred_expire=5
+KillWait=5
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres

@@ -2,15 +2,22 @@
 
 import importlib.util
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import CommandLine
-from test_sweep import SHORT, parent_and_children
+from test_sweep import LONG, SHORT, begin, parent_and_children
+
+from mnist_exp.storage import run_dir
+from mnist_exp.tracking.base import RunRecord
+from mnist_exp.tracking.mlflow_store import MLflowStore
 
 pytestmark = pytest.mark.cluster
 
@@ -55,3 +62,68 @@ def test_a_sweep_on_a_cluster(
     assert failing.returncode == 1
     assert "learning rate" in failing.stderr, "the reason of a job"
     assert "Traceback" not in failing.stderr
+
+
+def queue() -> list[tuple[str, str, str]]:
+    """Id, name and state of each job that waits or runs."""
+    shown = subprocess.run(["squeue", "--noheader", "--array", "--format=%i %j %T"], check=True, capture_output=True, text=True)
+    return [(*line.split(),) for line in shown.stdout.splitlines()]  # type: ignore[misc]
+
+
+def running(store: str) -> list[RunRecord]:
+    return [run for run in MLflowStore(store, "mnist_exp").runs(status="RUNNING") if run.job is not None]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_sweep_cancels_its_jobs(
+    slurm: str, signum: signal.Signals, command_line: CommandLine, store: str, tmp_path: Path
+) -> None:
+    process = begin(store, tmp_path, *LONG, f"hydra/launcher={slurm}", jobs=1)
+    assert {state for *_, state in queue()} == {"RUNNING", "PENDING"}
+    process.send_signal(signum)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum
+    assert "Traceback" not in error
+    assert queue() == []
+    parent, children = parent_and_children(store)
+    assert parent.info.status == "KILLED"
+    assert {child.status for child in children} == {"KILLED"}
+    assert all(run_dir.has_checkpoint(tmp_path / "outputs" / child.run_id) for child in children)
+
+
+def test_jobs_that_are_preempted_or_killed(
+    slurm: str, command_line: CommandLine, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A preempted job resumes when it is requeued; a killed one fails alone, and sweep.resume completes it."""
+    monkeypatch.setenv("PATH", f"{Path(__file__).parent}:{os.environ['PATH']}")  # with sacct
+    draw = random.Random(0)
+    jobs = ("-m", "data=digits", "~phases.train", "phases.finetune.epochs=30", "seed=range(0,10)", f"hydra/launcher={slurm}")
+    process = begin(store, tmp_path, *jobs, jobs=1)
+    preempted, killed = set[str](), set[str]()
+    while process.poll() is None:
+        for run in running(store):
+            if run.run_id in preempted | killed or not run.metrics:
+                continue
+            if len(preempted) < 3 and draw.random() < 0.3:
+                (job,) = [job for job, *_ in queue() if job.endswith(f"_{run.job}")]
+                subprocess.run(["scontrol", "requeue", job], check=True)
+                preempted.add(run.run_id)
+            elif len(killed) < 2 and draw.random() < 0.2:
+                os.kill(int(run.tags["pid"]), signal.SIGKILL)
+                killed.add(run.run_id)
+        time.sleep(1)
+    assert (len(preempted), len(killed)) == (3, 2)
+    _, error = process.communicate()
+    assert process.returncode == 1
+    assert "Traceback" not in error
+    parent, children = parent_and_children(store)
+    assert parent.info.status == "FAILED"
+    assert {child.run_id: child.status for child in children} == {
+        child.run_id: "KILLED" if child.run_id in killed else "FINISHED" for child in children
+    }
+    assert all("resumed" in child.tags for child in children if child.run_id in preempted)
+    done = command_line("-m", "sweep.resume=latest", f"hydra/launcher={slurm}")
+    assert done.returncode == 0, done.stderr
+    parent, children = parent_and_children(store)
+    assert parent.info.status == "FINISHED"
+    assert [(child.job, child.status) for child in children] == [(number, "FINISHED") for number in range(10)]

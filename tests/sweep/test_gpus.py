@@ -60,7 +60,7 @@ def test_a_mistake_is_explained(gpus: Any) -> None:
 def test_a_worker_that_replaces_a_dead_one_gets_its_gpu(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "witness.py").write_text(WITNESS)
     (tmp_path / "conf" / "callbacks").mkdir(parents=True)
-    (tmp_path / "conf" / "callbacks" / "witness.yaml").write_text("_target_: witness.Witness\n")
+    (tmp_path / "conf" / "callbacks" / "witness.yaml").write_text("witness:\n  _target_: witness.Witness\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])))
     monkeypatch.setenv("WITNESS", str(tmp_path / "seen"))
     sharing = ("hydra.launcher.processes=2", "hydra.launcher.gpus=[3,5]", "callbacks@phases.finetune.callbacks=[witness]")
