@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 FACTOR = "search"  # in place of the key that a comparison compares
+STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
 TEMPLATE = Path(__file__).with_name("search_report.html")
 
 
@@ -32,16 +33,20 @@ def publish(store: Store, run_id: str, study: "Study", objective: str) -> None:
         objective: The metric that decides.
     """
     from optuna.importance import get_param_importances
+    from optuna.trial import TrialState
 
-    done = [trial for trial in study.trials if trial.value is not None]
+    done = study.get_trials(states=[TrialState.COMPLETE])
     if not done:
         return
     ranked = best_first(objective, done, lambda trial: trial.value)  # type: ignore[arg-type, return-value]  # it has finished
-    others = [trial for trial in study.trials if trial.value is None]
+    others = [trial for trial in study.trials if trial.state != TrialState.COMPLETE]
     rows = [
         {"job": str(trial.number)}
         | {key: str(trial.params.get(key, "")) for key in study.best_params}
-        | {objective: "" if trial.value is None else format_metric(objective, trial.value), "state": trial.state.name}
+        | {
+            objective: "" if trial.value is None else format_metric(objective, trial.value),
+            "state": STATES.get(trial.state.name, "unfinished"),
+        }
         for trial in (*ranked, *others)
     ]
     counts = Counter(row["state"] for row in rows)
@@ -52,7 +57,7 @@ def publish(store: Store, run_id: str, study: "Study", objective: str) -> None:
     has_differences = len({trial.value for trial in done}) > 1
     shares = get_param_importances(study) if has_differences else {}
     if shares:
-        listed = ", ".join(f"{key} {share:.0%}" for key, share in shares.items())
+        listed = ", ".join(f"{key} {100 * share:.0f} %" for key, share in shares.items())
         notes.insert(0, f"Importance of the keys (PED-ANOVA): {listed}.")
     title = f"Best {objective}: {rows[0][objective]}, job {rows[0]['job']}"
     subtitle = ", ".join(f"{key}={value}" for key, value in ranked[0].params.items())
@@ -78,14 +83,11 @@ def draw(trials: "Sequence[FrozenTrial]", shares: Mapping[str, float], objective
     figure, metric = Figure(figsize=(9 if shares else 5, 3.2), layout="constrained"), metric_of(objective)
     label = f"{objective} ({metric.unit})" if metric.unit else objective
     history = figure.add_subplot(1, 2 if shares else 1, 1, xlabel="job", ylabel=label)
-    pruned = [trial for trial in trials if trial.state.name == "PRUNED" and trial.last_step is not None]
-    points = {
-        "finished": [(trial.number, trial.value) for trial in trials if trial.value is not None],
-        "pruned": [(trial.number, trial.intermediate_values[trial.last_step or 0]) for trial in pruned],
-    }
-    for name, marker in (("finished", "o"), ("pruned", "x")):
-        numbers, values = zip(*points[name], strict=True) if points[name] else ((), ())
-        history.plot(numbers, [value * metric.scale for value in values], marker, color=COLORS[0], label=name)
+    for state, marker in (("COMPLETE", "o"), ("PRUNED", "x")):
+        points = {
+            trial.number: trial.value * metric.scale for trial in trials if trial.state.name == state and trial.value is not None
+        }
+        history.plot(list(points), list(points.values()), marker, color=COLORS[0], label=STATES[state])
     history.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside upper left", ncols=2, frameon=False)
     if shares:
