@@ -1,6 +1,8 @@
 from pathlib import Path
 
 import pytest
+from conftest import CommandLine
+from mlflow import MlflowClient
 
 from mnist_exp.sweep.search import make_pruning_callback, open_study
 
@@ -19,3 +21,28 @@ def test_another_process_can_continue_a_trial(tmp_path: Path) -> None:
     assert not verdicts[0]
     assert verdicts[-1], "below the median of the others at the same step"
     assert study.trials[-1].intermediate_values == {100: pytest.approx(0.3)}
+
+
+@pytest.mark.slow
+def test_one_worker_repeats_a_search_and_its_answer_is_on_the_parent(command_line: CommandLine, store: str) -> None:
+    pytest.importorskip("optuna")
+    search = ("-m", "hydra/sweeper=optuna", "data=digits", "phase=[train]", "objective=val/loss", "hydra.launcher.processes=1")
+    space = ("optimizer.lr=tag(log,interval(0.01,1))", "batch_size=choice(32,64)", "hydra.sweeper.n_trials=4")
+    for _ in range(2):
+        done = command_line(*search, *space)
+        assert done.returncode == 0, done.stderr
+    client = MlflowClient(store)
+    runs = client.search_runs(["1"], order_by=["attributes.start_time"])
+    first, second = (run for run in runs if "sweep_jobs" in run.data.tags)
+    jobs = {
+        sweep.info.run_id: [run for run in runs if run.data.tags.get("sweep_id") == sweep.info.run_id]
+        for sweep in (first, second)
+    }
+    tried = [[job.data.tags["overrides"] for job in jobs[sweep.info.run_id]] for sweep in (first, second)]
+    assert len(set(tried[0])) == 4
+    assert tried[0] == tried[1]
+    best = min(jobs[first.info.run_id], key=lambda job: job.data.metrics["val/loss"])
+    assert f"job {best.data.tags['job_num']}" in first.data.tags["answer"]
+    page = Path(client.download_artifacts(first.info.run_id, "compare-search.html")).read_text()
+    for job in jobs[first.info.run_id]:
+        assert job.data.params["optimizer.lr"] in page
