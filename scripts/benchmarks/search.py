@@ -2,8 +2,8 @@
 
     python scripts/benchmarks/search.py [--trials 16] [--rounds 3] [--processes 2]
 
-A job trains for 1 to 8 epochs on 6,000 images. Both variants take turns. The idle share is the part of the time from the start of the
-first job to the end of the last one, over all workers, in which no job ran.
+A job trains for 1 to 8 epochs on 6,000 images. Both variants take turns. The idle share is the part of the time from the start
+of the first job to the end of the last one, over all workers, in which no job ran.
 """
 
 import argparse
