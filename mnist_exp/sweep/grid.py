@@ -28,11 +28,11 @@ from mnist_exp.overrides import (
 )
 from mnist_exp.paths import take_credentials
 from mnist_exp.settings import ID, NEUTRAL, Settings, read_recipe
-from mnist_exp.signals import install_signal_handlers
+from mnist_exp.signals import Interrupted, install_signal_handlers
 from mnist_exp.storage import run_dir
+from mnist_exp.sweep.clusters import until_all_ended
 from mnist_exp.sweep.jobs import Composer, Job, failed
 from mnist_exp.sweep.parent import Parent, check_output_dir
-from mnist_exp.sweep.slurm import until_all_ended
 from mnist_exp.sweep.summary import preview, progress
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import RECIPE, RunRecord, Store, Sweep, grids_text
@@ -267,6 +267,9 @@ class GridSweep:
             with until_all_ended(self.launcher, parent.tracker.run_id):
                 results = self.launcher.launch(list(missing.values()), initial_job_idx=min(missing))
         except UserError:
+            raise
+        except Interrupted:
+            parent.mark_killed(list(missing))
             raise
         except Exception as error:  # some launchers raise the exception of their first job after all have run
             results = [failed(error) for _ in missing]

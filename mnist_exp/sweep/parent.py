@@ -130,10 +130,10 @@ class Parent:
         return missing
 
     def mark_killed(self, numbers: Sequence[int]) -> None:
-        """Set the runs of jobs that are still RUNNING to KILLED; the launcher has returned without them."""
+        """Set the runs of jobs that are still RUNNING to KILLED: they have ended without a record of it."""
         for number, child in latest_run_per_job(self.children()).items():
             if number in numbers and child.status in ("RUNNING", "KILLED"):
-                self.store.mark_killed(child.run_id, failure_reason(self.results[number]) or provenance.PROCESS_DIED)
+                self.store.mark_killed(child.run_id, failure_reason(self.results.get(number)) or provenance.PROCESS_DIED)
 
     def wait_for_running_jobs(self) -> None:
         """Wait for jobs of a killed parent, which end by themselves; raises UserError if one does not."""

@@ -97,7 +97,7 @@ def test_jobs_that_are_preempted_or_killed(
     """A preempted job resumes when it is requeued; a killed one fails alone, and sweep.resume completes it."""
     monkeypatch.setenv("PATH", f"{Path(__file__).parent}:{os.environ['PATH']}")  # with sacct
     draw = random.Random(0)
-    jobs = ("-m", "data=digits", "~phases.train", "phases.finetune.epochs=30", "seed=range(0,10)", f"hydra/launcher={slurm}")
+    jobs = ("-m", "data=digits", "~phases.train", "phases.finetune.epochs=20", "seed=range(0,10)", f"hydra/launcher={slurm}")
     process = begin(store, tmp_path, *jobs, jobs=1)
     preempted, killed = set[str](), set[str]()
     while process.poll() is None:

@@ -1,0 +1,49 @@
+"""What the launchers for clusters leave open: they return, or are stopped, while jobs still wait or run."""
+
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+
+from hydra.plugins.launcher import Launcher
+
+from mnist_exp.paths import NAME
+from mnist_exp.signals import Interrupted
+
+
+@contextmanager
+def until_all_ended(launcher: Launcher, sweep_id: str) -> Iterator[None]:
+    """Leave the block when all jobs that it starts have ended; if it is stopped, cancel them, and raise Interrupted."""
+    on_cluster = {"SlurmLauncher": _on_slurm, "RayLauncher": _on_ray}.get(type(launcher).__name__)
+    if on_cluster is None:
+        yield
+        return
+    with on_cluster(launcher, f"{NAME}_{sweep_id[:8]}"):
+        yield
+
+
+@contextmanager
+def _on_slurm(launcher: Launcher, name: str) -> Iterator[None]:
+    """Submitit raises the error of the first job while others still run."""
+    launcher.params["name"] = name  # type: ignore[attr-defined]  # submitit's
+    try:
+        yield
+    except Interrupted:
+        subprocess.run(["scancel", "--name", name], check=False)
+        raise
+    finally:
+        while subprocess.run(["squeue", "--noheader", "--name", name], capture_output=True, check=False).stdout:
+            time.sleep(1)
+
+
+@contextmanager
+def _on_ray(launcher: Launcher, name: str) -> Iterator[None]:
+    """Ray replaces the handlers of signals, and ends the jobs of a process that leaves it."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        import_module("ray").shutdown()
+        signum = signal.SIGINT if isinstance(stopped, KeyboardInterrupt) else signal.SIGTERM
+        raise (stopped if isinstance(stopped, Interrupted) else Interrupted(signum)) from None
