@@ -29,8 +29,13 @@ SelectTypeParameters=CR_Core
 StateSaveLocation=/var/spool/slurmctld
 SlurmdSpoolDir=/var/spool/slurmd
 ReturnToService=2
-NodeName=$host CPUs=$(nproc) State=UNKNOWN
+GresTypes=gpu
+NodeName=$host CPUs=$(nproc) Gres=gpu:2 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+CONF
+cat >/etc/slurm/gres.conf <<CONF # fake: files that exist
+Name=gpu File=/dev/null
+Name=gpu File=/dev/zero
 CONF
 slurmctld -c # forgets the jobs of an earlier cluster, which would keep the node busy
 slurmd -c

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CommandLine
+from test_gpus import add_witness, seen_by
 from test_sweep import LONG, SHORT, begin, parent_and_children
 
 from mnist_exp.storage import run_dir
@@ -27,7 +28,7 @@ def ray() -> Iterator[str]:
     if importlib.util.find_spec("ray") is None:
         pytest.skip("needs pip install -e '.[ray]'")
     command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
-    head = ["--head", "--num-cpus", "2", "--disable-usage-stats", "--include-dashboard=false"]
+    head = ["--head", "--num-cpus", "2", "--num-gpus", "2", "--disable-usage-stats", "--include-dashboard=false"]
     subprocess.run([*command, "start", *head], check=True, capture_output=True)
     yield "ray_cluster"
     subprocess.run([*command, "stop"], check=True, capture_output=True)
@@ -75,20 +76,58 @@ def running(store: str) -> list[RunRecord]:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_sweep_cancels_its_jobs(
-    slurm: str, signum: signal.Signals, command_line: CommandLine, store: str, tmp_path: Path
+@pytest.mark.parametrize("cluster", ["ray", "slurm"])
+def test_a_stopped_sweep_ends_its_jobs(
+    cluster: str, signum: signal.Signals, request: pytest.FixtureRequest, command_line: CommandLine, store: str, tmp_path: Path
 ) -> None:
-    process = begin(store, tmp_path, *LONG, f"hydra/launcher={slurm}", jobs=1)
-    assert {state for *_, state in queue()} == {"RUNNING", "PENDING"}
+    launcher = f"hydra/launcher={request.getfixturevalue(cluster)}"
+    process = begin(store, tmp_path, *LONG, launcher, jobs=1)
+    if cluster == "slurm":
+        assert {state for *_, state in queue()} == {"RUNNING", "PENDING"}
     process.send_signal(signum)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 128 + signum
     assert "Traceback" not in error
-    assert queue() == []
+    assert "sweep.resume=" in error
+    if cluster == "slurm":
+        assert queue() == []
     parent, children = parent_and_children(store)
     assert parent.info.status == "KILLED"
     assert {child.status for child in children} == {"KILLED"}
     assert all(run_dir.has_checkpoint(tmp_path / "outputs" / child.run_id) for child in children)
+
+
+def test_ray_starts_a_job_again_that_died(ray: str, store: str, tmp_path: Path) -> None:
+    process = begin(store, tmp_path, *LONG, f"hydra/launcher={ray}", jobs=1)
+    (first, *_) = running(store)
+    os.kill(int(first.tags["pid"]), signal.SIGKILL)
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    parent, children = parent_and_children(store)
+    assert parent.info.status == "FINISHED"
+    assert [child.status for child in children] == ["FINISHED"] * 4
+    assert [child.run_id for child in children if "resumed" in child.tags] == [first.run_id]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "resource"), [("ray", "ray.remote.num_gpus=1"), ("slurm", "gpus_per_node=1")], ids=["ray", "slurm"]
+)
+def test_the_cluster_gives_each_job_a_gpu(
+    cluster: str,
+    resource: str,
+    request: pytest.FixtureRequest,
+    command_line: CommandLine,
+    store: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two fake ones, as in test_gpus.py."""
+    witness = add_witness(tmp_path, monkeypatch)  # before the cluster starts: its jobs get this environment
+    launcher = request.getfixturevalue(cluster)
+    sharing = (f"hydra/launcher={launcher}", f"hydra.launcher.{resource}", "seed=range(0,4)")
+    done = command_line(*witness, *SHORT, *sharing)
+    assert done.returncode == 0, done.stderr
+    assert {gpu for _, gpu in seen_by(tmp_path)} == {"0", "1"}
 
 
 def test_jobs_that_are_preempted_or_killed(

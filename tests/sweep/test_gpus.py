@@ -26,6 +26,21 @@ class Witness(Callback):
 """
 
 
+def add_witness(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """Add a callback that notes process and GPU of each job; return the arguments that choose it."""
+    (folder / "witness.py").write_text(WITNESS)
+    (folder / "conf" / "callbacks").mkdir(parents=True)
+    (folder / "conf" / "callbacks" / "witness.yaml").write_text("witness:\n  _target_: witness.Witness\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])))
+    monkeypatch.setenv("WITNESS", str(folder / "seen"))
+    return "--config-dir", str(folder / "conf"), "callbacks@phases.finetune.callbacks=[witness]"
+
+
+def seen_by(folder: Path) -> list[tuple[str, str]]:
+    """Return process and GPU of each job."""
+    return [(pid, gpu) for pid, gpu in (line.split(" ") for line in (folder / "seen").read_text().splitlines())]
+
+
 @pytest.mark.parametrize(
     ("gpus", "visible", "processes", "device", "expected"),
     [
@@ -58,18 +73,13 @@ def test_a_mistake_is_explained(gpus: Any) -> None:
 
 @pytest.mark.slow
 def test_a_worker_that_replaces_a_dead_one_gets_its_gpu(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "witness.py").write_text(WITNESS)
-    (tmp_path / "conf" / "callbacks").mkdir(parents=True)
-    (tmp_path / "conf" / "callbacks" / "witness.yaml").write_text("witness:\n  _target_: witness.Witness\n")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])))
-    monkeypatch.setenv("WITNESS", str(tmp_path / "seen"))
-    sharing = ("hydra.launcher.processes=2", "hydra.launcher.gpus=[3,5]", "callbacks@phases.finetune.callbacks=[witness]")
-    process = begin(store, tmp_path, "--config-dir", str(tmp_path / "conf"), *LONG, *sharing, jobs=2)
+    sharing = ("hydra.launcher.processes=2", "hydra.launcher.gpus=[3,5]")
+    process = begin(store, tmp_path, *add_witness(tmp_path, monkeypatch), *LONG, *sharing, jobs=2)
     killed = parent_and_children(store)[1][0].tags["pid"]
     os.kill(int(killed), signal.SIGKILL)
     _, error = process.communicate(timeout=240)
     assert process.returncode == 1, error
-    seen = [line.split() for line in (tmp_path / "seen").read_text().splitlines()]
+    seen = seen_by(tmp_path)
     gpu_of = dict(seen)
     assert len(seen) == 4
     assert len(gpu_of) == 3, "each process keeps its GPU"
