@@ -11,9 +11,17 @@ from processes import SHORT
 # How to take a call away in a new process, before anything is imported.
 NO_AFFINITY = "import os; del os.sched_getaffinity"
 NO_HANGUP = "import signal; del signal.SIGHUP"
-NO_FORKSERVER = "import multiprocessing.context as context; del context._concrete_contexts['forkserver']"
+NO_FORKSERVER = "from multiprocessing import reduction; reduction.HAVE_SEND_HANDLE = False"
 NO_SIGMASK = "import signal; del signal.pthread_sigmask"
-NO_GLIBC = "import ctypes; ctypes.CDLL = lambda *_, **__: (_ for _ in ()).throw(OSError('no such library'))"
+NO_GLIBC = """
+import ctypes
+class CDLL(ctypes.CDLL):
+    def __init__(self, name, *args, **named):
+        if name == "libc.so.6":
+            raise OSError(name)
+        super().__init__(name, *args, **named)
+ctypes.CDLL = CDLL
+"""
 NO_PROC = """
 import pathlib
 read_text = pathlib.Path.read_text
@@ -24,10 +32,10 @@ def refuse(path, *args, **named):
 pathlib.Path.read_text = refuse
 """
 NO_OPEN_FOLDERS = """
-import os
+import os, sys
 open_any = os.open
 def refuse(path, *args, **named):
-    if os.path.isdir(path):
+    if "/mnist_exp/storage/" in sys._getframe(1).f_code.co_filename and os.path.isdir(path):
         raise PermissionError(path)
     return open_any(path, *args, **named)
 os.open = refuse
