@@ -190,7 +190,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, composing.COMPOSING_ERRORS):
         return str(composing.explain(error))
     innermost = traceback.extract_tb(error.__traceback__)[-1].filename
-    if isinstance(error, ValueError | RuntimeError | TypeError) and "/hydra/" in innermost:  # of no class of its own
+    if isinstance(error, ValueError | RuntimeError | TypeError) and "hydra" in Path(innermost).parts:  # of no class of its own
         return composing.missing_extra(str(error)) or f"The configuration cannot be composed: {error}"
     if isinstance(error, OSError) or any(kind.__module__.startswith(("mlflow.", "sqlalchemy.")) for kind in type(error).__mro__):
         return (

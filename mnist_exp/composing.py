@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -14,7 +15,7 @@ from yaml import YAMLError
 from mnist_exp.errors import UserError
 from mnist_exp.nodes import did_you_mean, walk
 from mnist_exp.overrides import GROUPS, PARTS, check_groups, not_an_override, quoted
-from mnist_exp.paths import CONF, HOME, LOCAL, config_dirs, take_credentials
+from mnist_exp.paths import CONF, HOME, LOCAL, TRACKING, config_dirs, take_credentials
 from mnist_exp.settings import Recipe, Settings, check_settings
 
 OmegaConf.register_new_resolver("root", lambda path: str(HOME / path), replace=True)
@@ -27,6 +28,17 @@ SYNONYMS = {
     "learning_rate": "lr", "num_epochs": "epochs", "max_epochs": "epochs", "bs": "batch_size", "batchsize": "batch_size",
     "wd": "weight_decay", "random_seed": "seed", "random_state": "seed", "train_batch_size": "batch_size",
 }  # fmt: skip
+
+
+def read_environment() -> None:
+    """Store the options that the environment chooses as `environment` of conf/config.yaml: Hydra 1.4 takes no variables there."""
+    chosen = {"tracking": os.environ.get(TRACKING, "mlflow"), "local": os.environ.get(LOCAL, "default")}
+    configs = ConfigStore.instance()
+    configs.repo.pop("environment.yaml", None)  # Hydra 1.3 lacks replace=True
+    configs.store("environment", {"defaults": [{f"override /{group}": option} for group, option in chosen.items()]})
+
+
+read_environment()  # for workers, which compose their jobs
 
 
 def from_composed(composed: DictConfig) -> Settings:
@@ -55,6 +67,7 @@ def without_hydra(composed: DictConfig) -> DictConfig:
 def compose_recipe(*overrides: str) -> Recipe:
     """Compose the default configuration as the command line does, with conf/local and the environment; raises UserError."""
     check_groups(overrides)
+    read_environment()
     folders = ",".join(quoted(f"file://{folder}") for folder in config_dirs()[1:])
     search = [f"hydra.searchpath=[{folders}]"] if folders else []
     try:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from mnist_exp.cli import check_order, leave_credentials, reported_errors
-from mnist_exp.composing import choices_of, config_dir_of, from_composed
+from mnist_exp.composing import choices_of, config_dir_of, from_composed, read_environment
 from mnist_exp.errors import UserError
 from mnist_exp.nodes import is_location, remember_locations
 from mnist_exp.overrides import JOB_KEY, check_groups, check_ids, section_of
@@ -25,6 +25,7 @@ def main() -> None:
     with reported_errors():
         check_order(sys.argv[1:])
         check_groups(sys.argv[1:])
+        read_environment()
         os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra pass on exceptions; its own messages suggest wrong remedies
         task()
 

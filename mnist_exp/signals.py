@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+SIGNALS = tuple(signum for signum in (signal.SIGINT, signal.SIGTERM, HANGUP) if signum)
 _blocks = 0  # open blocks of `defer_signals`
 _pending: int | None = None  # the signal to raise at the end of the last block
 
@@ -28,7 +29,7 @@ def install_signal_handlers() -> None:
     A SIGHUP that is already ignored, as under `nohup`, stays ignored.
     """
     for signum in SIGNALS:
-        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+        if signum != HANGUP or signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, _interrupt)
     sys.unraisablehook = _raise_again
 

@@ -39,8 +39,9 @@ from mnist_exp.tracking.base import Store
 CONSTS.term_timeout = 60.0  # seconds for a worker to record the end of its job
 DIED = "its process died; the machine may have run out of memory"
 SERVER_DIED = 255  # the exit code that multiprocessing reports if the server has died
-TERMINAL = signal.SIGINT, signal.SIGHUP  # sent to the whole group; the server blocks them, and ends after its last worker
-CONTEXT = multiprocessing.get_context("forkserver")
+TERMINAL = {*SIGNALS} - {signal.SIGTERM}  # sent to the whole group; the server blocks them, and ends after its last worker
+HAS_FORKSERVER = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
+CONTEXT = multiprocessing.get_context("forkserver" if HAS_FORKSERVER else None)
 # The imports of a job, which the server preloads; torch imports its dynamo with any optimizer. Preloading is only faster:
 # multiprocessing ignores a name that cannot be imported. Not run.py: a worker imports it as its main module.
 PRELOADED = [f"{NAME}.sweep.search", f"{NAME}.experiment.runner", "torch._dynamo"]
@@ -65,6 +66,8 @@ class WorkerPool:
     """
 
     def __init__(self, context: HydraContext, task: TaskFunction, config: DictConfig, processes: int | None, gpus: Any) -> None:
+        if not HAS_FORKSERVER:
+            raise UserError.invalid("hydra/launcher", "workers", "basic on this system", "Add hydra/launcher=basic.")
         if processes is not None and processes < 1:
             raise UserError.invalid("hydra.launcher.processes", processes, "an integer >= 1, or null for all cores")
         self.context, self.task_function, self.config = context, task, config

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from importlib import import_module
 from itertools import groupby
@@ -14,15 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Call, CommandLine
+from card import card
+from conftest import MNIST, MNIST_SHAPE, Call, CommandLine, Compose
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser  # Hydra has no public parser of its flags
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep
 from PIL import Image, ImageDraw
 
+from mnist_exp.nodes import build
 from mnist_exp.paths import CONF, NAME
 from mnist_exp.run import main
+from mnist_exp.tracking.models import save_model
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -228,3 +232,20 @@ def test_the_model_of_the_first_command_reads_a_photo(
     model, predicted = printed("-c", snippet).splitlines()
     assert "test/accuracy" in model
     assert predicted.startswith("[7] [0.")
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version} (" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_card_of_a_model_names_its_results_and_how_to_load_it(composed: Compose, tmp_path: Path) -> None:
+    settings = composed().model_copy(update={"data_description": MNIST})
+    save_model(tmp_path / "model", build(settings.model, "model", **MNIST_SHAPE), settings, {"test/accuracy": 0.9873})
+    text = card(tmp_path / "model")
+    assert "| test/accuracy | 98.73 % |" in text
+    assert "19,674 parameters" in text
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL) for line in block.splitlines()]
+    (predict,) = [words[2:] for line in lines for words in commands(line) if words[:2] == ["python", "-m"]]
+    import_module(predict[0]).parser().parse_args(predict[1:])
