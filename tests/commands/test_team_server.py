@@ -122,6 +122,13 @@ def log_in(monkeypatch: pytest.MonkeyPatch, server: TeamServer, user: str, passw
         monkeypatch.setenv(name, value)
 
 
+def search(experiment: str, query: str = "") -> list[Run]:
+    """The runs of an experiment of the server that the environment names, the newest first."""
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    found = client.get_experiment_by_name(experiment)
+    return list(client.search_runs([found.experiment_id], query)) if found else []
+
+
 def need_accounts() -> None:
     if not find_spec("flask_wtf"):
         pytest.skip("accounts need the packages of pip install -e '.[server]'")
@@ -164,7 +171,6 @@ def editable(template_database: Path, tmp_path_factory: pytest.TempPathFactory) 
     [
         (run.main, SHORT),
         (run.main, ("-m", *SHORT, "seed=0,1")),
-        (run.main, ("resume=latest",)),
         (run.main, ("-m", "sweep.resume=latest")),
         (runs.main, ("list",)),
         (runs.main, ("delete", "abcdef")),
@@ -193,10 +199,9 @@ def test_a_wrong_password_is_answered_with_the_variables_that_hold_it(
 @pytest.mark.slow
 @pytest.mark.parametrize("sweep", [(), ("-m", "seed=0,1")], ids=["run", "sweep"])
 def test_who_may_only_read_reads_what_was_refused_and_whom_to_ask(
-    sweep: tuple[str, ...], in_process: CommandLine, call: Call, readable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sweep: tuple[str, ...], in_process: CommandLine, readable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_in(monkeypatch, readable, "anna")
-    assert call(runs.main, "list").returncode == 0
     done = in_process(*sweep, *SHORT, "tracking.patience=3600")
     assert done.returncode == 1
     for part in (readable.address, "'anna'", "runs/create", "EDIT"):
@@ -219,7 +224,7 @@ def test_jobs_do_not_wait_for_a_server_that_does_not_accept_their_password(edita
     command = [sys.executable, "-m", "mnist_exp.run", "-m", "sweep.resume=latest", f"output_dir={tmp_path}/outputs"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert sorted(item.info.status for item in MlflowClient().search_runs(["1"])) == ["FINISHED"] * 4
+    assert sorted(item.info.status for item in search("mnist_exp")) == ["FINISHED"] * 4
 
 
 @contextmanager
@@ -260,7 +265,7 @@ def without_tags(address: str) -> Iterator[tuple[str, list[str]]]:
 
 @pytest.mark.slow
 def test_a_server_that_denies_the_saved_views_is_asked_once(
-    in_process: CommandLine, call: Call, editable, monkeypatch: pytest.MonkeyPatch
+    in_process: CommandLine, command_line: CommandLine, call: Call, editable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_in(monkeypatch, editable, "admin")
     with without_tags(editable.address) as (address, denied):
@@ -270,7 +275,7 @@ def test_a_server_that_denies_the_saved_views_is_asked_once(
             done = in_process(*recipe)
             assert (done.returncode, done.stderr) == (0, "")
         assert len(denied) == 1
-        done = in_process("-m", "model=se_cnn,plain_cnn", "seed=0,1", *recipe)
+        done = command_line("-m", "model=se_cnn,plain_cnn", "seed=0,1", *recipe)
         assert done.returncode == 0, done.stderr
         done = call(compare.main, "latest", "--experiment", "untagged")
         assert done.returncode == 0, done.stderr
@@ -336,12 +341,6 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TeamServer,
         database.process.wait(timeout=60)
 
 
-def search(experiment: str, query: str = "") -> list[Run]:
-    """The runs of an experiment, the newest first."""
-    found = MlflowClient().get_experiment_by_name(experiment)
-    return list(MlflowClient().search_runs([found.experiment_id], query)) if found else []
-
-
 def wait_for_an_epoch(process: subprocess.Popen[str], experiment: str) -> None:
     """Wait until a run that goes on has recorded metrics."""
     while not any(item.data.metrics for item in search(experiment, "attributes.status = 'RUNNING'")):
@@ -351,7 +350,7 @@ def wait_for_an_epoch(process: subprocess.Popen[str], experiment: str) -> None:
 
 def histories(experiment: str, sweep_id: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """The points of the finished jobs of a sweep, by number and metric, without what depends on the machine's load."""
-    client = MlflowClient()
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     children = search(experiment, f"tags.sweep_id = '{sweep_id}' and attributes.status = 'FINISHED'")
     return {
         child.data.tags["job_num"]: {
@@ -381,7 +380,10 @@ def test_a_team_works_on_one_server(team, command_line: CommandLine, call: Call,
     assert [item.info.status for item in eight] == ["FINISHED"] * 8
     assert sorted(item.data.params["seed"] for item in eight) == [str(seed) for seed in range(8)]
     for item in eight:
-        assert {file.path for file in MlflowClient().list_artifacts(item.info.run_id)} >= {"checkpoint.pt", "config.yaml"}
+        assert {file.path for file in MlflowClient(server.address).list_artifacts(item.info.run_id)} >= {
+            "checkpoint.pt",
+            "config.yaml",
+        }
 
     # One job fails at each attempt; its run has no checkpoint, and is followed by another one.
     sweep = ("-m", *recipe, "phases.finetune.optimizer.lr=0.001,0.002,1e29", "seed=0,1")
