@@ -23,9 +23,10 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import Call, CommandLine, free_port, wait_for_server
+from kill_and_resume import MEASURED
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from PIL import Image
+from PIL import Image, ImageDraw
 from processes import SECRET, SHORT, begin
 
 from mnist_exp import compare, evaluate, predict, run, runs, ui
@@ -35,7 +36,6 @@ from mnist_exp.tracking.connection import connect
 POSTGRES = max(Path("/usr/lib/postgresql").glob("*/bin/postgres"), default=Path("no postgres"))
 OWNER = "postgres" if os.geteuid() == 0 else None  # PostgreSQL refuses to run as root
 EPOCHS = 15
-MEASURED = ("time/", "examples_per_second")  # metrics that depend on the machine's load
 
 
 def test_the_compose_file_starts_a_server_with_accounts_on_its_database() -> None:
@@ -400,7 +400,9 @@ def test_a_team_works_on_one_server(team, command_line: CommandLine, call: Call,
     done = command_line("resume=latest", "tracking.experiment=resumed")
     assert done.returncode == 0, done.stderr
 
-    Image.new("L", (8, 8)).save(tmp_path / "digit.png")
+    picture = Image.new("L", (28, 28))
+    ImageDraw.Draw(picture).line((14, 4, 14, 24), fill=255, width=3)
+    picture.save(tmp_path / "digit.png")
     output = ("--output-dir", str(tmp_path / "outputs"))
     for command, arguments in (
         (compare.main, ("latest",)),
