@@ -195,7 +195,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) or any(kind.__module__.startswith(("mlflow.", "sqlalchemy.")) for kind in type(error).__mro__):
         return (
             f"The store, the disk or the network failed: {first_line(error)}\n"
-            "Check that the store answers, that its disk has space, and that you may write to it. Then repeat the command."
+            "Check that the store answers and has space, and that you may write to it (permission EDIT). Then repeat the command."
         )
     return None
 

@@ -518,8 +518,8 @@ class Store:
                     reaped.append(record)
         return reaped
 
-    def delete(self, run_id: str) -> None:
-        """Delete a run."""
+    def delete(self, run_id: str) -> str | None:
+        """Delete a run; return the reason if the user may not."""
 
     def after_deletion(self, records: Sequence[RunRecord]) -> list[str]:
         """Return the lines that say how to restore deleted runs, and how to remove their files."""

@@ -1,6 +1,7 @@
 """Connects to an MLflow store, and tells a store that is unreachable from one that refuses."""
 
 import logging
+import os
 import shlex
 import time
 from collections.abc import Callable
@@ -22,7 +23,14 @@ from mnist_exp.tracking.base import StoreLostError, StoreUnavailableError
 from mnist_exp.tracking.views import VIEW_PREFIX, describe_experiment, fixed_views, view_tag
 
 Result = TypeVar("Result")
-REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "BAD_REQUEST", "PERMISSION_DENIED")
+REFUSALS = (
+    "INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "BAD_REQUEST", "PERMISSION_DENIED", "UNAUTHENTICATED",
+)  # fmt: skip
+_denied: dict[tuple[str, str], MlflowException] = {}  # the errors of experiments whose tags this process may not set
+
+
+class DeniedError(StoreLostError):
+    """The server does not accept the user, or does not allow a request."""
 
 
 def check_uri(uri: str) -> str:
@@ -57,7 +65,7 @@ def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
     except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
         if "out-of-date database schema" in str(error):
             raise UserError(_upgrade_advice(uri)) from error
-        raise StoreUnavailableError(
+        raise denial(error) or StoreUnavailableError(
             f"tracking.uri={uri} (MLFLOW_TRACKING_URI) cannot be opened: {first_line(error)}\n"
             "Expected a SQLite file in a writable folder, or a tracking server that answers. Start the server, choose another "
             "store, or use tracking=none."
@@ -84,8 +92,25 @@ def _open_experiment(uri: str, experiment: str, artifact_location: str | None) -
         shown = {VIEW_PREFIX + key: view_tag(view) for key, view in fixed_views().items()}
         for name, value in {**shown, tag.DESCRIPTION: describe_experiment()}.items():
             if name not in found.tags:
-                client.set_experiment_tag(experiment_id, name, value)
+                tag_experiment(client, experiment_id, name, value)
     return client, experiment_id
+
+
+def tag_experiment(client: MlflowClient, experiment_id: str, name: str, value: str) -> None:
+    """Set a tag of an experiment; a server that has denied it to this process is not asked again.
+
+    Raises:
+        MlflowException: The store is unreachable or refuses.
+    """
+    place = client.tracking_uri, experiment_id
+    if place in _denied:
+        raise _denied[place]
+    try:
+        client.set_experiment_tag(experiment_id, name, value)
+    except MlflowException as error:
+        if denial(error):
+            _denied[place] = error
+        raise
 
 
 def retry(operation: Callable[[], Result], uri: str, patience: float) -> Result:
@@ -103,7 +128,7 @@ def retry(operation: Callable[[], Result], uri: str, patience: float) -> Result:
             raise
         except Exception as error:  # servers, databases and disks raise exceptions of their own
             if is_refusal(error) or time.monotonic() > deadline:
-                raise StoreLostError(f"{uri} failed: {first_line(error)}") from error
+                raise denial(error) or StoreLostError(f"{uri} failed: {first_line(error)}") from error
         time.sleep(1)
 
 
@@ -111,6 +136,20 @@ def is_refusal(error: BaseException | None) -> bool:
     """Return whether the store has answered, and would refuse the same request again."""
     # If two processes record one data set at once, one of them violates a constraint; its next attempt finds the data set.
     return getattr(error, "error_code", None) in REFUSALS and "unique constraint" not in str(error).lower()
+
+
+def denial(error: Exception) -> DeniedError | None:
+    """Return the error to raise if a server does not accept the user (401) or does not allow a request (403), else None."""
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
+    answers = {
+        "UNAUTHENTICATED": f"does not accept the user '{user}' with this password. Set MLFLOW_TRACKING_USERNAME and "
+        "MLFLOW_TRACKING_PASSWORD to your account on the server.",
+        "PERMISSION_DENIED": f"does not allow this to the user '{user}': {first_line(error)}. Ask its administrator for the "
+        "permission EDIT, or MANAGE to delete runs.",
+    }
+    answer = answers.get(getattr(error, "error_code", ""))
+    problem = f"{mlflow.get_tracking_uri()} {answer}"
+    return DeniedError(problem, key="MLFLOW_TRACKING_USERNAME", value=user) if answer else None
 
 
 def terminate(client: MlflowClient, run_id: str, status: str) -> None:

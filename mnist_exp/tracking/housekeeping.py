@@ -113,7 +113,7 @@ def delete(store: Store, group: Group, output_dir: Path) -> None:
     The artifacts stay until `mlflow gc` removes them: their address comes from the store, which could name any folder.
 
     Raises:
-        UserError: A process works on a run.
+        UserError: A process works on a run, or the store does not allow the deletion.
     """
     for run in group:  # all or none
         with _locked(store, run, output_dir):
@@ -121,7 +121,8 @@ def delete(store: Store, group: Group, output_dir: Path) -> None:
     for run in reversed(group):  # the sweep last: what is left of an interrupted deletion can be deleted again
         with _locked(store, run, output_dir):
             run_dir.remove_folder(output_dir / run.run_id)
-            store.delete(run.run_id)
+            if reason := store.delete(run.run_id):
+                raise UserError(reason)
     if group[0].job is not None:
         with suppress(UserError):  # its sweep was deleted before
             reason = f"the run of job {group[0].job} was deleted"

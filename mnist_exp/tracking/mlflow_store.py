@@ -27,9 +27,10 @@ from mnist_exp.overrides import command
 from mnist_exp.paths import NAME
 from mnist_exp.signals import defer_signals
 from mnist_exp.storage.run_dir import RUN_ID
+from mnist_exp.tracking import connection
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import MAX_TAG, MODELS, Answer, ModelSource, RunInfo, RunRecord, Store, StoreUnavailableError, Sweep
-from mnist_exp.tracking.connection import Result, check_uri, connect, gc_command, is_refusal, restore_command, retry, terminate
+from mnist_exp.tracking.connection import Result, gc_command, is_refusal, restore_command, retry, terminate
 from mnist_exp.tracking.mlflow_ui import show
 from mnist_exp.tracking.views import (
     HOST,
@@ -72,7 +73,7 @@ class MLflowStore(Store):
     client: MlflowClient
 
     def __init__(self, uri: str, experiment: Annotated[str, Field(min_length=1)], patience: NonNegative = 120.0) -> None:
-        self.uri = check_uri(uri)
+        self.uri = connection.check_uri(uri)
         self.experiment = experiment
         self.patience = patience
 
@@ -83,7 +84,7 @@ class MLflowStore(Store):
         deadline = time.monotonic() + (self.patience if wait else 0.0)
         while not hasattr(self, "client"):
             try:
-                self.client, self.experiment_id = connect(self.uri, self.experiment)
+                self.client, self.experiment_id = connection.connect(self.uri, self.experiment)
             except StoreUnavailableError:
                 if time.monotonic() >= deadline:
                     raise
@@ -107,7 +108,7 @@ class MLflowStore(Store):
             run = _project_run(self.client, self.experiment_id, info.name, tags)
             run = run or self.client.create_run(self.experiment_id, run_name=info.name, tags=tags)
         except (MlflowException, SQLAlchemyError, OSError) as error:  # not repeated: the store may have created the run
-            raise UserError(
+            raise connection.denial(error) or UserError(
                 f"{self.uri} cannot start a run: {first_line(error)}",
                 key="tracking.uri",
                 value=self.uri,
@@ -139,7 +140,7 @@ class MLflowStore(Store):
         except MlflowException as error:
             if not is_refusal(error):
                 raise
-            raise self.missing(run_id) from error
+            raise connection.denial(error) or self.missing(run_id) from error
         if run.info.run_id != run_id:  # it becomes the name of a folder
             raise UserError(f"{self.uri} answers with another run than {run_id}.")
         if run.info.lifecycle_stage == "deleted":
@@ -175,13 +176,16 @@ class MLflowStore(Store):
         histories = {key: self.client.get_metric_history(record.run_id, key) for key in record.metrics}
         return {key: {point.step: point.value for point in history} for key, history in histories.items()}
 
-    def delete(self, run_id: str) -> None:
+    def delete(self, run_id: str) -> str | None:
         def delete() -> None:
             for model in self._logged_models(record_of(self.client.get_run(run_id))):
                 self.client.delete_logged_model(model.model_id)
             self.client.delete_run(run_id)  # last: what is left of an interrupted deletion can be deleted again
 
-        self._retry(delete)
+        try:
+            return self._retry(delete)
+        except connection.DeniedError as denied:
+            return str(denied)
 
     def _logged_models(self, record: RunRecord) -> list[LoggedModel]:
         self.open()
@@ -281,7 +285,7 @@ class MLflowStore(Store):
             else:
                 version = self.client.get_model_version(*name.rsplit("/", 1))
         except MlflowException as error:
-            raise UserError(f"model {address} is not in {self.uri}: {first_line(error)}") from error
+            raise connection.denial(error) or UserError(f"model {address} is not in {self.uri}: {first_line(error)}") from error
         logged = re.fullmatch("models:/(m-[0-9a-f]{32})", version.source or "")  # MLflow's stores do not fill in version.model_id
         return ModelSource(address, f"{version.name}, version {version.version}", logged[1] if logged else None, version.run_id)
 
@@ -379,12 +383,12 @@ class MLflowStore(Store):
             found = self.client.get_experiment(self.experiment_id).tags
             for name, value in marks(objective).items():
                 if name not in found:
-                    self.client.set_experiment_tag(self.experiment_id, name, value)
+                    connection.tag_experiment(self.client, self.experiment_id, name, value)
             if VIEW_PREFIX + key not in found:
                 self._save_view(self.experiment_id, key, view)
 
     def _save_view(self, experiment_id: str, key: str, view: View) -> None:
-        self.client.set_experiment_tag(experiment_id, VIEW_PREFIX + key, view_tag(view))
+        connection.tag_experiment(self.client, experiment_id, VIEW_PREFIX + key, view_tag(view))
         for name in surplus_views(self.client.get_experiment(experiment_id).tags):
             self.client.delete_experiment_tag(experiment_id, name)
 

@@ -19,7 +19,7 @@ from mnist_exp.settings import Settings
 from mnist_exp.signals import defer_signals
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import StoreLostError, Tracker
-from mnist_exp.tracking.connection import is_refusal, restore_command, retry, terminate
+from mnist_exp.tracking.connection import DeniedError, is_refusal, restore_command, retry, terminate
 from mnist_exp.tracking.mlflow_models import write_mlmodel
 from mnist_exp.tracking.views import model_name, run_path
 
@@ -87,7 +87,7 @@ class MLflowTracker(Tracker):
             retry(self._outbox.send, self.uri, self.patience)
         except StoreLostError as lost:
             advice = "Nothing is lost: the files on the disk are kept."
-            if is_refusal(lost.__cause__):
+            if is_refusal(lost.__cause__) and not isinstance(lost, DeniedError):
                 restore = restore_command(self.client, self.uri, self.experiment_id, self.run_id)
                 advice = f"The files on the disk are kept. If the run was deleted, restore it with `{restore}`."
             raise StoreLostError(f"Run {self.run_id}: {lost}\n{advice}") from lost
