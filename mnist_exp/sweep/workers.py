@@ -230,7 +230,7 @@ def run_job_here(number: int, overrides: list[str]) -> tuple[JobStatus, Any]:
             with safe_output():
                 composed = context.config_loader.load_sweep_config(config, overrides)
                 with open_dict(composed):
-                    composed.hydra.job.id = composed.hydra.job.num = number
+                    composed.hydra.job.id, composed.hydra.job.num = str(number), number
                 result = run_job(task, composed, "hydra.sweep.dir", "hydra.sweep.subdir", context)
         finally:
             let_end()

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import omegaconf
 import pytest
 from conftest import CommandLine
 
@@ -21,7 +22,7 @@ UNKNOWN = {  # keys, and those that the message suggests
     "learning_rate=0.01": ["optimizer.lr"],
     "dropout=0.2": ["model.dropout"],
     "optimzer=adam": ["optimizer"],
-    "phases.train.optimizer.lr=0.1": [" optimizer.lr"],
+    **({"phases.train.optimizer.lr=0.1": [" optimizer.lr"]} if omegaconf.__version__ < "2.4" else {}),  # 2.4 sets optimizer.lr
     "+hue=1": ["batch_size"],
     "+optimizer.hue=blue": ["momentum"],
     "phases.finetune.augmentation=null": ["+augmentation@phases.finetune.augmentation="],
