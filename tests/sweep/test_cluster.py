@@ -44,12 +44,23 @@ def slurm() -> Iterator[str]:
     subprocess.run([script, "stop"], check=True)
 
 
-@pytest.mark.parametrize("cluster", ["ray", "slurm"])
+@pytest.mark.parametrize(
+    ("cluster", "resource"), [("ray", "ray.remote.num_gpus=1"), ("slurm", "gpus_per_node=1")], ids=["ray", "slurm"]
+)
 def test_a_sweep_on_a_cluster(
-    cluster: str, request: pytest.FixtureRequest, command_line: CommandLine, store: str, tmp_path: Path
+    cluster: str,
+    resource: str,
+    request: pytest.FixtureRequest,
+    command_line: CommandLine,
+    store: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Each job gets one of two fake GPUs, as in test_gpus.py."""
+    witness = add_witness(tmp_path, monkeypatch)  # before the cluster starts: its jobs get this environment
     launcher = request.getfixturevalue(cluster)
-    done = command_line(*SHORT, f"hydra/launcher={launcher}", "model=se_cnn,plain_cnn")
+    sharing = (f"hydra/launcher={launcher}", f"hydra.launcher.{resource}")
+    done = command_line(*witness, *SHORT, *sharing, "model=se_cnn,plain_cnn")
     assert done.returncode == 0, done.stderr
     parent, children = parent_and_children(store)
     assert parent.info.status == "FINISHED"
@@ -58,6 +69,7 @@ def test_a_sweep_on_a_cluster(
     ]
     assert {child.tags["mlflow.parentRunId"] for child in children} == {parent.info.run_id}
     assert len(list((tmp_path / "outputs").glob("*/finished"))) == 2
+    assert {gpu for _, gpu in seen_by(tmp_path)} == {"0", "1"}
 
     failing = command_line(*SHORT, f"hydra/launcher={launcher}", "phases.finetune.optimizer.lr=1e29", "seed=5,6")
     assert failing.returncode == 1
@@ -75,8 +87,7 @@ def running(store: str) -> list[RunRecord]:
     return [run for run in MLflowStore(store, "mnist_exp").runs(status="RUNNING") if run.job is not None]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("cluster", ["ray", "slurm"])
+@pytest.mark.parametrize(("cluster", "signum"), [("ray", signal.SIGTERM), ("ray", signal.SIGINT), ("slurm", signal.SIGINT)])
 def test_a_stopped_sweep_ends_its_jobs(
     cluster: str, signum: signal.Signals, request: pytest.FixtureRequest, command_line: CommandLine, store: str, tmp_path: Path
 ) -> None:
@@ -107,27 +118,6 @@ def test_ray_starts_a_job_again_that_died(ray: str, store: str, tmp_path: Path) 
     assert parent.info.status == "FINISHED"
     assert [child.status for child in children] == ["FINISHED"] * 4
     assert [child.run_id for child in children if "resumed" in child.tags] == [first.run_id]
-
-
-@pytest.mark.parametrize(
-    ("cluster", "resource"), [("ray", "ray.remote.num_gpus=1"), ("slurm", "gpus_per_node=1")], ids=["ray", "slurm"]
-)
-def test_the_cluster_gives_each_job_a_gpu(
-    cluster: str,
-    resource: str,
-    request: pytest.FixtureRequest,
-    command_line: CommandLine,
-    store: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Two fake ones, as in test_gpus.py."""
-    witness = add_witness(tmp_path, monkeypatch)  # before the cluster starts: its jobs get this environment
-    launcher = request.getfixturevalue(cluster)
-    sharing = (f"hydra/launcher={launcher}", f"hydra.launcher.{resource}", "seed=range(0,4)")
-    done = command_line(*witness, *SHORT, *sharing)
-    assert done.returncode == 0, done.stderr
-    assert {gpu for _, gpu in seen_by(tmp_path)} == {"0", "1"}
 
 
 def test_jobs_that_are_preempted_or_killed(
