@@ -76,11 +76,18 @@ def resume(settings: Settings, should_prune: ShouldPrune | None = None) -> RunRe
 
 
 def requeued(settings: Settings, job: JobContext) -> Settings:
-    """Return the settings of a job of a sweep; of one that a scheduler starts again, they resume its run."""
+    """Return the settings of a job of a sweep; of one that a scheduler starts again, they resume its run.
+
+    A run without a checkpoint is deleted: the job begins anew.
+    """
     store: Store = build(settings.tracking, "tracking")
     run = latest_run_per_job(store.children(job.sweep_id)).get(job.number)
-    is_again = run is not None and run_dir.has_checkpoint(settings.output_dir / run.run_id)
-    return settings.model_copy(update={"resume": run.run_id}) if run and is_again else settings
+    if run is None:
+        return settings
+    if run_dir.has_checkpoint(settings.output_dir / run.run_id):
+        return settings.model_copy(update={"resume": run.run_id})
+    store.delete(run.run_id)
+    return settings
 
 
 def rerun(settings: Settings) -> RunResult:
