@@ -7,7 +7,7 @@ import argparse
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain, product
@@ -15,17 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnist_exp import cli
-from mnist_exp.errors import Mark, UserError
+from mnist_exp.errors import UserError
 from mnist_exp.overrides import command, quoted
 from mnist_exp.tracking.tags import COMMAND
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import Tensor
 
     from mnist_exp.comparison.pairs import Comparison
-    from mnist_exp.learning.data import Dataset
-    from mnist_exp.settings import Settings
     from mnist_exp.tracking.base import RunRecord, Store, Sweep
 
 
@@ -101,7 +98,7 @@ def compare_tables(arguments: argparse.Namespace) -> None:
     if arguments.report:
         from mnist_exp.comparison import report  # takes a second to import
 
-        write = partial(report.write, parent=None, records={}, histories={}, images=None, page=lambda _: None)
+        write = partial(report.write, parent=None, records={}, histories={}, class_names=[], page=lambda _: None)
         write_report(write, [], comparisons, arguments)
 
 
@@ -111,8 +108,7 @@ def compare_sweeps(arguments: argparse.Namespace) -> None:
     from mnist_exp.console import show_lines
     from mnist_exp.tracking.frame import frame
 
-    settings = cli.default_settings()
-    store = cli.find_store(settings)
+    store = cli.find_store()
     sweeps = find_sweeps(store, arguments.sweeps or ["latest"])
     jobs = [store.children(sweep.run_id) for sweep in sweeps]
     runs = frame(zip(sweeps, jobs, strict=True))
@@ -123,8 +119,8 @@ def compare_sweeps(arguments: argparse.Namespace) -> None:
     comparisons = show_answers(runs, arguments, objective=sweeps[0].record.objective)
     from mnist_exp.comparison import report  # takes a second to import
 
-    pictures = find_images(store, settings, records)
-    write = partial(report.write, records=records, histories=histories, images=pictures, page=store.page)
+    names = class_names(store, records.values())
+    write = partial(report.write, records=records, histories=histories, class_names=names, page=store.page)
     if arguments.report:
         write_report(partial(write, parent=sweeps[0].record), sweeps, comparisons, arguments)
     show_lines(publish(store, sweeps, comparisons, write, arguments))
@@ -215,20 +211,12 @@ def compare_factors(
     return comparisons, refusals
 
 
-def find_images(store: "Store", settings: "Settings", records: "Mapping[str, RunRecord]") -> "tuple[Tensor, list[str]] | None":
-    """Return the images that the runs were scored on, and the names of their classes; None if they are not on this machine."""
-    from mnist_exp.experiment.repeat import locate_data
-    from mnist_exp.nodes import build, marked
-
-    with suppress(UserError, StopIteration):  # a damaged file, or no finished run
-        run = next(iter(records.values()))
-        recipe = store.recipe(run)
-        node = locate_data(recipe.settings, settings.data)
-        kept = {key: value for key, value in node.items() if key not in marked(node, "data", Mark.DOWNLOAD)}  # no download
-        data: Dataset = build(kept, "data", seed=recipe.settings.seed)
-        if data.digests[data.eval_split] == run.digests.get(data.eval_split):
-            return data.splits[data.eval_split].images, list(data.class_names)
-    return None
+def class_names(store: "Store", records: "Iterable[RunRecord]") -> list[str]:
+    """Return the names of the classes that runs distinguish, none if unknown."""
+    with suppress(UserError, StopIteration):  # an unreadable recipe, or no finished run
+        described = store.recipe(next(iter(records))).settings.data_description
+        return described.class_names if described else []
+    return []
 
 
 def publish(

@@ -10,7 +10,6 @@ from pydantic import Field, TypeAdapter, ValidationError
 from mnist_exp.tracking.base import OUTCOME, RunRecord, Store
 
 Curve = tuple[list[float], list[float]]  # x and y of each point
-MAX_IMAGES = 8  # that the report shows
 Index = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -58,29 +57,3 @@ def mean_confusions(runs: Iterable[History]) -> dict[tuple[int, int], float]:
     runs = list(runs)
     counts = Counter((label, prediction) for run in runs for _, label, prediction in run.mistakes)
     return {pair: count / len(runs) for pair, count in counts.items()}
-
-
-@dataclass(frozen=True)
-class Disagreement:
-    """An image that an arm and the baseline disagree on: its index and label, and the shares of the runs that misread it."""
-
-    arm: str
-    index: int
-    label: int
-    share: float
-    baseline_share: float
-
-
-def disagreements(histories: Histories, baseline: str) -> list[Disagreement]:
-    """Return the images that an arm and the baseline disagree on most, at most MAX_IMAGES."""
-    if any(run.split not in ("test", "validation") for runs in histories.values() for run in runs):
-        return []  # the images of other splits depend on the seed
-    labels = {index: label for runs in histories.values() for run in runs for index, label, _ in run.mistakes}
-    errors = {arm: Counter(index for run in runs for index, _, _ in run.mistakes) for arm, runs in histories.items()}
-    found = []
-    for arm in (arm for arm, runs in histories.items() if arm != baseline and runs and histories[baseline]):
-        for index, label in labels.items():
-            share, baseline_share = (errors[name][index] / len(histories[name]) for name in (arm, baseline))
-            found.append(Disagreement(arm, index, label, share, baseline_share))
-    found = [item for item in found if item.share != item.baseline_share]
-    return sorted(found, key=lambda item: (-abs(item.share - item.baseline_share), item.index))[:MAX_IMAGES]
