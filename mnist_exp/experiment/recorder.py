@@ -22,7 +22,7 @@ from mnist_exp.signals import Interrupted, defer_signals
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking.base import OUTCOME, RECIPE, RunInfo, Store, Tracker
-from mnist_exp.tracking.provenance import ORIGIN, PATCH, Origin, uncommitted
+from mnist_exp.tracking.provenance import ORIGIN, PATCH, uncommitted
 
 
 class Recorder:
@@ -60,9 +60,9 @@ class Recorder:
         for examples_seen, metrics in self.history:
             self.tracker.log_metrics(metrics, examples_seen)
 
-    def log_origin(self, origin: Origin) -> None:
+    def log_origin(self, origin: Mapping[str, Any]) -> None:
         """Record where a new run comes from, with the uncommitted changes of the code, and save its first checkpoint."""
-        self.tracker.log_text(origin.model_dump_json(indent=1), ORIGIN)
+        self.tracker.log_text(json.dumps(origin, indent=1), ORIGIN)
         if patch := uncommitted():
             self.tracker.log_text(patch, PATCH)
         self.save_checkpoint(None)
