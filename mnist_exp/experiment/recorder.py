@@ -3,7 +3,7 @@
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -91,11 +91,11 @@ class Recorder:
         objective = self._initial.recipe.settings.objective
         raise PrunedError(f"pruned at {self.history[-1][0]:,} examples: others have a better {objective}")
 
-    def log_figures(self, drawings: Mapping[str, Callable[[], Figure]]) -> None:
-        """Record each figure as `pictures/NAME.png`."""
+    def log_figures(self, drawn: Iterable[tuple[str, Figure]]) -> None:
+        """Record each figure as `pictures/NAME.png`; figures that are drawn one by one are only drawn to be recorded."""
         if self.tracker.is_recording:  # drawing takes as long as half an epoch
-            for name, draw in drawings.items():
-                self.tracker.log_figure(draw(), f"pictures/{name}.png")
+            for name, figure in drawn:
+                self.tracker.log_figure(figure, f"pictures/{name}.png")
 
     def log_outcome(self, split: str, evaluation: Evaluation) -> None:
         """Record the history, the size of `split` and the mistakes in it as (index, label, prediction), for comparisons."""
