@@ -13,8 +13,7 @@ import pandas as pd
 
 from mnist_exp import cli
 from mnist_exp.comparison import pairs, wording
-from mnist_exp.comparison.history import read_histories
-from mnist_exp.comparison.images import add_mistakes
+from mnist_exp.comparison.history import add_mistakes, read_histories
 from mnist_exp.comparison.pairs import Comparison
 from mnist_exp.comparison.tables import read_tables
 from mnist_exp.console import show_comparison, show_lines
