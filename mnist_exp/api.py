@@ -13,8 +13,7 @@ from dataclasses import replace
 import pandas as pd
 
 from mnist_exp.cli import default_settings, find_store, leave_credentials
-from mnist_exp.comparison.history import read_histories
-from mnist_exp.comparison.images import add_mistakes
+from mnist_exp.comparison.history import add_mistakes, read_histories
 from mnist_exp.composing import compose_recipe
 from mnist_exp.console import show_lines
 from mnist_exp.errors import UserError
@@ -23,8 +22,7 @@ from mnist_exp.experiment.runner import RunResult, run
 from mnist_exp.nodes import is_location, remember_locations
 from mnist_exp.overrides import JOB_KEY, section_of
 from mnist_exp.paths import NAME, take_credentials
-from mnist_exp.serving import Classifier
-from mnist_exp.serving.classifier import load_from
+from mnist_exp.serving.classifier import Classifier, load_from
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking.frame import FIRST, SEED
 from mnist_exp.tracking.frame import frame as sweep_frame

@@ -112,21 +112,18 @@ def call(function: Callable[..., Any], node: Mapping[str, Any], key: str, *value
     """Call what a node stands for; raises UserError."""
     try:
         return function(*values, **named)
+    except UserError as error:
+        if not error.key:
+            raise
+        raise type(error).invalid(f"{key}.{error.key}", error.value, error.expected, error.remedy) from error
     except Exception as error:  # torch and extensions raise exceptions of any kind
-        raise not_built(node, key, error) from error
-
-
-def not_built(node: Mapping[str, Any], key: str, error: BaseException) -> UserError:
-    """Return the error for a node whose target has raised `error`."""
-    if isinstance(error, UserError):
-        return error if not error.key else type(error).invalid(f"{key}.{error.key}", error.value, error.expected, error.remedy)
-    arguments = ", ".join(f"{name}={value}" for name, value in node.items() if name[0] != "_" and not isinstance(value, dict))
-    return UserError(
-        f"{key} cannot be built: {node['_target_']} refuses {arguments or 'its arguments'}: {error}.",
-        key=key,
-        value=dict(node),
-        remedy=f"Change an argument with {key}.ARGUMENT=VALUE.",
-    )
+        arguments = ", ".join(f"{name}={value}" for name, value in node.items() if name[0] != "_" and not isinstance(value, dict))
+        raise UserError(
+            f"{key} cannot be built: {node['_target_']} refuses {arguments or 'its arguments'}: {error}.",
+            key=key,
+            value=dict(node),
+            remedy=f"Change an argument with {key}.ARGUMENT=VALUE.",
+        ) from error
 
 
 def check_arguments(node: Mapping[str, Any], key: str) -> None:

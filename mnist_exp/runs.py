@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     show = add("show", "show a run's command, settings, metrics, model and paths")
     show.add_argument("run_id", metavar="RUN", help=RUN)
     show.set_defaults(run=show_run)
-    diff = add("diff", "show how two runs differ: configuration, code, packages, machine, data, metrics")
+    diff = add("diff", "show how two runs differ: configuration, environment, data, metrics")
     diff.add_argument("first", metavar="A", help=RUN)
     diff.add_argument("second", metavar="B", help=RUN)
     diff.set_defaults(run=diff_runs)

@@ -358,8 +358,8 @@ class Trial:
     def __init__(self) -> None:
         self._results: dict[str, Any] = {}
 
-    def try_out(self, settings: Settings, *, read_data: bool = False, needs_validation: bool = False) -> None:
-        """Check the arguments of every target of a configuration.
+    def try_out(self, settings: Settings, *, read_data: bool = False, needs_validation: bool = False) -> dict[str, Any]:
+        """Check the arguments of every target of a configuration; return its phases as built, by name.
 
         Args:
             settings: The configuration.
@@ -389,6 +389,7 @@ class Trial:
                 key="phases",
                 remedy="Train on others first, such as phase=[train].",
             )
+        return phases
 
     def _once(self, function: Callable[..., Any], *arguments: Any) -> Any:
         text = json.dumps([function.__name__, *arguments], sort_keys=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from mnist_exp.comparison.images import image_columns, wrong_images
+from mnist_exp.comparison.history import image_columns, wrong_images
 from mnist_exp.comparison.statistics import Estimate, Look, error_of_look, estimate, image_variance
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import metric_of
@@ -187,7 +187,7 @@ def compare(
         metrics: The metrics, of which the first is compared; None selects the usual ones.
         margin: The smallest difference that matters, as displayed; None for the metric's own.
         all_pairs: Whether to compare all pairs of arms.
-        new_images: Whether to estimate the interval for new images, too; the table has the columns of `images.add_mistakes`.
+        new_images: Whether to estimate the interval for new images, too; the table has the columns of `history.add_mistakes`.
         remarks: Notes on the table.
 
     Raises:

@@ -1,28 +1,22 @@
 """The report of a comparison: one HTML file with its figures embedded, which needs neither a server nor the network."""
 
-import base64
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote
 
 import jinja2
 import matplotlib as mpl
-import pandas as pd
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
-from PIL import Image
 
 from mnist_exp.comparison import figures, wording
-from mnist_exp.comparison.history import History, disagreements
+from mnist_exp.comparison.history import History
 from mnist_exp.comparison.pairs import Comparison
 from mnist_exp.tracking.base import RunRecord
-from mnist_exp.tracking.frame import DIGEST, SEED
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from mnist_exp.tracking.frame import SEED
 
 TEMPLATE = Path(__file__).with_name("report.html")
 # Names are text, not formulas; text stays text; and the text of all figures has one size.
@@ -37,7 +31,7 @@ def write(
     histories: Mapping[str, History | None],
     parent: RunRecord | None,
     commands: Sequence[str],
-    images: "tuple[Tensor, Sequence[str]] | None",
+    class_names: Sequence[str],
     page: Callable[[str], str | None],
 ) -> Path:
     """Write the report as HTML with all text escaped, and its first figure beside it as a PNG, whose path is returned.
@@ -49,22 +43,23 @@ def write(
         histories: Those of the runs, by id; None for a run without a readable one.
         parent: The parent of the sweep; None for a table.
         commands: The commands that repeat sweep and comparison.
-        images: The images (n, channels, h, w), uint8, that the mistakes were made on, and the names of their classes; None if
-            they are not at hand.
+        class_names: The name of each class, none if unknown.
         page: Returns the address of a run's page, None without one.
     """
-    has_one_test_set = comparison.runs.get(f"{DIGEST}test", pd.Series(dtype=str)).replace("", None).nunique() <= 1
     ids = dict(list(comparison.runs.groupby(comparison.factor, sort=False)["run"]))
     by_arm = {arm: [history for run in own if (history := histories.get(run))] for arm, own in ids.items()}
-    pixels, names = images or (None, [])
     with mpl.rc_context(STYLE):
+        first = figures.differences_or_curve(comparison)
         found = {
-            "differences": figures.differences_or_curve(comparison),
+            "differences": first,
             "every_run": figures.every_run(comparison),
             "learning_curves": figures.learning_curves(comparison, by_arm, parent.objective if parent else ""),
-            "mistakes": figures.mistakes(comparison, by_arm, names),
+            "mistakes": figures.mistakes(comparison, by_arm, class_names),
         }
         inline = {name: _inline_svg(name, figure, page) if figure else None for name, figure in found.items()}
+        first.patch.set(edgecolor="0.8", linewidth=2)  # a border on a dark page
+        picture = file.with_suffix(".png")
+        first.savefig(picture, dpi=100)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     content = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         comparison=comparison,
@@ -80,20 +75,10 @@ def write(
         parent=parent,
         commands=commands,
         figures=inline,
-        disagreements=[
-            (item, names[item.label] if names else item.label, None if pixels is None else _png_address(pixels[item.index]))
-            for item in (disagreements(by_arm, comparison.baseline) if has_one_test_set else [])
-            if pixels is None or (item.index < len(pixels) and item.label < len(names))
-        ],
         params=_differing_params({arm: [records[run].params for run in own if run in records] for arm, own in ids.items()}),
         without_history=sum(history is None for history in histories.values()),
     )
     file.write_text(content, encoding="utf-8")
-    picture = file.with_suffix(".png")
-    with mpl.rc_context(STYLE):
-        figure = figures.differences_or_curve(comparison)
-        figure.patch.set(edgecolor="0.8", linewidth=2)  # a border on a dark page
-        figure.savefig(picture, dpi=100)
     return picture
 
 
@@ -125,11 +110,3 @@ def _inline_svg(name: str, figure: Figure, page: Callable[[str], str | None]) ->
     svg = text.getvalue().replace("#000000", "currentColor")  # black lines and text are white on a dark page
     point = rf'<a xlink:href="{figures.POINT}(?P<run>[0-9a-f]*)/(?P<title>[^"]*)"[^>]*>(?P<point>.*?)</a>'
     return Markup(re.sub(point, describe, svg[svg.index("<svg") :], flags=re.DOTALL))
-
-
-def _png_address(image: "Tensor") -> str:
-    """Return a data URI with an image, uint8 (channels, h, w), as a PNG."""
-    content = io.BytesIO()
-    pixels = image.movedim(0, 2).numpy()  # (h, w, channels)
-    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(content, format="png")
-    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from mnist_exp.comparison.images import image_columns
+from mnist_exp.comparison.history import image_columns
 from mnist_exp.errors import UserError
 from mnist_exp.tracking.frame import DIGEST, FIRST, FIXED, NONE, SEED
 

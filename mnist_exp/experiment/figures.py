@@ -6,7 +6,7 @@ Margins are fixed and images share axes, because a layout of dozens of axes by m
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -37,8 +37,8 @@ def run_figures(
     seed: int,
     *,
     with_recipe: bool,
-) -> dict[str, Callable[[], Figure]]:
-    """Return functions that draw the figures of a run, by name.
+) -> Iterator[tuple[str, Figure]]:
+    """Draw the figures of a run one by one, each with its name.
 
     Args:
         evaluation: The trained model's evaluation.
@@ -53,14 +53,11 @@ def run_figures(
     first = phases[0].config
     sample = data.splits[first.split].images[:8]
     title = f"{split}, accuracy {format_metric('accuracy', accuracy(evaluation.logits, evaluation.labels))}"
-    drawings: dict[str, Callable[[], Figure]] = {
-        "confusion_matrix": lambda: confusion_matrix(evaluation, data.class_names, title),
-        "worst_mistakes": lambda: worst_mistakes(evaluation, data.splits[split].images, data.class_names),
-        "learning_curves": lambda: learning_curves(history, phase_starts),
-    }
+    yield "confusion_matrix", confusion_matrix(evaluation, data.class_names, title)
+    yield "worst_mistakes", worst_mistakes(evaluation, data.splits[split].images, data.class_names)
+    yield "learning_curves", learning_curves(history, phase_starts)
     if with_recipe:
-        drawings["augmented_images"] = lambda: augmented_images(sample, first.augmentation, generator(seed, "picture"))
-    return drawings
+        yield "augmented_images", augmented_images(sample, first.augmentation, generator(seed, "picture"))
 
 
 def confusion_matrix(evaluation: Evaluation, class_names: Sequence[str], title: str) -> Figure:

@@ -3,7 +3,7 @@
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from mnist_exp.signals import Interrupted, defer_signals
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking.base import OUTCOME, RECIPE, RunInfo, Store, Tracker
-from mnist_exp.tracking.provenance import ORIGIN, PATCH, Origin, uncommitted
+from mnist_exp.tracking.provenance import ORIGIN, PATCH, uncommitted
 
 
 class Recorder:
@@ -60,9 +60,9 @@ class Recorder:
         for examples_seen, metrics in self.history:
             self.tracker.log_metrics(metrics, examples_seen)
 
-    def log_origin(self, origin: Origin) -> None:
+    def log_origin(self, origin: Mapping[str, Any]) -> None:
         """Record where a new run comes from, with the uncommitted changes of the code, and save its first checkpoint."""
-        self.tracker.log_text(origin.model_dump_json(indent=1), ORIGIN)
+        self.tracker.log_text(json.dumps(origin, indent=1), ORIGIN)
         if patch := uncommitted():
             self.tracker.log_text(patch, PATCH)
         self.save_checkpoint(None)
@@ -91,11 +91,11 @@ class Recorder:
         objective = self._initial.recipe.settings.objective
         raise PrunedError(f"pruned at {self.history[-1][0]:,} examples: others have a better {objective}")
 
-    def log_figures(self, drawings: Mapping[str, Callable[[], Figure]]) -> None:
-        """Record each figure as `pictures/NAME.png`."""
+    def log_figures(self, drawn: Iterable[tuple[str, Figure]]) -> None:
+        """Record each figure as `pictures/NAME.png`; figures that are drawn one by one are only drawn to be recorded."""
         if self.tracker.is_recording:  # drawing takes as long as half an epoch
-            for name, draw in drawings.items():
-                self.tracker.log_figure(draw(), f"pictures/{name}.png")
+            for name, figure in drawn:
+                self.tracker.log_figure(figure, f"pictures/{name}.png")
 
     def log_outcome(self, split: str, evaluation: Evaluation) -> None:
         """Record the history, the size of `split` and the mistakes in it as (index, label, prediction), for comparisons."""

@@ -144,9 +144,8 @@ def prepare(request: RunRequest) -> Prepared:
         show_warning(f"The environment differs from the original run's: {changed}. The results may differ.")
     run_dir.ensure_writable_dir(settings.output_dir)
     # The nodes: all are checked before the data are read.
-    Trial().try_out(settings)
+    configs = Trial().try_out(settings)
     store = build(settings.tracking, "tracking")
-    configs = {name: build(node, f"phases.{name}") for name, node in settings.phases.items()}
     data: Dataset = build(settings.data, "data", seed=settings.seed)
     stored = settings.data_description  # of a run that is resumed or repeated
     if stored:

@@ -1,18 +1,16 @@
 """Callbacks: what a phase does besides its steps. They are called in their order; the methods of the base class do nothing."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 from annotated_types import MinLen
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_exp.errors import Count, Fraction, NonNegative, UserError
 from mnist_exp.metrics import metric_of, objectives
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 class Callback:
@@ -56,7 +54,7 @@ class Callback:
         """Called with the metrics of an epoch, to which it may add; return whether to end the phase."""
         return False
 
-    def on_phase_end(self) -> "Mapping[str, Figure] | None":
+    def on_phase_end(self) -> Mapping[str, Figure] | None:
         """Called after the last epoch, before the weights are saved, which it may change; may return figures by name."""
         return None
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -19,9 +20,6 @@ from mnist_exp.learning.callbacks import Callback
 from mnist_exp.learning.data import Dataset, derive_seed, generator
 from mnist_exp.learning.distillation import Targets
 from mnist_exp.learning.evaluation import evaluate
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 REPORTS_PER_EPOCH = 20
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -103,7 +101,7 @@ class Report:
     metrics: dict[str, float]
     epoch: int | None = None
     state: TrainState | None = None
-    figures: "Mapping[str, Figure]" = field(default_factory=dict)
+    figures: Mapping[str, Figure] = field(default_factory=dict)
 
 
 def choose_device(device: str) -> torch.device:
@@ -442,7 +440,7 @@ class _PhaseTrainer:
             seconds = seconds_per_example * examples
             yield Report(self.phase.name, self.examples_seen, seconds, metrics, ended_epoch, state, figures)
 
-    def end_epoch(self, metrics: dict[str, float]) -> "dict[str, Figure]":
+    def end_epoch(self, metrics: dict[str, float]) -> dict[str, Figure]:
         """Add the validation metrics, unless training has used that split, and end the phase if it is time; return figures."""
         set_mode(self.phase.optimizer, "eval")
         if self.phase.validation is not None:

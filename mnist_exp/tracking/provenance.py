@@ -16,9 +16,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from pydantic import BaseModel
+from typing import TYPE_CHECKING, Any
 
 from mnist_exp.nodes import targets
 from mnist_exp.paths import CHECKOUT, NAME, PACKAGE, config_dirs, without_credentials
@@ -45,22 +43,6 @@ def user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):
         return "unknown"
-
-
-class Origin(BaseModel):
-    """How a run came about, as its artifact ORIGIN holds it.
-
-    Args:
-        command: The shell command, whole: the tag of a long one is cut.
-        machine: Host, operating system, Python, processor, threads, memory and accelerator.
-        changed_files: The changed and untracked files of the checkout, as `git status --porcelain` prints them.
-        packages: The version of every installed distribution, by name.
-    """
-
-    command: str = ""
-    machine: dict[str, str] = {}
-    changed_files: list[str] = []
-    packages: dict[str, str] = {}
 
 
 @cache  # this process keeps the code that it has imported
@@ -183,8 +165,12 @@ def machine_tags(device: "torch.device") -> dict[str, str]:
     return tags | ({GPU: torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
 
 
-def origin(command: str, device: "torch.device") -> Origin:
-    """Return the origin of a run of this process on a device."""
+def origin(command: str, device: "torch.device") -> dict[str, Any]:
+    """Return how a run of this process on a device came about, as the artifact ORIGIN holds it.
+
+    Its keys are the whole command (the tag of a long one is cut), the machine, the changed and untracked files as `git status
+    --porcelain` prints them, and the version of every installed distribution.
+    """
     machine = {
         "host": platform.node(),
         "os": platform.platform(),
@@ -196,7 +182,7 @@ def origin(command: str, device: "torch.device") -> Origin:
     # The names of the folders say it (PEP 427). importlib.metadata would parse all files in them, which takes half a second.
     folders = [path.name.removesuffix(".dist-info") for entry in sys.path for path in Path(entry).glob("*.dist-info")]
     packages = {name: version for name, _, version in sorted(name.rpartition("-") for name in folders)}
-    return Origin(command=command, machine=machine, changed_files=changed_files(), packages=packages)
+    return {"command": command, "machine": machine, "changed_files": changed_files(), "packages": packages}
 
 
 def _processor() -> str:

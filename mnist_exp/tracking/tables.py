@@ -1,12 +1,8 @@
 """Runs as the rows of tables, and the differences between two runs."""
 
-import hashlib
-import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-
-from pydantic import ValidationError
 
 from mnist_exp.errors import UserError
 from mnist_exp.metrics import best_first, format_metric
@@ -14,9 +10,10 @@ from mnist_exp.nodes import did_you_mean, walk
 from mnist_exp.overrides import JOB_KEY
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import RunRecord, Store
-from mnist_exp.tracking.provenance import ORIGIN, PATCH, Origin
 
-CODE = {tag.COMMIT: "commit", tag.BRANCH: "branch", tag.DIRTY: "uncommitted changes", "code": "digest of the code"}
+# Tags of the code and the machine, by the names that `runs diff` shows.
+ENVIRONMENT = {"commit": tag.COMMIT, "branch": tag.BRANCH, "uncommitted changes": tag.DIRTY, "digest of the code": "code"}
+ENVIRONMENT |= {name: name for name in ("torch", "threads", tag.CPU, tag.GPU)}
 
 Group = list[RunRecord]  # a single run, or a sweep followed by its jobs
 Section = dict[str, tuple[str, str]]  # the values of both runs by name; a missing one is empty
@@ -133,36 +130,14 @@ def run_differences(store: Store, first: RunRecord, second: RunRecord) -> dict[s
 
 
 def _comparable(store: Store, record: RunRecord) -> dict[str, dict[str, str]]:
-    tags, origin = record.tags, _origin(store, record)
     settings = store.recipe(record).settings
     config, apart = walk(settings.model_dump(mode="json", exclude={JOB_KEY})), settings.neutral_arguments()
     return {
         "configuration": {key: str(value) for key, value in config if not (isinstance(value, dict | list) or key in apart)},
-        "code": {name: tags[key] for key, name in CODE.items() if key in tags} | _changed_files(_text(store, record, PATCH)),
-        "packages": origin.packages,
-        "machine": origin.machine,
+        "environment": {name: record.tags.get(key, "") for name, key in ENVIRONMENT.items()},
         "data": {"name": record.data} | {f"digest of {split}": digest for split, digest in record.digests.items()},
         "metrics": {name: format_metric(name, value) for name, value in sorted(record.metrics.items())},
     }
-
-
-def _origin(store: Store, record: RunRecord) -> Origin:
-    try:
-        return Origin.model_validate_json(_text(store, record, ORIGIN))
-    except ValidationError:  # the run ended before it recorded one
-        return Origin()
-
-
-def _text(store: Store, record: RunRecord, path: str) -> str:
-    """Return a text file of a run, empty if it has none."""
-    return store.read_artifacts([record], path).get(record.run_id, b"").decode(errors="replace")
-
-
-def _changed_files(patch: str) -> dict[str, str]:
-    """Return a digest of the changes of each file in a patch."""
-    parts = re.split(r"^diff --git .* b/(.*)\n", patch, flags=re.MULTILINE)
-    digests = [hashlib.sha256(part.encode()).hexdigest()[:10] for part in parts[2::2]]
-    return {name: f"changed, {digest}" for name, digest in zip(parts[1::2], digests, strict=True)}
 
 
 def _differing(first: Mapping[str, str], second: Mapping[str, str]) -> Section:

@@ -92,9 +92,7 @@ def test_a_sweep_on_own_pictures_shows_the_mistakes(
     assert compared.returncode == 0, compared.stderr
     parent = next(run for run in MlflowClient(store).search_runs(["1"]) if "grids" in run.data.tags)
     file = MlflowClient(store).download_artifacts(parent.info.run_id, "compare-optimizer.lr.html")
-    report = Path(file).read_text()
-    assert "owl" in report
-    assert "data:image/png" in report
+    assert "owl" in Path(file).read_text()
 
 
 def test_a_search_without_validation_is_refused(refuse: Callable[..., str]) -> None:

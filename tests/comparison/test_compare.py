@@ -12,7 +12,7 @@ from conftest import Call, chromium
 from mlflow import MlflowClient
 
 from mnist_exp import compare
-from mnist_exp.comparison.history import MAX_IMAGES, parse_history
+from mnist_exp.comparison.history import parse_history
 from mnist_exp.overrides import quoted
 
 Compare = Callable[..., tuple[int, str, str]]
@@ -72,7 +72,6 @@ def test_the_answer_is_printed_and_the_report_published_in_the_parent(run_compar
     assert page.count("<title>plain_cnn, seed 0, run ") == 1, "a tooltip for each run"
     assert ">difference in test/accuracy" in page, "text is text"
     assert "run:" not in page
-    assert 0 < page.count('class="digit"') <= MAX_IMAGES, "the images that the arms disagree on"
     assert f"{sweep} --factor model.name --baseline plain_cnn" in page
     assert HOSTILE not in page, "a model's name is text, not HTML"
     assert not re.search(r"(src|href|url)\s*[=(]\s*[\"']?(?!data:)\w", page), "the file is self-contained"

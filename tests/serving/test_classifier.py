@@ -18,7 +18,7 @@ from mnist_exp.api import load
 from mnist_exp.errors import UserError
 from mnist_exp.learning.data import Dataset
 from mnist_exp.learning.pictures import open_picture
-from mnist_exp.serving import Classifier
+from mnist_exp.serving.classifier import Classifier
 from mnist_exp.settings import DataDescription
 from mnist_exp.tracking.base import ModelSource
 
