@@ -26,16 +26,22 @@ def until_all_ended(launcher: Launcher, sweep_id: str) -> Iterator[None]:
 
 @contextmanager
 def _on_slurm(launcher: Launcher, name: str) -> Iterator[None]:
-    """Submitit raises the error of the first job while others still run."""
     launcher.params["name"] = name  # type: ignore[attr-defined]  # submitit's
     try:
-        yield
+        try:
+            yield
+        except Exception:  # of the first job that failed: others may still run
+            _wait_on_slurm(name)
+            raise
     except Interrupted:
         subprocess.run(["scancel", "--name", name], check=False)
+        _wait_on_slurm(name)
         raise
-    finally:
-        while subprocess.run(["squeue", "--noheader", "--name", name], capture_output=True, check=False).stdout:
-            time.sleep(1)
+
+
+def _wait_on_slurm(name: str) -> None:
+    while subprocess.run(["squeue", "--noheader", "--name", name], capture_output=True, check=False).stdout:
+        time.sleep(1)
 
 
 @contextmanager

@@ -107,14 +107,14 @@ def test_an_ambiguous_start_lists_the_candidates(opened: MLflowStore, tmp_path: 
 
 
 def test_list_sorts_and_filters(opened: MLflowStore, command: Command, tmp_path: Path) -> None:
-    for name, accuracy, data in (("good", 0.99, "mnist"), ("bad", 0.5, "mnist"), ("other", 0.75, "digits")):
+    for name, accuracy, data in (("good", 0.99, "mnist"), ("worst", 0.5, "mnist"), ("other", 0.75, "digits")):
         record(opened, tmp_path, name, accuracy=accuracy, tags={"data": data})
     record(opened, tmp_path, "unscored")
     by_accuracy = command("list", "--sort", "test/accuracy")
-    assert by_accuracy.index("good") < by_accuracy.index("other") < by_accuracy.index("bad")
+    assert by_accuracy.index("good") < by_accuracy.index("other") < by_accuracy.index("worst")
     assert "unscored" not in by_accuracy
     by_loss = command("list", "--sort", "test/loss", "--data", "mnist")
-    assert by_loss.index("good") < by_loss.index("bad")
+    assert by_loss.index("good") < by_loss.index("worst")
     assert "other" not in by_loss
     assert "0.5000" in by_loss
     last = command("list", "--last", "2")
