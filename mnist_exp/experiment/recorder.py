@@ -92,7 +92,7 @@ class Recorder:
         raise PrunedError(f"pruned at {self.history[-1][0]:,} examples: others have a better {objective}")
 
     def log_figures(self, drawn: Iterable[tuple[str, Figure]]) -> None:
-        """Record each figure as `pictures/NAME.png`; figures that are drawn one by one are only drawn to be recorded."""
+        """Record each figure as `pictures/NAME.png`; without a record, none is drawn from the iterable."""
         if self.tracker.is_recording:  # drawing takes as long as half an epoch
             for name, figure in drawn:
                 self.tracker.log_figure(figure, f"pictures/{name}.png")

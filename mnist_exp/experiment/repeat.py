@@ -78,13 +78,13 @@ def resume(settings: Settings, should_prune: ShouldPrune | None = None) -> RunRe
 def requeued(settings: Settings, job: JobContext) -> Settings:
     """Return the settings of a job of a sweep; of one that a scheduler starts again, they resume its run.
 
-    A run without a checkpoint is deleted: the job begins anew.
+    A run without a checkpoint is deleted, and the job starts again from the beginning.
     """
     store: Store = build(settings.tracking, "tracking")
     run = latest_run_per_job(store.children(job.sweep_id)).get(job.number)
     if run is None:
         return settings
-    if run_dir.has_checkpoint(settings.output_dir / run.run_id):
+    if run.is_done or run_dir.has_checkpoint(settings.output_dir / run.run_id):
         return settings.model_copy(update={"resume": run.run_id})
     store.delete(run.run_id)
     return settings

@@ -1,4 +1,4 @@
-"""What the launchers for clusters leave open: they return, or are stopped, while jobs still wait or run."""
+"""Waits for jobs on clusters, whose launchers return or are stopped while jobs still wait or run."""
 
 import signal
 import subprocess
@@ -11,6 +11,8 @@ from hydra.plugins.launcher import Launcher
 
 from mnist_exp.paths import NAME
 from mnist_exp.signals import Interrupted
+
+PATIENCE = 120.0  # seconds for SLURM to answer
 
 
 @contextmanager
@@ -40,7 +42,14 @@ def _on_slurm(launcher: Launcher, name: str) -> Iterator[None]:
 
 
 def _wait_on_slurm(name: str) -> None:
-    while subprocess.run(["squeue", "--noheader", "--name", name], capture_output=True, check=False).stdout:
+    """Wait until no job has the name, or SLURM has not answered for a while."""
+    answered = time.monotonic()
+    while time.monotonic() < answered + PATIENCE:
+        listed = subprocess.run(["squeue", "--noheader", "--name", name], capture_output=True, check=False)
+        if listed.returncode == 0:
+            answered = time.monotonic()
+            if not listed.stdout:
+                return
         time.sleep(1)
 
 

@@ -109,7 +109,7 @@ class GridSweep:
             self._run(parent)
 
     def _run(self, parent: Parent) -> None:
-        """Run the jobs, and show and record what they have found."""
+        """Run the jobs, and show and record their results."""
         try:
             with sweep_progress(parent.total, lambda: progress(parent.children(), parent.objective)):
                 self.run_jobs(parent)
@@ -254,7 +254,7 @@ class GridSweep:
         self.launch_missing(parent, parent.jobs)
 
     def publish(self, parent: Parent) -> None:
-        """Add what the sweep has found to its parent; of a grid, `compare` does."""
+        """Add a report to the parent; of a grid, `compare` does."""
 
     def launch_missing(self, parent: Parent, jobs: Sequence[Job]) -> None:
         """Run those of `jobs` that have not finished."""
@@ -269,7 +269,8 @@ class GridSweep:
         except UserError:
             raise
         except Interrupted:
-            parent.mark_killed(list(missing))
+            with suppress(Exception):  # the signal matters, not that the store is unreachable, too
+                parent.mark_killed(list(missing))
             raise
         except Exception as error:  # some launchers raise the exception of their first job after all have run
             results = [failed(error) for _ in missing]

@@ -14,9 +14,9 @@ from mnist_exp.metrics import metric_of
 from mnist_exp.overrides import key_of, parse
 from mnist_exp.sweep import search_report
 from mnist_exp.sweep.grid import GridSweep
-from mnist_exp.sweep.jobs import Job
+from mnist_exp.sweep.jobs import Job, failed
 from mnist_exp.sweep.parent import Parent
-from mnist_exp.sweep.workers import cores
+from mnist_exp.sweep.workers import JobError, cores
 from mnist_exp.tracking.base import Sweep, latest_run_per_job
 from mnist_exp.tracking.tags import PRUNED
 
@@ -110,9 +110,12 @@ class SearchSweep(GridSweep):
         """Propose the next job when a worker is free; run: `WorkerPool.run`."""
         if not self.settings.sweep.force:
             parent.wait_for_running_jobs()
+        tell_study(study, parent)  # of jobs that have ended without their parent
+        unfinished = parent.missing(parent.jobs)
+        left = len(unfinished) + parent.total - len(parent.jobs)
 
         def jobs() -> Iterator[tuple[int, list[str]]]:
-            yield from parent.missing(parent.jobs).items()
+            yield from unfinished.items()
             while len(parent.jobs) < parent.total:
                 parent.jobs.append(self._job(study.ask(), parent.grids))
                 yield from parent.missing(parent.jobs[-1:]).items()
@@ -123,10 +126,14 @@ class SearchSweep(GridSweep):
                 parent.mark_killed([number])
             tell_study(study, parent)
 
-        run(jobs(), parent.total, record)
+        try:
+            if left:
+                run(jobs(), left, record)
+        except JobError as error:
+            parent.results |= {job.number: failed(error) for job in parent.jobs if job.number not in parent.results}
 
     def publish(self, parent: Parent) -> None:
-        """Add what the search has found to its parent."""
+        """Add the report of the search to its parent."""
         study = open_study(parent.folder, self.settings.seed, parent.objective)
         search_report.publish(parent.store, parent.tracker.run_id, study, parent.objective)
 
@@ -189,7 +196,7 @@ def suggest(trial: "BaseTrial", override: str) -> str:
 
 
 def tell_study(study: "Study", parent: Parent) -> None:
-    """Report the results of the jobs that have ended to the study."""
+    """Report the results of the jobs that have ended to the study; one that failed in an earlier attempt is repeated."""
     from optuna.trial import TrialState
 
     children, objective = latest_run_per_job(parent.children()), parent.objective
@@ -199,7 +206,7 @@ def tell_study(study: "Study", parent: Parent) -> None:
             study.tell(trial.number, child.metrics[objective])
         elif child and PRUNED in child.tags:
             study.tell(trial.number, state=TrialState.PRUNED)
-        elif child and child.status != "RUNNING":
+        elif child and trial.number in parent.results:
             study.tell(trial.number, state=TrialState.FAIL)
 
 

@@ -1,4 +1,4 @@
-"""Jobs in parallel on this machine: one worker process for each core, each with its share of the threads.
+"""Jobs in parallel on this machine: one worker process for each GPU or core, each with its share of the threads.
 
 All are forked from one server process, which imports their modules once, while the sweep is still being composed.
 """
@@ -9,10 +9,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from itertools import islice
 from multiprocessing import forkserver, resource_tracker
@@ -92,8 +92,12 @@ class WorkerPool:
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; return their results in the same order."""
         results: dict[int, JobReturn] = {}
-        self.run(enumerate(map(list, job_overrides), initial_job_idx), len(job_overrides), results.__setitem__)
-        return [results[number] for number in sorted(results)]
+        jobs = dict(enumerate(map(list, job_overrides), initial_job_idx))
+        try:
+            self.run(jobs.items(), len(jobs), results.__setitem__)
+        except JobError as error:
+            return [results.get(number, failed(error)) for number in jobs]
+        return [results[number] for number in jobs]
 
     def run(self, jobs: Iterable[tuple[int, list[str]]], most: int, ended: Callable[[int, JobReturn], None]) -> None:
         """Run the jobs that an iterable yields; it is asked for the next one when a worker is free.
@@ -102,6 +106,9 @@ class WorkerPool:
             jobs: The number and the overrides of each job.
             most: The number of jobs that it yields at most.
             ended: Called with the number and the result of each job that has ended.
+
+        Raises:
+            JobError: No worker can start.
         """
         self.warm_up()
         theirs, lifeline = CONTEXT.Pipe(duplex=False)
@@ -112,17 +119,16 @@ class WorkerPool:
         remaining, running = iter(jobs), dict[Future[Any], int]()
         try:
             with env_override(self.environment):  # Pebble restarts a server that has died
-                CONTEXT.Process(target=int).start()  # returns after the imports of the server
+                with starting_workers():
+                    CONTEXT.Process(target=int).start()  # returns after the imports of the server
                 while True:
                     for job in islice(remaining, self.processes - len(running)):
-                        with defer_signals():  # a worker that starts needs its parent
+                        with starting_workers(), defer_signals():  # a worker that starts needs its parent
                             running[pool.schedule(run_job_here, job)] = job[0]
                     if not running:
                         return
                     for done in wait(running, return_when=FIRST_COMPLETED).done:
                         ended(running.pop(done), report(done))
-        except (EOFError, OSError, RuntimeError) as error:
-            raise JobError("no worker could start; the machine may have run out of memory") from error
         except Interrupted as interrupted:
             pool.stop()  # before workers that end are replaced
             workers = multiprocessing.active_children()
@@ -138,6 +144,15 @@ class WorkerPool:
             lifeline.close()
             pool.join()
             places.cleanup()
+
+
+@contextmanager
+def starting_workers() -> Iterator[None]:
+    """Raise JobError if the block cannot start a process."""
+    try:
+        yield
+    except (EOFError, OSError, RuntimeError) as error:
+        raise JobError("no worker could start; the machine may have run out of memory") from error
 
 
 def cores() -> int:

@@ -10,6 +10,7 @@ from mnist_exp.errors import UserError
 from mnist_exp.metrics import EVALUATION, best_first, metric_of
 from mnist_exp.overrides import command
 from mnist_exp.settings import ID
+from mnist_exp.signals import defer_signals
 from mnist_exp.storage import run_dir
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import RunRecord, Store
@@ -119,10 +120,10 @@ def delete(store: Store, group: Group, output_dir: Path) -> None:
         with _locked(store, run, output_dir):
             pass
     for run in reversed(group):  # the sweep last: what is left of an interrupted deletion can be deleted again
-        with _locked(store, run, output_dir):
-            run_dir.remove_folder(output_dir / run.run_id)
-            if reason := store.delete(run.run_id):
+        with _locked(store, run, output_dir), defer_signals():
+            if reason := store.delete(run.run_id):  # the store may refuse, and the folder then stays
                 raise UserError(reason)
+            run_dir.remove_folder(output_dir / run.run_id)
     if group[0].job is not None:
         with suppress(UserError):  # its sweep was deleted before
             reason = f"the run of job {group[0].job} was deleted"

@@ -177,8 +177,9 @@ def origin(command: str, device: "torch.device") -> dict[str, Any]:
         "python": platform.python_version(),
         **machine_tags(device),
         "cores": str(os.cpu_count()),
-        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
     }
+    if hasattr(os, "sysconf"):  # not on Windows
+        machine["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
     # The names of the folders say it (PEP 427). importlib.metadata would parse all files in them, which takes half a second.
     folders = [path.name.removesuffix(".dist-info") for entry in sys.path for path in Path(entry).glob("*.dist-info")]
     packages = {name: version for name, _, version in sorted(name.rpartition("-") for name in folders)}

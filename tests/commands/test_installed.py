@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,16 @@ def installed(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", folder]
     subprocess.run([*pip, sdist], check=True)
     return folder
+
+
+def test_a_wheel_of_the_checkout_lacks_the_defaults_of_its_builder(sdist: Path, tmp_path: Path) -> None:
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=sdist.parents[1], check=True, capture_output=True)
+    (wheel,) = tmp_path.iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert "mnist_exp/conf/config.yaml" in names
+    assert not [name for name in names if "conf/local" in name]
 
 
 def run(installed: Path, here: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 from processes import SHORT
 
+pytestmark = pytest.mark.slow
+
 # How to take a call away in a new process, before anything is imported.
 NO_AFFINITY = "import os; del os.sched_getaffinity"
 NO_HANGUP = "import signal; del signal.SIGHUP"
 NO_FORKSERVER = "from multiprocessing import reduction; reduction.HAVE_SEND_HANDLE = False"
 NO_SIGMASK = "import signal; del signal.pthread_sigmask"
+NO_SYSCONF = "import os; del os.sysconf"
 NO_GLIBC = """
 import ctypes
 class CDLL(ctypes.CDLL):
@@ -40,7 +43,7 @@ def refuse(path, *args, **named):
     return open_any(path, *args, **named)
 os.open = refuse
 """
-WINDOWS = "\n".join([NO_AFFINITY, NO_HANGUP, NO_SIGMASK, NO_PROC, NO_OPEN_FOLDERS, NO_FORKSERVER])
+WINDOWS = "\n".join([NO_AFFINITY, NO_HANGUP, NO_SIGMASK, NO_SYSCONF, NO_PROC, NO_OPEN_FOLDERS, NO_FORKSERVER])
 
 
 def run(removed: str, here: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -51,11 +54,11 @@ def run(removed: str, here: Path, *overrides: str) -> subprocess.CompletedProces
 
 
 @pytest.mark.parametrize(
-    "removed", [NO_HANGUP, NO_SIGMASK, NO_GLIBC, NO_PROC, NO_OPEN_FOLDERS, NO_FORKSERVER, WINDOWS],
-    ids=["SIGHUP", "pthread_sigmask", "glibc", "proc", "open_folders", "forkserver", "windows"],
+    "removed", [NO_HANGUP, NO_SYSCONF, NO_GLIBC, NO_PROC, NO_OPEN_FOLDERS, NO_FORKSERVER, WINDOWS],
+    ids=["SIGHUP", "sysconf", "glibc", "proc", "open_folders", "forkserver", "windows"],
 )  # fmt: skip
-def test_a_run_trains_without(removed: str, tmp_path: Path) -> None:
-    done = run(removed, tmp_path, "tracking=none", *SHORT)
+def test_a_run_trains_without(removed: str, store: str, tmp_path: Path) -> None:
+    done = run(removed, tmp_path, *SHORT)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.glob("outputs/*/checkpoint.pt"))
 

@@ -1,9 +1,11 @@
 import re
+import signal
 from pathlib import Path
 
 import pytest
 from conftest import CommandLine
 from mlflow import MlflowClient
+from test_sweep import begin, parent_and_children
 
 from mnist_exp.sweep.search import make_pruning_callback, open_study
 
@@ -52,3 +54,19 @@ def test_one_worker_repeats_a_search_and_its_answer_is_on_the_parent(command_lin
     page = Path(client.download_artifacts(first.info.run_id, "compare-search.html")).read_text()
     for job in jobs[first.info.run_id]:
         assert re.search(r"optimizer.lr=(\S+)", job.data.tags["overrides"])[1] in page
+
+
+@pytest.mark.slow
+def test_a_stopped_search_learns_from_every_job_when_it_is_resumed(command_line: CommandLine, store: str, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    search = ("-m", "hydra/sweeper=optuna", "data=digits", "data.subset=600", "phase=[train]", "phases.train.epochs=40")
+    space = ("batch_size=64", "optimizer.lr=tag(log,interval(0.01,0.2))", "hydra.sweeper.n_trials=4")
+    process = begin(store, tmp_path, *search, *space, "hydra.launcher.processes=2", jobs=2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    done = command_line(*search[:2], "sweep.resume=latest", "hydra.launcher.processes=1")
+    assert done.returncode == 0, done.stderr
+    parent, children = parent_and_children(store)
+    study = open_study(tmp_path / "outputs" / parent.info.run_id, seed=0, objective="val/accuracy")
+    assert [child.metrics["val/accuracy"] for child in children] == [trial.value for trial in study.trials]
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4
