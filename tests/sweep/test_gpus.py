@@ -74,7 +74,7 @@ def test_a_mistake_is_explained(gpus: Any) -> None:
 @pytest.mark.slow
 def test_a_worker_that_replaces_a_dead_one_gets_its_gpu(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sharing = ("hydra.launcher.processes=2", "hydra.launcher.gpus=[3,5]")
-    process = begin(store, tmp_path, *add_witness(tmp_path, monkeypatch), *LONG, *sharing, jobs=2)
+    process = begin(store, tmp_path, "-m", *add_witness(tmp_path, monkeypatch), *LONG[1:], *sharing, jobs=2)
     killed = parent_and_children(store)[1][0].tags["pid"]
     os.kill(int(killed), signal.SIGKILL)
     _, error = process.communicate(timeout=240)
