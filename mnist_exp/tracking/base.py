@@ -47,6 +47,10 @@ class StoreLostError(ResumableError):
     """The store did not answer before the end of the run, or refuses a record."""
 
 
+class DeniedError(StoreLostError):
+    """The server does not accept the user, or does not allow a request."""
+
+
 @dataclass(frozen=True)
 class RunInfo:
     """The description of a run that is about to start.
@@ -518,8 +522,8 @@ class Store:
                     reaped.append(record)
         return reaped
 
-    def delete(self, run_id: str) -> str | None:
-        """Delete a run; return the reason if the user may not."""
+    def delete(self, run_id: str) -> None:
+        """Delete a run; raises DeniedError if the user may not."""
 
     def after_deletion(self, records: Sequence[RunRecord]) -> list[str]:
         """Return the lines that say how to restore deleted runs, and how to remove their files."""

@@ -19,7 +19,7 @@ from mnist_exp.errors import UserError, first_line
 from mnist_exp.paths import absolute_store
 from mnist_exp.signals import defer_signals
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.base import StoreLostError, StoreUnavailableError
+from mnist_exp.tracking.base import DeniedError, StoreLostError, StoreUnavailableError
 from mnist_exp.tracking.views import VIEW_PREFIX, describe_experiment, fixed_views, view_tag
 
 Result = TypeVar("Result")
@@ -27,10 +27,6 @@ REFUSALS = (
     "INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "BAD_REQUEST", "PERMISSION_DENIED", "UNAUTHENTICATED",
 )  # fmt: skip
 _denied: dict[tuple[str, str], MlflowException] = {}  # the errors of experiments whose tags this process may not set
-
-
-class DeniedError(StoreLostError):
-    """The server does not accept the user, or does not allow a request."""
 
 
 def check_uri(uri: str) -> str:

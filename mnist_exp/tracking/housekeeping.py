@@ -121,8 +121,7 @@ def delete(store: Store, group: Group, output_dir: Path) -> None:
     for run in reversed(group):  # the sweep last: what is left of an interrupted deletion can be deleted again
         with _locked(store, run, output_dir):
             run_dir.remove_folder(output_dir / run.run_id)
-            if reason := store.delete(run.run_id):
-                raise UserError(reason)
+            store.delete(run.run_id)
     if group[0].job is not None:
         with suppress(UserError):  # its sweep was deleted before
             reason = f"the run of job {group[0].job} was deleted"

@@ -176,16 +176,13 @@ class MLflowStore(Store):
         histories = {key: self.client.get_metric_history(record.run_id, key) for key in record.metrics}
         return {key: {point.step: point.value for point in history} for key, history in histories.items()}
 
-    def delete(self, run_id: str) -> str | None:
+    def delete(self, run_id: str) -> None:
         def delete() -> None:
             for model in self._logged_models(record_of(self.client.get_run(run_id))):
                 self.client.delete_logged_model(model.model_id)
             self.client.delete_run(run_id)  # last: what is left of an interrupted deletion can be deleted again
 
-        try:
-            return self._retry(delete)
-        except connection.DeniedError as denied:
-            return str(denied)
+        self._retry(delete)
 
     def _logged_models(self, record: RunRecord) -> list[LoggedModel]:
         self.open()
