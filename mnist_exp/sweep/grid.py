@@ -95,13 +95,13 @@ class GridSweep:
                 return
             renumbered = [(child, number) for child, number in children if child.job != number]
             has_all = total == len(jobs) and done.issuperset(job.number for job in jobs)
-            if stored and stored.record.status == "FINISHED" and stored.total == total and has_all and not renumbered:
+            if stored and stored.status == "FINISHED" and stored.total == total and has_all and not renumbered:
                 show_lines([f"Sweep {stored.run_id} has finished: nothing is left to run."])
                 return
             getattr(self.launcher, "warm_up", lambda: None)()  # now that nothing can be refused any more
             launching = [override for override in hydra.overrides.hydra if "launcher" in override]
             selecting = [*self.selecting_overrides, *launching]
-            objective = stored.record.objective if stored else settings.objective
+            objective = stored.objective if stored else settings.objective
             parent = Parent(store, settings, self.name, grids, jobs, total, swept_keys, locations, selecting, objective)
             lock.enter_context(parent.open(stored))
             for child, number in renumbered:
@@ -165,7 +165,7 @@ class GridSweep:
             raise UserError.invalid(key, found.run_id, "a grid, not a search", remedy)
         if found.sweeper != self.name:
             raise UserError.invalid(key, found.run_id, f"a sweep by {self.name}", f"Add hydra/sweeper={found.sweeper}.")
-        check_output_dir(found.record, output_dir, locations, key)
+        check_output_dir(found, output_dir, locations, key)
         if not sweep.dry_run:
             lock.enter_context(run_dir.lock_run(output_dir / found.run_id))
             found = store.find_sweep(found.run_id)  # another process may have extended it
@@ -206,7 +206,7 @@ class GridSweep:
             UserError: Other software started the sweep, or a finished run is none of the jobs, unless `sweep.force` is set.
         """
         if not self.settings.sweep.force:
-            _check_unchanged(provenance.differences(stored.record.tags, provenance.software()))
+            _check_unchanged(provenance.differences(stored.tags, provenance.software()))
         children = store.children(stored.run_id)
         if self.name != GridSweep.name:  # several trials of a search may have the same configuration
             return [(child, child.job) for child in children]

@@ -91,7 +91,7 @@ class Parent:
             lock.enter_context(_resume_advice(self.resume_command))
             if stored:
                 # Before the first job starts. Answers from fewer jobs no longer hold.
-                answers = {name: "" for name in stored.record.tags if name.partition(".")[0] == tag.ANSWER}
+                answers = {name: "" for name in stored.tags if name.partition(".")[0] == tag.ANSWER}
                 self.store.set_tags(stored.run_id, process_tags | sweep_tags | answers)
             else:
                 lock.enter_context(run_dir.lock_run(self.folder))

@@ -80,7 +80,7 @@ class SearchSweep(GridSweep):
         folder = self.settings.output_dir / stored.run_id
         if not (folder / DATABASE).exists():
             raise UserError(f"The study of this search is not in {folder}: set output_dir to the folder it started with.")
-        study = open_study(folder, self.settings.seed, stored.record.objective)
+        study = open_study(folder, self.settings.seed, stored.objective)
         try:
             return [self._job(_continued(study, trial), grids) for trial in study.trials]
         except ValueError as error:

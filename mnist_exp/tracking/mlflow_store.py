@@ -210,7 +210,7 @@ class MLflowStore(Store):
 
     def find_sweep(self, sweep: str, *, unfinished: bool = False) -> Sweep:
         found = super().find_sweep(sweep, unfinished=unfinished)
-        self.experiment_id = found.record.experiment_id
+        self.experiment_id = found.experiment_id
         return found
 
     def read_artifacts(self, records: Sequence[RunRecord], path: str, *, strict: bool = False) -> dict[str, bytes]:
