@@ -34,6 +34,7 @@ from mnist_exp.sweep.clusters import until_all_ended
 from mnist_exp.sweep.jobs import Composer, Job, failed
 from mnist_exp.sweep.parent import Parent, check_output_dir
 from mnist_exp.sweep.summary import preview, progress
+from mnist_exp.sweep.workers import WorkerPool
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import RECIPE, RunRecord, Store, Sweep, grids_text
 from mnist_exp.tracking.models import whole_id
@@ -65,6 +66,7 @@ class GridSweep:
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=context, task_function=task, config=composed
         )
+        self.pool: WorkerPool | None = getattr(self.launcher, "pool", None)  # only our own launcher has it
 
     def sweep(self, arguments: list[str]) -> None:
         """Run the jobs that `arguments` define, or the missing jobs of the sweep `sweep.resume`; raises UserError."""
@@ -98,7 +100,8 @@ class GridSweep:
             if stored and stored.status == "FINISHED" and stored.total == total and has_all and not renumbered:
                 show_lines([f"Sweep {stored.run_id} has finished: nothing is left to run."])
                 return
-            getattr(self.launcher, "warm_up", lambda: None)()  # now that nothing can be refused any more
+            if self.pool:
+                self.pool.warm_up()  # now that nothing can be refused any more
             launching = [override for override in hydra.overrides.hydra if "launcher" in override]
             selecting = [*self.selecting_overrides, *launching]
             objective = stored.objective if stored else settings.objective

@@ -16,7 +16,7 @@ from mnist_exp.sweep import search_report
 from mnist_exp.sweep.grid import GridSweep
 from mnist_exp.sweep.jobs import Job
 from mnist_exp.sweep.parent import Parent
-from mnist_exp.sweep.workers import cores
+from mnist_exp.sweep.workers import WorkerPool, cores
 from mnist_exp.tracking.base import Sweep, latest_run_per_job
 from mnist_exp.tracking.tags import PRUNED
 
@@ -93,8 +93,8 @@ class SearchSweep(GridSweep):
     def run_jobs(self, parent: Parent) -> None:
         """Propose jobs, run them, and report their results to the study, until there are n_trials jobs."""
         study = open_study(parent.folder, self.settings.seed, parent.objective)
-        if self.at_once is None and (run := getattr(self.launcher, "run", None)):  # only our own launcher has it
-            self._run_when_free(run, study, parent)
+        if self.at_once is None and self.pool:
+            self._run_when_free(self.pool, study, parent)
             return
         jobs = list(parent.jobs)
         while True:
@@ -106,8 +106,8 @@ class SearchSweep(GridSweep):
             jobs = [self._job(study.ask(), parent.grids) for _ in range(missing)]
             parent.jobs.extend(jobs)
 
-    def _run_when_free(self, run: Callable[..., None], study: "Study", parent: Parent) -> None:
-        """Propose the next job when a worker is free; run: `WorkerPool.run`."""
+    def _run_when_free(self, pool: WorkerPool, study: "Study", parent: Parent) -> None:
+        """Propose the next job when a worker is free."""
         if not self.settings.sweep.force:
             parent.wait_for_running_jobs()
 
@@ -123,7 +123,7 @@ class SearchSweep(GridSweep):
                 parent.mark_killed([number])
             tell_study(study, parent)
 
-        run(jobs(), parent.total, record)
+        pool.run(jobs(), parent.total, record)
 
     def publish(self, parent: Parent) -> None:
         """Add what the search has found to its parent."""
