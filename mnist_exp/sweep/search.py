@@ -92,7 +92,7 @@ class SearchSweep(GridSweep):
 
     def run_jobs(self, parent: Parent) -> None:
         """Propose jobs, run them, and report their results to the study, until there are n_trials jobs."""
-        study = open_study(parent.folder, self.settings.seed, parent.objective)
+        self.study = study = open_study(parent.folder, self.settings.seed, parent.objective)
         if self.at_once is None and self.pool:
             self._run_when_free(self.pool, study, parent)
             return
@@ -127,8 +127,7 @@ class SearchSweep(GridSweep):
 
     def publish(self, parent: Parent) -> None:
         """Add what the search has found to its parent."""
-        study = open_study(parent.folder, self.settings.seed, parent.objective)
-        search_report.publish(parent.store, parent.tracker.run_id, study, parent.objective)
+        search_report.publish(parent.store, parent.tracker.run_id, self.study, parent.objective)
 
     def _job(self, trial: "BaseTrial", grids: list[list[str]]) -> Job:
         """Return the job of a trial, which gets a value for each searched key that has none."""
