@@ -16,7 +16,6 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from mnist_exp.errors import UserError, first_line
-from mnist_exp.paths import absolute_store
 from mnist_exp.signals import defer_signals
 from mnist_exp.tracking import tags as tag
 from mnist_exp.tracking.base import DeniedError, StoreLostError, StoreUnavailableError
@@ -38,7 +37,8 @@ def check_uri(uri: str) -> str:
             "sqlite:////absolute/path.db, or http(s)://host:port of an MLflow server",
             "Set it with tracking.uri=... or MLFLOW_TRACKING_URI. Unset both for the default, or use tracking=none.",
         )
-    return absolute_store(uri)
+    path = uri.removeprefix("sqlite:///")
+    return uri.rstrip("/") if path == uri else f"sqlite:///{Path(path).absolute()}"
 
 
 def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:
