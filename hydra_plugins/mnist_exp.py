@@ -1,6 +1,6 @@
 """Hydra finds its plugins in this package only. It imports them even for --help, so they import the sweeps when one starts."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from hydra.core.utils import JobReturn
@@ -64,11 +64,5 @@ class Workers(Launcher):
 
         self.pool = WorkerPool(hydra_context, task_function, config, self.processes, self.gpus)
 
-    def warm_up(self) -> None:
-        self.pool.warm_up()
-
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         return self.pool.launch(job_overrides, initial_job_idx)
-
-    def run(self, jobs: Iterable[tuple[int, list[str]]], most: int, ended: Callable[[int, JobReturn], None]) -> None:
-        self.pool.run(jobs, most, ended)

@@ -266,7 +266,7 @@ def show_comparison(title: str, subtitle: str, tables: Sequence[list[dict[str, s
         console.print(plain(f"- {note}"), soft_wrap=True)  # it may contain a command
 
 
-def tracked(files: Sequence[Path], name: str) -> Iterable[Path]:
+def tracked(files: Sequence[Path]) -> Iterable[Path]:
     """Return files for a loop, which shows a progress bar if there is a terminal."""
     console = Console()
-    return track(files, name, console=console, transient=True, disable=not console.is_terminal)
+    return track(files, "predict", console=console, transient=True, disable=not console.is_terminal)

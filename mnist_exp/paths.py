@@ -51,9 +51,3 @@ def take_credentials(text: str) -> str:
             if value is not None:
                 os.environ[f"MLFLOW_TRACKING_{name}"] = unquote(value)
     return without_credentials(text)
-
-
-def absolute_store(uri: str) -> str:
-    """Return the address of a store with the path of a SQLite file made absolute."""
-    path = uri.removeprefix("sqlite:///")
-    return uri.rstrip("/") if path == uri else f"sqlite:///{Path(path).absolute()}"

@@ -40,7 +40,7 @@ def predict(arguments: argparse.Namespace) -> int:
 
     files = find_files(arguments.files)
     classifier = load_from(cli.default_settings(), arguments.model)
-    results = predict_files(classifier, tracked(files, "predict"), arguments.as_is)
+    results = predict_files(classifier, tracked(files), arguments.as_is)
     read, failed = [[item for item in results if bool(item.error) == is_error] for is_error in (False, True)]
     if read:
         show_table(

@@ -169,7 +169,7 @@ def diff_runs(store: Store, settings: Settings, arguments: argparse.Namespace) -
 def best_arm(store: Store, settings: Settings, arguments: argparse.Namespace) -> None:
     """Show the arms of a sweep, and the command that trains the best one."""
     sweep = store.find_sweep(arguments.sweep)
-    objective = sweep.record.objective
+    objective = sweep.objective
     children = store.children(sweep.run_id)
     arms = rank_arms(children, objective)
     if not arms:
@@ -185,7 +185,7 @@ def best_arm(store: Store, settings: Settings, arguments: argparse.Namespace) ->
     )
     best = next(child for child in children if child.status == "FINISHED" and set(arms[0][0]) <= set(child.overrides))
     seeds = [int(seed) for child in children if (seed := child.params.get("seed", "")).isdecimal()]
-    final = final_recipe(arms[0][0], store.recipe(best).choices.get("data", ""), sweep.record.tags.get(tag.KEYS, "").split())
+    final = final_recipe(arms[0][0], store.recipe(best).choices.get("data", ""), sweep.tags.get(tag.KEYS, "").split())
     show_lines([f"Next: {command('run', *final, f'seed={max(seeds, default=-1) + 1}')}"])
 
 
@@ -215,7 +215,7 @@ def promote_model(store: Store, settings: Settings, arguments: argparse.Namespac
     else:
         champion = store.find_champion(arguments.name, arguments.alias)
         sweep = store.find_sweep(arguments.sweep)
-        decision = decide_by_sweep(frame([(sweep, store.children(sweep.run_id))]), sweep.record.objective, champion)
+        decision = decide_by_sweep(frame([(sweep, store.children(sweep.run_id))]), sweep.objective, champion)
         if decision.run_id is None:
             show_lines([decision.reason])
             return

@@ -55,13 +55,13 @@ def compare_sweeps(arguments: argparse.Namespace) -> None:
     histories = read_histories(store, records)
     if arguments.images:
         runs = add_mistakes(runs, histories)
-    comparisons = show_answers(runs, arguments, objective=sweeps[0].record.objective)
+    comparisons = show_answers(runs, arguments, objective=sweeps[0].objective)
     from mnist_exp.comparison import report  # takes a second to import
 
     names = class_names(store, records.values())
     write = partial(report.write, records=records, histories=histories, class_names=names, page=store.page)
     if arguments.report:
-        write_report(partial(write, parent=sweeps[0].record), sweeps, comparisons, arguments)
+        write_report(partial(write, parent=sweeps[0]), sweeps, comparisons, arguments)
     show_lines(publish(store, sweeps, comparisons, write, arguments))
     show_lines(next_steps(store, sweeps, comparisons))
 
@@ -111,7 +111,7 @@ def find_sweeps(store: Store, ids: Sequence[str]) -> list[Sweep]:
         if sweep.sweeper != "grid":
             rank = command("runs", "best", sweep.run_id)
             raise UserError.invalid("sweep", sweep.run_id, "a grid: the trials of a search do not pair", f"`{rank}` ranks them.")
-    return sorted(sweeps.values(), key=lambda sweep: sweep.record.started)
+    return sorted(sweeps.values(), key=lambda sweep: sweep.started)
 
 
 def compare_factors(
@@ -172,7 +172,7 @@ def publish(
         with tempfile.TemporaryDirectory() as folder:
             factor = re.sub(r"[^-.\w]", "_", comparison.factor)
             file = Path(folder, report_name(factor))
-            picture = write(file, comparison, commands=commands(sweeps, comparison, arguments), parent=sweep.record)
+            picture = write(file, comparison, commands=commands(sweeps, comparison, arguments), parent=sweep)
             title, subtitle, notes = wording.title(comparison), wording.subtitle(comparison), wording.notes(comparison)
             answer = Answer(factor, title, subtitle, notes, file, picture)
             lines.append(f"Report: {store.publish(sweep.run_id, answer)}")
@@ -182,7 +182,7 @@ def publish(
 def next_steps(store: Store, sweeps: Sequence[Sweep], comparisons: Sequence[Comparison]) -> list[str]:
     """Return the commands that are the next step: the UI, and to finish the sweeps, to add seeds or to choose an arm."""
     hint, runs = store.ui_hint(sweeps[-1].run_id), comparisons[0].runs
-    if any(sweep.record.status == "RUNNING" for sweep in sweeps):
+    if any(sweep.status == "RUNNING" for sweep in sweeps):
         return [hint]
     ended = runs["status"].isin(["FINISHED", "DIVERGED"])
     if missing := [sweep for sweep in sweeps if sweep.run_id in set(runs["sweep"][~ended])]:
@@ -197,13 +197,13 @@ def next_steps(store: Store, sweeps: Sequence[Sweep], comparisons: Sequence[Comp
         first = max(seeds) + 1
         grid = f"sweep.extend={quoted(sweep.run_id)}", f"seed=range({first},{first + more})"
         return [hint, f"Next: {command('run', '-m', *grid)}"]
-    is_ranked = sweep.record.objective in runs and runs[sweep.record.objective].notna().any()
+    is_ranked = sweep.objective in runs and runs[sweep.objective].notna().any()
     return [hint, f"Next: {command('runs', 'best', sweep.run_id)}"] if is_ranked else [hint]
 
 
 def resume_command(sweep: Sweep) -> str:
     """Return the command that resumes a sweep, with its launcher; no other option of Hydra is taken from a store."""
-    launcher = re.findall(r"(?<= )hydra/launcher=\w+(?= )", sweep.record.tags.get(COMMAND, ""))
+    launcher = re.findall(r"(?<= )hydra/launcher=\w+(?= )", sweep.tags.get(COMMAND, ""))
     return command("run", "-m", *launcher, f"sweep.resume={quoted(sweep.run_id)}")
 
 

@@ -1,6 +1,7 @@
 """The request of a run: new, resumed from a checkpoint, or repeated from its record."""
 
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from mnist_exp.settings import JobContext, Node, Recipe, Settings, check_stored,
 from mnist_exp.storage import checkpoint, run_dir
 from mnist_exp.storage.checkpoint import Checkpoint
 from mnist_exp.tracking import provenance
-from mnist_exp.tracking.base import Store, latest_run_per_job
+from mnist_exp.tracking.base import DeniedError, Store, latest_run_per_job
 from mnist_exp.tracking.models import whole_id
 
 
@@ -86,7 +87,8 @@ def requeued(settings: Settings, job: JobContext) -> Settings:
         return settings
     if run.is_done or run_dir.has_checkpoint(settings.output_dir / run.run_id):
         return settings.model_copy(update={"resume": run.run_id})
-    store.delete(run.run_id)
+    with suppress(DeniedError):  # the new run of the job counts, being newer
+        store.delete(run.run_id)
     return settings
 
 

@@ -4,7 +4,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 
 from hydra.plugins.launcher import Launcher
@@ -15,15 +15,12 @@ from mnist_exp.signals import Interrupted
 PATIENCE = 120.0  # seconds for SLURM to answer
 
 
-@contextmanager
-def until_all_ended(launcher: Launcher, sweep_id: str) -> Iterator[None]:
+def until_all_ended(launcher: Launcher, sweep_id: str) -> AbstractContextManager[None]:
     """Leave the block when all jobs that it starts have ended; if it is stopped, cancel them, and raise Interrupted."""
-    on_cluster = {"SlurmLauncher": _on_slurm, "RayLauncher": _on_ray}.get(type(launcher).__name__)
-    if on_cluster is None:
-        yield
-        return
-    with on_cluster(launcher, f"{NAME}_{sweep_id[:8]}"):
-        yield
+    kind = type(launcher).__name__
+    if kind == "SlurmLauncher":
+        return _on_slurm(launcher, f"{NAME}_{sweep_id[:8]}")
+    return _on_ray() if kind == "RayLauncher" else nullcontext()
 
 
 @contextmanager
@@ -54,7 +51,7 @@ def _wait_on_slurm(name: str) -> None:
 
 
 @contextmanager
-def _on_ray(launcher: Launcher, name: str) -> Iterator[None]:
+def _on_ray() -> Iterator[None]:
     """Ray replaces the handlers of signals, and ends the jobs of a process that leaves it."""
     try:
         yield

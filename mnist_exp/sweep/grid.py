@@ -34,6 +34,7 @@ from mnist_exp.sweep.clusters import until_all_ended
 from mnist_exp.sweep.jobs import Composer, Job, failed
 from mnist_exp.sweep.parent import Parent, check_output_dir
 from mnist_exp.sweep.summary import preview, progress
+from mnist_exp.sweep.workers import WorkerPool
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking.base import RECIPE, RunRecord, Store, Sweep, grids_text
 from mnist_exp.tracking.models import whole_id
@@ -65,6 +66,7 @@ class GridSweep:
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=context, task_function=task, config=composed
         )
+        self.pool: WorkerPool | None = getattr(self.launcher, "pool", None)  # only our own launcher has it
 
     def sweep(self, arguments: list[str]) -> None:
         """Run the jobs that `arguments` define, or the missing jobs of the sweep `sweep.resume`; raises UserError."""
@@ -95,13 +97,14 @@ class GridSweep:
                 return
             renumbered = [(child, number) for child, number in children if child.job != number]
             has_all = total == len(jobs) and done.issuperset(job.number for job in jobs)
-            if stored and stored.record.status == "FINISHED" and stored.total == total and has_all and not renumbered:
+            if stored and stored.status == "FINISHED" and stored.total == total and has_all and not renumbered:
                 show_lines([f"Sweep {stored.run_id} has finished: nothing is left to run."])
                 return
-            getattr(self.launcher, "warm_up", lambda: None)()  # now that nothing can be refused any more
+            if self.pool:
+                self.pool.warm_up()  # now that nothing can be refused any more
             launching = [override for override in hydra.overrides.hydra if "launcher" in override]
             selecting = [*self.selecting_overrides, *launching]
-            objective = stored.record.objective if stored else settings.objective
+            objective = stored.objective if stored else settings.objective
             parent = Parent(store, settings, self.name, grids, jobs, total, swept_keys, locations, selecting, objective)
             lock.enter_context(parent.open(stored))
             for child, number in renumbered:
@@ -165,7 +168,7 @@ class GridSweep:
             raise UserError.invalid(key, found.run_id, "a grid, not a search", remedy)
         if found.sweeper != self.name:
             raise UserError.invalid(key, found.run_id, f"a sweep by {self.name}", f"Add hydra/sweeper={found.sweeper}.")
-        check_output_dir(found.record, output_dir, locations, key)
+        check_output_dir(found, output_dir, locations, key)
         if not sweep.dry_run:
             lock.enter_context(run_dir.lock_run(output_dir / found.run_id))
             found = store.find_sweep(found.run_id)  # another process may have extended it
@@ -206,7 +209,7 @@ class GridSweep:
             UserError: Other software started the sweep, or a finished run is none of the jobs, unless `sweep.force` is set.
         """
         if not self.settings.sweep.force:
-            _check_unchanged(provenance.differences(stored.record.tags, provenance.software()))
+            _check_unchanged(provenance.differences(stored.tags, provenance.software()))
         children = store.children(stored.run_id)
         if self.name != GridSweep.name:  # several trials of a search may have the same configuration
             return [(child, child.job) for child in children]

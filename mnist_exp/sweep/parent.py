@@ -3,7 +3,7 @@
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from mnist_exp.sweep.jobs import Job, common_data, failure_reason, job_colors
 from mnist_exp.sweep.summary import describe_sweep, job_table, sweep_metrics
 from mnist_exp.tracking import provenance
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.base import RunInfo, RunRecord, Store, Sweep, Tracker, grids_text, latest_run_per_job
+from mnist_exp.tracking.base import DeniedError, RunInfo, RunRecord, Store, Sweep, Tracker, grids_text, latest_run_per_job
 from mnist_exp.tracking.frame import frame
 
 ORPHAN_PATIENCE = 60.0  # seconds for the jobs of a killed parent to end
@@ -91,7 +91,7 @@ class Parent:
             lock.enter_context(_resume_advice(self.resume_command))
             if stored:
                 # Before the first job starts. Answers from fewer jobs no longer hold.
-                answers = {name: "" for name in stored.record.tags if name.partition(".")[0] == tag.ANSWER}
+                answers = {name: "" for name in stored.tags if name.partition(".")[0] == tag.ANSWER}
                 self.store.set_tags(stored.run_id, process_tags | sweep_tags | answers)
             else:
                 lock.enter_context(run_dir.lock_run(self.folder))
@@ -116,7 +116,8 @@ class Parent:
             if child and run_dir.has_checkpoint(self.settings.output_dir / child.run_id):
                 overrides = [f"resume={quoted(child.run_id)}"]
             elif child:
-                self.store.delete(child.run_id)
+                with suppress(DeniedError):  # the new run of the job counts, being newer
+                    self.store.delete(child.run_id)
             context = JobContext(
                 sweep_id=self.tracker.run_id,
                 number=job.number,

@@ -16,7 +16,7 @@ from mnist_exp.sweep import search_report
 from mnist_exp.sweep.grid import GridSweep
 from mnist_exp.sweep.jobs import Job, failed
 from mnist_exp.sweep.parent import Parent
-from mnist_exp.sweep.workers import JobError, cores
+from mnist_exp.sweep.workers import JobError, WorkerPool, cores
 from mnist_exp.tracking.base import Sweep, latest_run_per_job
 from mnist_exp.tracking.tags import PRUNED
 
@@ -80,7 +80,7 @@ class SearchSweep(GridSweep):
         folder = self.settings.output_dir / stored.run_id
         if not (folder / DATABASE).exists():
             raise UserError(f"The study of this search is not in {folder}: set output_dir to the folder it started with.")
-        study = open_study(folder, self.settings.seed, stored.record.objective)
+        study = open_study(folder, self.settings.seed, stored.objective)
         try:
             return [self._job(_continued(study, trial), grids) for trial in study.trials]
         except ValueError as error:
@@ -92,9 +92,9 @@ class SearchSweep(GridSweep):
 
     def run_jobs(self, parent: Parent) -> None:
         """Propose jobs, run them, and report their results to the study, until there are n_trials jobs."""
-        study = open_study(parent.folder, self.settings.seed, parent.objective)
-        if self.at_once is None and (run := getattr(self.launcher, "run", None)):  # only our own launcher has it
-            self._run_when_free(run, study, parent)
+        self.study = study = open_study(parent.folder, self.settings.seed, parent.objective)
+        if self.at_once is None and self.pool:
+            self._run_when_free(self.pool, study, parent)
             return
         jobs = list(parent.jobs)
         while True:
@@ -106,8 +106,8 @@ class SearchSweep(GridSweep):
             jobs = [self._job(study.ask(), parent.grids) for _ in range(missing)]
             parent.jobs.extend(jobs)
 
-    def _run_when_free(self, run: Callable[..., None], study: "Study", parent: Parent) -> None:
-        """Propose the next job when a worker is free; run: `WorkerPool.run`."""
+    def _run_when_free(self, pool: WorkerPool, study: "Study", parent: Parent) -> None:
+        """Propose the next job when a worker is free."""
         if not self.settings.sweep.force:
             parent.wait_for_running_jobs()
         tell_study(study, parent)  # of jobs that have ended without their parent
@@ -128,14 +128,13 @@ class SearchSweep(GridSweep):
 
         try:
             if left:
-                run(jobs(), left, record)
+                pool.run(jobs(), left, record)
         except JobError as error:
             parent.results |= {job.number: failed(error) for job in parent.jobs if job.number not in parent.results}
 
     def publish(self, parent: Parent) -> None:
         """Add the report of the search to its parent."""
-        study = open_study(parent.folder, self.settings.seed, parent.objective)
-        search_report.publish(parent.store, parent.tracker.run_id, study, parent.objective)
+        search_report.publish(parent.store, parent.tracker.run_id, self.study, parent.objective)
 
     def _job(self, trial: "BaseTrial", grids: list[list[str]]) -> Job:
         """Return the job of a trial, which gets a value for each searched key that has none."""

@@ -110,7 +110,7 @@ def describe_sweep(rows: list[dict[str, str]], children: list[RunRecord], store:
         sweep: The sweep.
         resume_command: The command that resumes the sweep.
     """
-    objective = sweep.record.objective
+    objective = sweep.objective
     statuses = Counter(row["status"] for row in rows)
     counts = ", ".join(f"{count} {status}" for status, count in statuses.most_common())
     lines = [f"{len(rows)} jobs: {counts}."]
@@ -123,7 +123,7 @@ def describe_sweep(rows: list[dict[str, str]], children: list[RunRecord], store:
         more = f" and {len(best) - BEST_SHOWN} more" if len(best) > BEST_SHOWN else ""
         tied = f"{len(best)} tie: " if len(best) > 1 else ""
         lines.append(f"Best by {objective}, {format_metric(objective, highest)}: {tied}{links}{more}.")
-    if pages := store.sweep_links(sweep.record, children):
+    if pages := store.sweep_links(sweep, children):
         lines += ["", link_line(pages)]
     if statuses.keys() - {"FINISHED", "PRUNED"}:
         lines += ["", f"`{resume_command}` runs the jobs that have not finished."]

@@ -47,6 +47,10 @@ class StoreLostError(ResumableError):
     """The store did not answer before the end of the run, or refuses a record."""
 
 
+class DeniedError(StoreLostError):
+    """The server does not accept the user, or does not allow a request."""
+
+
 @dataclass(frozen=True)
 class RunInfo:
     """The description of a run that is about to start.
@@ -131,31 +135,21 @@ def latest_run_per_job(children: Iterable[RunRecord]) -> dict[int, RunRecord]:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """A sweep as its parent records it.
+class Sweep(RunRecord):
+    """The parent of a sweep.
 
     Args:
-        record: The parent.
         grids: The overrides of each grid: the first from the start, each further one from an extension. Of a search, one.
+        total: The number of jobs, including those that a search has not proposed yet.
     """
 
-    record: RunRecord
     grids: list[list[str]]
-
-    @property
-    def run_id(self) -> str:
-        """The id of the parent."""
-        return self.record.run_id
+    total: int
 
     @property
     def sweeper(self) -> str:
         """The name of what proposes the jobs: `grid` or `optuna`."""
-        return self.record.tags.get(tag.SWEEPER, "")
-
-    @property
-    def total(self) -> int:
-        """The number of jobs, including those that a search has not proposed yet."""
-        return int(self.record.tags[tag.SWEEP_JOBS])
+        return self.tags.get(tag.SWEEPER, "")
 
 
 def grids_text(grids: Sequence[Sequence[str]]) -> str:
@@ -176,14 +170,14 @@ def grids_text(grids: Sequence[Sequence[str]]) -> str:
 
 
 def read_sweep(record: RunRecord) -> Sweep:
-    """Return a sweep, given its parent.
+    """Return a sweep, given the record of its parent.
 
     Raises:
         UserError: Another version recorded it, or it contains overrides that a store must not contain.
     """
     try:
         grids = TypeAdapter(Annotated[list[list[str]], Field(min_length=1)]).validate_json(record.tags.get(tag.GRIDS, ""))
-        int(record.tags[tag.SWEEP_JOBS])
+        total = int(record.tags[tag.SWEEP_JOBS])
     except (ValidationError, ValueError) as error:
         raise UserError(
             f"Sweep {record.run_id} has no readable tag {tag.GRIDS}: an earlier version recorded it.",
@@ -195,7 +189,7 @@ def read_sweep(record: RunRecord) -> Sweep:
     check_stored(overrides, f"Sweep {record.run_id}")
     if placed := [override for override in overrides if is_location(override)]:  # it could point anywhere
         raise UserError(f"Sweep {record.run_id} contains the location {placed[0]}.", key=placed[0], remedy="Start it again.")
-    return Sweep(record, grids)
+    return Sweep(**vars(record), grids=grids, total=total)
 
 
 @dataclass(frozen=True)
@@ -518,8 +512,8 @@ class Store:
                     reaped.append(record)
         return reaped
 
-    def delete(self, run_id: str) -> str | None:
-        """Delete a run; return the reason if the user may not."""
+    def delete(self, run_id: str) -> None:
+        """Delete a run; raises DeniedError if the user may not."""
 
     def after_deletion(self, records: Sequence[RunRecord]) -> list[str]:
         """Return the lines that say how to restore deleted runs, and how to remove their files."""

@@ -16,10 +16,9 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from mnist_exp.errors import UserError, first_line
-from mnist_exp.paths import absolute_store
 from mnist_exp.signals import defer_signals
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.base import StoreLostError, StoreUnavailableError
+from mnist_exp.tracking.base import DeniedError, StoreLostError, StoreUnavailableError
 from mnist_exp.tracking.views import VIEW_PREFIX, describe_experiment, fixed_views, view_tag
 
 Result = TypeVar("Result")
@@ -27,10 +26,6 @@ REFUSALS = (
     "INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "BAD_REQUEST", "PERMISSION_DENIED", "UNAUTHENTICATED",
 )  # fmt: skip
 _denied: dict[tuple[str, str], MlflowException] = {}  # the errors of experiments whose tags this process may not set
-
-
-class DeniedError(StoreLostError):
-    """The server does not accept the user, or does not allow a request."""
 
 
 def check_uri(uri: str) -> str:
@@ -42,7 +37,8 @@ def check_uri(uri: str) -> str:
             "sqlite:////absolute/path.db, or http(s)://host:port of an MLflow server",
             "Set it with tracking.uri=... or MLFLOW_TRACKING_URI. Unset both for the default, or use tracking=none.",
         )
-    return absolute_store(uri)
+    path = uri.removeprefix("sqlite:///")
+    return uri.rstrip("/") if path == uri else f"sqlite:///{Path(path).absolute()}"
 
 
 def connect(uri: str, experiment: str) -> tuple[MlflowClient, str]:

@@ -121,8 +121,7 @@ def delete(store: Store, group: Group, output_dir: Path) -> None:
             pass
     for run in reversed(group):  # the sweep last: what is left of an interrupted deletion can be deleted again
         with _locked(store, run, output_dir), defer_signals():
-            if reason := store.delete(run.run_id):  # the store may refuse, and the folder then stays
-                raise UserError(reason)
+            store.delete(run.run_id)  # first: if the store refuses, the folder stays
             run_dir.remove_folder(output_dir / run.run_id)
     if group[0].job is not None:
         with suppress(UserError):  # its sweep was deleted before

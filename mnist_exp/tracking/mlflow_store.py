@@ -176,16 +176,13 @@ class MLflowStore(Store):
         histories = {key: self.client.get_metric_history(record.run_id, key) for key in record.metrics}
         return {key: {point.step: point.value for point in history} for key, history in histories.items()}
 
-    def delete(self, run_id: str) -> str | None:
+    def delete(self, run_id: str) -> None:
         def delete() -> None:
             for model in self._logged_models(record_of(self.client.get_run(run_id))):
                 self.client.delete_logged_model(model.model_id)
             self.client.delete_run(run_id)  # last: what is left of an interrupted deletion can be deleted again
 
-        try:
-            return self._retry(delete)
-        except connection.DeniedError as denied:
-            return str(denied)
+        self._retry(delete)
 
     def _logged_models(self, record: RunRecord) -> list[LoggedModel]:
         self.open()
@@ -213,7 +210,7 @@ class MLflowStore(Store):
 
     def find_sweep(self, sweep: str, *, unfinished: bool = False) -> Sweep:
         found = super().find_sweep(sweep, unfinished=unfinished)
-        self.experiment_id = found.record.experiment_id
+        self.experiment_id = found.experiment_id
         return found
 
     def read_artifacts(self, records: Sequence[RunRecord], path: str, *, strict: bool = False) -> dict[str, bytes]:

@@ -18,8 +18,8 @@ from mnist_exp.learning.data import Dataset
 from mnist_exp.settings import Settings
 from mnist_exp.signals import defer_signals
 from mnist_exp.tracking import tags as tag
-from mnist_exp.tracking.base import StoreLostError, Tracker
-from mnist_exp.tracking.connection import DeniedError, is_refusal, restore_command, retry, terminate
+from mnist_exp.tracking.base import DeniedError, StoreLostError, Tracker
+from mnist_exp.tracking.connection import is_refusal, restore_command, retry, terminate
 from mnist_exp.tracking.mlflow_models import write_mlmodel
 from mnist_exp.tracking.views import model_name, run_path
 

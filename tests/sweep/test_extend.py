@@ -25,7 +25,7 @@ def finished(store: str) -> tuple[str, list[RunRecord]]:
     children.sort(key=lambda child: child.job or 0)
     assert [child.job for child in children] == list(range(sweep.total))
     assert [child.status for child in children] == ["FINISHED"] * len(children)
-    assert sweep.record.status == "FINISHED"
+    assert sweep.status == "FINISHED"
     return sweep.run_id, children
 
 

@@ -75,7 +75,7 @@ def test_runs_that_tie_are_named_together() -> None:
         children = [record(number, accuracy=accuracy) for number, accuracy in enumerate(accuracies)]
         jobs = [replace(JOB, number=number) for number in range(len(accuracies))]
         rows = job_table(jobs, children, {}, "val/accuracy")
-        text = describe_sweep(rows, children, Linked(), Sweep(record(len(jobs)), [[]]), "resume")
+        text = describe_sweep(rows, children, Linked(), Sweep(**vars(record(len(jobs))), grids=[[]], total=len(jobs)), "resume")
         return [number for number in range(len(jobs)) if f"[seed={number}]" in text]
 
     assert named(1, 0.99, 1) == [0, 2]

@@ -22,7 +22,7 @@ def run(job: int, *overrides: str, status: str = "FINISHED", **tags: str) -> Run
 
 def sweep(*grids: list[str], total: int = 4, sweeper: str = "grid", run_id: str = "f" * 32) -> Sweep:
     tags = {"sweeper": sweeper, "sweep_jobs": str(total), "grids": json.dumps(grids)}
-    return Sweep(replace(PARENT, run_id=run_id, tags=tags), list(grids))
+    return Sweep(**vars(replace(PARENT, run_id=run_id, tags=tags)), grids=list(grids), total=total)
 
 
 GRID = ["model=a,b", "batch_size=64", "seed=0,1"]
